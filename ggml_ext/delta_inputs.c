@@ -1,0 +1,106 @@
+#include "delta_inputs.h"
+
+#include "vec.h"  // ggml_vec_silu_f32
+
+#include <math.h>
+#include <string.h>
+
+#define TAPE PYDFLASH_TAPE_ROWS
+
+static const float * row_of(const struct ggml_tensor * t, int64_t row) {
+    return (const float *) ((const char *) t->data + row * (int64_t) t->nb[1]);
+}
+
+static float * window_row(const struct ggml_tensor * window, int64_t row) {
+    return (float *) window->data + row * window->ne[0];
+}
+
+// The raw column at `index` of the sequence [history | kept pending | new].
+static const float * column(const struct ggml_tensor * window, const struct ggml_tensor * x, int64_t past, int64_t index) {
+    return index < past ? window_row(window, index) : row_of(x, index - past);
+}
+
+static void convolve(float * out, const struct ggml_tensor * dst, int64_t past, int64_t first, int64_t c0, int64_t c1) {
+    const struct ggml_tensor * x      = dst->src[0];
+    const struct ggml_tensor * weight = dst->src[3];
+    const struct ggml_tensor * window = dst->src[6];
+    const int64_t k = weight->ne[0];
+    const float * w = (const float *) weight->data;
+    for (int64_t j = 0; j < k; j++) {
+        const float * from = column(window, x, past, first + j);
+        for (int64_t c = c0; c < c1; c++) {
+            out[c] = (j == 0 ? 0.0f : out[c]) + w[c * k + j] * from[c];
+        }
+    }
+    ggml_vec_silu_f32((int) (c1 - c0), out + c0, out + c0);
+}
+
+static void gates(float * out, const struct ggml_tensor * dst, int64_t row) {
+    const int64_t heads   = dst->src[4]->ne[0];
+    const float * alpha   = row_of(dst->src[1], row);
+    const float * beta    = row_of(dst->src[2], row);
+    const float * ssm_a   = (const float *) dst->src[4]->data;
+    const float * dt_bias = (const float *) dst->src[5]->data;
+    for (int64_t h = 0; h < heads; h++) {
+        const float a = alpha[h] + dt_bias[h];
+        out[h]         = ssm_a[h] * (a > 20.0f ? a : log1pf(expf(a)));
+        out[heads + h] = 1.0f / (1.0f + expf(-beta[h]));
+    }
+}
+
+// Channels c0..c1 of the window: kept columns become history, new ones pending.
+static void move_window(const struct ggml_tensor * dst, int64_t kept, int64_t rows, int keep, int64_t c0, int64_t c1) {
+    const struct ggml_tensor * x      = dst->src[0];
+    const struct ggml_tensor * window = dst->src[6];
+    const int64_t history = dst->src[3]->ne[0] - 1;
+    const size_t  bytes   = (size_t) (c1 - c0) * sizeof(float);
+    const int64_t past    = history + kept;
+    const int64_t next    = keep ? kept : kept + rows;  // where the new history starts in [history | kept | new]
+    for (int64_t i = 0; i < history; i++) {
+        memmove(window_row(window, i) + c0, column(window, x, past, next + i) + c0, bytes);
+    }
+    for (int64_t i = 0; keep && i < rows; i++) {
+        memcpy(window_row(window, history + i) + c0, row_of(x, i) + c0, bytes);
+    }
+}
+
+void pydflash_delta_inputs_cpu(struct ggml_tensor * dst, int ith, int nth, void * op) {
+    (void) op;
+    const struct ggml_tensor * window = dst->src[6];
+    const int32_t * counts   = (const int32_t *) dst->src[7]->data;
+    const int       keep     = pydflash_node_params(dst)[0];
+    const int64_t   channels = dst->src[0]->ne[0];
+    const int64_t   heads    = dst->src[4]->ne[0];
+    const int64_t   history  = dst->src[3]->ne[0] - 1;
+    const int64_t   kept     = counts[0];
+    const int64_t   rows     = counts[1];
+    const int64_t   width    = dst->ne[0];
+    float *         out      = (float *) dst->data;
+
+    // Shares are multiples of 16 channels, so that silu takes the same vector path whatever the number of threads.
+    int64_t c0, c1;
+    pydflash_share((channels + 15) / 16, ith, nth, &c0, &c1);
+    c0 = 16 * c0 < channels ? 16 * c0 : channels;
+    c1 = 16 * c1 < channels ? 16 * c1 : channels;
+    for (int64_t t = 0; t < kept; t++) {
+        convolve(out + t * width, dst, history + kept, t, c0, c1);
+    }
+    for (int64_t t = 0; t < rows; t++) {
+        convolve(out + (TAPE + t) * width, dst, history + kept, kept + t, c0, c1);
+    }
+    move_window(dst, kept, rows, keep, c0, c1);
+
+    if (ith == 0) {
+        const size_t bytes = (size_t) (2 * heads) * sizeof(float);
+        for (int64_t t = 0; t < kept; t++) {
+            memcpy(out + t * width + channels, window_row(window, history + t) + channels, bytes);
+        }
+        for (int64_t t = 0; t < rows; t++) {
+            float * row = out + (TAPE + t) * width + channels;
+            gates(row, dst, t);
+            if (keep) {
+                memcpy(window_row(window, history + t) + channels, row, bytes);
+            }
+        }
+    }
+}

@@ -1,0 +1,174 @@
+// delta_rule on CUDA. One block carries 32 value columns of one head through all rows, one after the other.
+//
+// The block's part of the state stays in registers: four threads share a column and hold 32 of its 128 key rows each, so a
+// row costs two reductions over four lanes. Rows are brought to shared memory in tiles of 16, with q and k normalised on
+// the way. Key rows are dealt to the four threads in groups of four, so that their 16-byte reads of k and q fall into
+// different banks. The loop over rows is serial by nature: latency of about 300 cycles a row bounds it; the state itself
+// (read once, written once) is 3 MiB a layer for the 27B geometry.
+#include "delta_inputs.h"
+#include "delta_rule.h"
+#include "ext_cuda.cuh"
+
+namespace {
+
+constexpr int TAPE    = PYDFLASH_TAPE_ROWS;
+constexpr int D       = 128;      // head dimension of every published qwen35 model
+constexpr int COLUMNS = 32;       // value columns per block
+constexpr int SPLIT   = 4;        // threads per column
+constexpr int OWN     = D / SPLIT;
+constexpr int THREADS = COLUMNS * SPLIT;
+constexpr int TILE    = 16;       // rows in shared memory at a time
+
+struct arguments {
+    const float * inputs;
+    float *       state;
+    const int *   counts;
+    float *       out;
+    int           rows, width, v_heads, k_heads, keep;
+    float         eps;
+};
+
+struct tile {
+    float q[TILE][D];
+    float k[TILE][D];
+    float v[TILE][COLUMNS];
+    float decay[TILE];
+    float beta[TILE];
+};
+
+__device__ float warp_sum(float v) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+        v += __shfl_xor_sync(0xffffffffu, v, offset);
+    }
+    return v;
+}
+
+// x / sqrt(sum x^2 + eps) * scale by one warp, four values a lane.
+__device__ void l2_normalise(float * out, const float * x, float eps, float scale) {
+    const int lane = threadIdx.x % 32;
+    const float4 v = ((const float4 *) x)[lane];
+    const float factor = scale / sqrtf(warp_sum(v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w) + eps);
+    ((float4 *) out)[lane] = make_float4(v.x * factor, v.y * factor, v.z * factor, v.w * factor);
+}
+
+__device__ void load(tile & s, const arguments & a, int first, int rows, int head, int column) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int k_head = head % a.k_heads;
+    for (int t = warp; t < rows; t += THREADS / 32) {
+        const float * row = a.inputs + (int64_t) (first + t) * a.width;
+        l2_normalise(s.q[t], row + k_head * D, a.eps, 0.08838834764831845f);
+        l2_normalise(s.k[t], row + (a.k_heads + k_head) * D, a.eps, 1.0f);
+        s.v[t][lane] = row[(2 * a.k_heads + head) * D + column + lane];
+        if (lane == 0) {
+            s.decay[t] = expf(row[a.width - 2 * a.v_heads + head]);
+            s.beta[t]  = row[a.width - a.v_heads + head];
+        }
+    }
+}
+
+__device__ float dot4(float a, float b, float c, float d, float4 v, float sum) {
+    return fmaf(a, v.x, fmaf(b, v.y, fmaf(c, v.z, fmaf(d, v.w, sum))));
+}
+
+// One row; returns o of this thread's column (the same value in its four threads). The products are spelt as fmaf so
+// that replayed and new rows round alike whatever the compiler makes of the two loops.
+__device__ float step(float (&state)[OWN], const tile & s, int t, int part, int column) {
+    const float decay = s.decay[t];
+    float predicted = 0.0f;
+#pragma unroll
+    for (int i = 0; i < OWN; i += 4) {
+        const float4 k = *(const float4 *) &s.k[t][i * SPLIT + part * 4];
+        predicted = dot4(state[i], state[i + 1], state[i + 2], state[i + 3], k, predicted);
+    }
+    predicted += __shfl_xor_sync(0xffffffffu, predicted, 1);
+    predicted += __shfl_xor_sync(0xffffffffu, predicted, 2);
+    const float delta = __fmul_rn(s.beta[t], fmaf(-decay, predicted, s.v[t][column]));
+    float read = 0.0f;
+#pragma unroll
+    for (int i = 0; i < OWN; i += 4) {
+        const float4 k = *(const float4 *) &s.k[t][i * SPLIT + part * 4];
+        const float4 q = *(const float4 *) &s.q[t][i * SPLIT + part * 4];
+        state[i] = fmaf(decay, state[i], __fmul_rn(delta, k.x));
+        state[i + 1] = fmaf(decay, state[i + 1], __fmul_rn(delta, k.y));
+        state[i + 2] = fmaf(decay, state[i + 2], __fmul_rn(delta, k.z));
+        state[i + 3] = fmaf(decay, state[i + 3], __fmul_rn(delta, k.w));
+        read = dot4(state[i], state[i + 1], state[i + 2], state[i + 3], q, read);
+    }
+    read += __shfl_xor_sync(0xffffffffu, read, 1);
+    read += __shfl_xor_sync(0xffffffffu, read, 2);
+    return read;
+}
+
+__device__ void move_state(float (&state)[OWN], float * memory, bool store) {
+#pragma unroll
+    for (int i = 0; i < OWN; i += 4) {
+        float4 * cell = (float4 *) (memory + i * SPLIT);
+        if (store) {
+            *cell = make_float4(state[i], state[i + 1], state[i + 2], state[i + 3]);
+        } else {
+            const float4 v = *cell;
+            state[i] = v.x; state[i + 1] = v.y; state[i + 2] = v.z; state[i + 3] = v.w;
+        }
+    }
+}
+
+__global__ void __launch_bounds__(THREADS) delta_rule(arguments a) {
+    __shared__ tile s;
+    const int head   = blockIdx.x;
+    const int base   = blockIdx.y * COLUMNS;
+    const int column = threadIdx.x / SPLIT;
+    const int part   = threadIdx.x % SPLIT;
+    const int kept = a.counts[0], rows = a.counts[1];
+
+    float * memory = a.state + ((int64_t) head * D + base + column) * D + part * 4;
+    float state[OWN];
+    move_state(state, memory, false);
+
+    if (kept > 0) {
+        load(s, a, 0, kept, head, base);
+        __syncthreads();
+        for (int t = 0; t < kept; t++) {
+            step(state, s, t, part, column);
+        }
+        if (a.keep) { move_state(state, memory, true); }
+    }
+    for (int first = 0; first < a.rows; first += TILE) {
+        const int count = min(TILE, max(0, rows - first));
+        __syncthreads();
+        load(s, a, TAPE + first, count, head, base);
+        __syncthreads();
+        for (int t = 0; t < min(TILE, a.rows - first); t++) {
+            const float o = t < count ? step(state, s, t, part, column) : 0.0f;
+            if (part == 0) {
+                a.out[(int64_t) (first + t) * a.v_heads * D + head * D + base + column] = o;
+            }
+        }
+    }
+    if (!a.keep) { move_state(state, memory, true); }
+}
+
+bool supports(const ggml_tensor * node) {
+    return pydflash_node_params(node)[2] == D;
+}
+
+bool launch(pydflash_cuda * cuda, ggml_tensor * node) {
+    const int32_t * params = pydflash_node_params(node);
+    arguments a;
+    a.inputs  = (const float *) node->src[0]->data;
+    a.state   = (float *) node->src[1]->data;
+    a.counts  = (const int *) node->src[2]->data;
+    a.out     = (float *) node->data;
+    a.rows    = (int) node->ne[1];
+    a.width   = (int) node->src[0]->ne[0];
+    a.v_heads = (int) node->src[1]->ne[2];
+    a.k_heads = params[1];
+    a.keep    = params[0];
+    a.eps     = pydflash_node_param_f32(node, 3);
+    delta_rule<<<dim3(a.v_heads, D / COLUMNS), THREADS, 0, cuda->stream>>>(a);
+    return true;
+}
+
+}  // namespace
+
+const pydflash_cuda_op pydflash_cuda_delta_rule = { launch, supports };

@@ -1,0 +1,29 @@
+// delta_rule: the gated delta rule over the rows that are replayed and the rows that are new.
+//
+//   per value head, with k-head h % Hk (v-heads are tiled), q and k L2-normalised:
+//   S <- exp(g) S;   d = beta (v - S^T k);   S <- S + k d^T;   o = S^T q / sqrt(D)          Gated Delta Networks, eq. 10
+//
+// The state S is that of the last committed token. The op first replays the n kept rows of the previous step (see
+// delta_inputs.h), stores the state there, and goes on through the new rows without storing: what is rejected later was
+// never written. With keep = 0 (prefill) the state after the last new row is stored instead.
+//
+//   src[0]   inputs   (16 + T, C + 2 Hv) f32 from delta_inputs; C = (2 Hk + Hv) D; columns q | k | v | g | beta
+//   src[1]   state    (Hv, D, D) f32, persistent, updated in place; [h][value column][key row]: S transposed
+//   src[2]   counts   (2,) int32: rows to replay, real new rows
+//   params   [0] keep   [1] Hk   [2] D   [3] eps of the L2 norm, x / sqrt(sum x^2 + eps)
+//   result   (T, Hv * D) f32; rows beyond the real ones are zero
+//
+// A row's result does not depend on T nor on the rows after it.
+#pragma once
+
+#include "ext.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+void pydflash_delta_rule_cpu(struct ggml_tensor * dst, int ith, int nth, void * op);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,71 @@
+// pydflash's own operations, as ggml graph nodes.
+//
+// Every op of ours is a GGML_OP_CUSTOM node. The function pointer in the node is the CPU reference implementation, so
+// any ggml CPU backend can run it; ggml-cuda finds the CUDA kernel of the same node in the op table (ext_cuda.cu).
+// What distinguishes one of our nodes from another is its descriptor (`struct pydflash_op`), which the node carries as
+// ggml's `userdata` pointer; its static parameters follow ggml's own in `op_params`.
+//
+// One op is one stem: NAME.h states the contract (formula, shapes, dtypes), NAME.c is the CPU reference, NAME.cu the
+// CUDA kernel. Shapes in the contracts are row-major, as in Python: (rows, columns) means ne[1] rows of ne[0] floats.
+#pragma once
+
+#include "ggml.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum pydflash_op_id {
+    PYDFLASH_OP_TURBO_WHT,
+    PYDFLASH_OP_LINEAR,
+    PYDFLASH_OP_DELTA_INPUTS,
+    PYDFLASH_OP_DELTA_RULE,
+    PYDFLASH_OP_ATTENTION,
+    PYDFLASH_OP_COUNT,
+};
+
+// Identifies a node as ours: ggml's userdata points to one of the descriptors in the table below.
+struct pydflash_op {
+    uint32_t            magic;   // PYDFLASH_MAGIC
+    enum pydflash_op_id id;
+    const char *        name;
+    ggml_custom_op_t    cpu;     // the reference: (dst, ith, nth, descriptor); threads never need a barrier
+};
+
+#define PYDFLASH_MAGIC 0x70796466u  // "pydf"
+#define PYDFLASH_MAX_PARAMS 8       // 32-bit words, each an int32_t or the bits of a float
+
+// The descriptor of an op. Never NULL for a valid id.
+const struct pydflash_op * pydflash_op_get(enum pydflash_op_id id);
+
+// A new node. `ne` is ggml's order (fastest first). With `inplace` the result is a view of that tensor (which must also
+// be a source) and `type` and `ne` are ignored; otherwise the result is a new contiguous tensor.
+// Callers have checked shapes; this function only asserts what ggml asserts.
+struct ggml_tensor * pydflash_op_new(struct ggml_context * ctx, enum pydflash_op_id id, enum ggml_type type,
+                                     const int64_t ne[4], struct ggml_tensor ** src, int n_src,
+                                     const int32_t params[PYDFLASH_MAX_PARAMS], struct ggml_tensor * inplace);
+
+// The op of a node, or NULL when the node is not one of ours.
+const struct pydflash_op * pydflash_node_op(const struct ggml_tensor * node);
+
+// The static parameters of one of our nodes.
+const int32_t * pydflash_node_params(const struct ggml_tensor * node);
+
+// Gives a graph that never changes an identity, so that CUDA-graph replay need not compare its nodes.
+void pydflash_graph_set_uid(struct ggml_cgraph * cgraph);
+
+static inline float pydflash_node_param_f32(const struct ggml_tensor * node, int index) {
+    union { int32_t i; float f; } bits = { pydflash_node_params(node)[index] };
+    return bits.f;
+}
+
+// The half-open range of `count` items that thread `ith` of `nth` works on.
+static inline void pydflash_share(int64_t count, int ith, int nth, int64_t * begin, int64_t * end) {
+    const int64_t each = (count + nth - 1) / nth;
+    *begin = each * ith < count ? each * ith : count;
+    *end   = *begin + each < count ? *begin + each : count;
+}
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,65 @@
+// The op table of the CUDA back end, and the three functions that ggml-cuda's hooks call (vendor/hooks).
+#include "ext_cuda.cuh"
+#include "fuse.cuh"
+
+#include "common.cuh"  // ggml-cuda's context: stream and memory pool
+
+#include <memory>
+#include <vector>
+
+namespace {
+
+const pydflash_cuda_op * const TABLE[PYDFLASH_OP_COUNT] = {
+    /* PYDFLASH_OP_TURBO_WHT    */ &pydflash_cuda_turbo_wht,
+    /* PYDFLASH_OP_LINEAR       */ &pydflash_cuda_linear,
+    /* PYDFLASH_OP_DELTA_INPUTS */ &pydflash_cuda_delta_inputs,
+    /* PYDFLASH_OP_DELTA_RULE   */ &pydflash_cuda_delta_rule,
+    /* PYDFLASH_OP_ATTENTION    */ &pydflash_cuda_attention,
+};
+
+// Scratch of one launch: taken from ggml's stream-ordered pool, given back in reverse order.
+struct scratch {
+    explicit scratch(ggml_backend_cuda_context & ctx) : pool(ctx.pool()) {}
+    ggml_cuda_pool &                                         pool;
+    std::vector<std::unique_ptr<ggml_cuda_pool_alloc<char>>> blocks;
+    ~scratch() {
+        while (!blocks.empty()) { blocks.pop_back(); }
+    }
+};
+
+void * scratch_alloc(pydflash_cuda * self, size_t size) {
+    auto * s = (scratch *) self->pool;
+    s->blocks.push_back(std::make_unique<ggml_cuda_pool_alloc<char>>(s->pool, size));
+    return s->blocks.back()->get();
+}
+
+pydflash_cuda handle(ggml_backend_cuda_context & ctx, scratch & s) {
+    return { ctx.stream(), ctx.device, ggml_cuda_info().devices[ctx.device].nsm, &s, scratch_alloc };
+}
+
+}  // namespace
+
+bool pydflash_cuda_supports(const ggml_tensor * node) {
+    const pydflash_op * op = pydflash_node_op(node);
+    return op && TABLE[op->id]->supports(node);
+}
+
+bool pydflash_cuda_compute(ggml_backend_cuda_context * ctx, ggml_tensor * node) {
+    const pydflash_op * op = pydflash_node_op(node);
+    if (!op) {
+        return false;
+    }
+    scratch s(*ctx);
+    pydflash_cuda cuda = handle(*ctx, s);
+    const bool launched = TABLE[op->id]->launch(&cuda, node);
+    CUDA_CHECK(cudaGetLastError());
+    return launched;
+}
+
+int pydflash_cuda_fuse(ggml_backend_cuda_context * ctx, ggml_cgraph * cgraph, int i) {
+    scratch s(*ctx);
+    pydflash_cuda cuda = handle(*ctx, s);
+    const int skipped = pydflash_fuse(&cuda, cgraph, i);
+    CUDA_CHECK(cudaGetLastError());
+    return skipped;
+}

@@ -1,0 +1,31 @@
+// linear: the product of a few activation rows with a weight matrix, each row exact in its own right.
+//
+//   result[t][m] = sum over k of x[t][k] * W[m][k]
+//
+// A row of the result depends on that row of x and on W only: it is bit-equal for every T, whatever the other rows hold
+// and however many threads or blocks share the work. That is what makes speculative decoding reproduce plain decoding,
+// and what ggml's own products do not promise (they change kernels with T).
+//
+//   src[0]   x   (T, K) f32, 1 <= T <= 16, rows contiguous
+//   src[1]   W   (M, K) Q4_K, Q5_K, Q6_K, Q8_0, Q4_0, F16, BF16 or F32, rows contiguous; K a multiple of the block of
+//                the type and of 32
+//   params       none
+//   result   (T, M) f32, contiguous
+//
+// The CPU rounds a row of x as ggml does for the same weight type (to 8 bits for the quantised types); CUDA rounds it to
+// f16, with one power-of-two scale for every 256 values. The two therefore agree to activation rounding, not to the bit.
+#pragma once
+
+#include "ext.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define PYDFLASH_LINEAR_MAX_ROWS 16
+
+void pydflash_linear_cpu(struct ggml_tensor * dst, int ith, int nth, void * op);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,257 @@
+"""Devices: the CPU or one CUDA GPU, the buffers that live there, and the bytes that go in and out."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pydflash._ffi import build_info, check, cuda_library, ffi, lib, owned
+from pydflash.errors import ConfigError, DeviceError, NoDevice, OutOfMemory
+from pydflash.ggml_types import GGMLType
+from pydflash.tensor import Shape, Tensor, new_tensor
+
+__all__ = ["Arena", "Backend", "cuda_device_count", "default_threads"]
+
+_USAGE_WEIGHTS = 1
+_USAGE_COMPUTE = 2
+
+
+def default_threads() -> int:
+    """The processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cuda_device_count() -> int:
+    """CUDA devices that this build can use now; 0 without a CUDA build, a driver or a GPU."""
+    if not cuda_library().exists() or lib.pydflash_cuda_load(str(cuda_library()).encode()) != ffi.NULL:
+        return 0
+    return int(lib.pydflash_cuda_device_count())
+
+
+def _open_cuda(index: int) -> Any:
+    if not cuda_library().exists():
+        raise NoDevice(
+            f"device 'cuda:{index}' was asked for, but this build has no CUDA back end ({build_info()['why']}); "
+            "reinstall with PYDFLASH_CUDA=ON on a machine with a CUDA toolkit, or use device='cpu'"
+        )
+    failure = lib.pydflash_cuda_load(str(cuda_library()).encode())
+    if failure != ffi.NULL:
+        raise NoDevice(
+            f"device 'cuda:{index}' was asked for, but the CUDA back end does not load: "
+            f"{ffi.string(failure).decode(errors='replace')}; install the NVIDIA driver and the CUDA runtime it names"
+        )
+    count = lib.pydflash_cuda_device_count()
+    if index >= count:
+        raise NoDevice(f"device 'cuda:{index}' was asked for, but {count} CUDA devices were found; see nvidia-smi")
+    return lib.pydflash_cuda_init(index)
+
+
+class Backend:
+    """One device. ``close()`` (or ``with``) frees it; every arena and graph on it must be closed before.
+
+    ``name`` is 'cpu' or 'cuda:N'; ``description`` is the device's own name.
+    """
+
+    def __init__(self, device: str = "auto", threads: int | None = None) -> None:
+        """``device``: 'auto' (CUDA when there is one), 'cpu', 'cuda' or 'cuda:N'. ``threads`` is for the CPU only.
+
+        Raises NoDevice when it is not there, ConfigError for another name or fewer than 1 thread.
+        """
+        if device == "auto":
+            device = "cuda" if cuda_device_count() else "cpu"
+        match = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", device)
+        if match is None:
+            raise ConfigError(f"device {device!r} is not one of 'auto', 'cpu', 'cuda', 'cuda:0', 'cuda:1', ...")
+        if threads is not None and not 1 <= threads <= 512:
+            raise ConfigError(f"threads is {threads}; it must lie in 1..512")
+        self.is_cuda = device != "cpu"
+        self.threads = 0 if self.is_cuda else threads or default_threads()
+        self._pool: Any = None
+        if self.is_cuda:
+            index = int(match.group(1) or 0)
+            self.name = f"cuda:{index}"
+            self.c = owned(_open_cuda(index), lib.ggml_backend_free, "opening the CUDA device")
+        else:
+            self.name = "cpu"
+            self.c = owned(lib.ggml_backend_cpu_init(), lib.ggml_backend_free, "opening the CPU back end")
+            self._pool = owned(lib.pydflash_threadpool_new(self.threads), lib.ggml_threadpool_free, "starting threads")
+            lib.ggml_backend_cpu_set_n_threads(self.c, self.threads)
+            lib.ggml_backend_cpu_set_threadpool(self.c, self._pool)
+        self.device = lib.ggml_backend_get_device(self.c)
+        self.buffer_type = lib.ggml_backend_get_default_buffer_type(self.c)
+        self.description = ffi.string(lib.ggml_backend_dev_description(self.device)).decode(errors="replace")
+
+    def close(self) -> None:
+        """Free the device's streams and threads. Safe to call twice."""
+        if self.c is not None:
+            ffi.release(self.c)
+            if self._pool is not None:
+                ffi.release(self._pool)
+            self.c = self._pool = None
+
+    def __enter__(self) -> Backend:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes free and bytes in all on the device."""
+        free, total = ffi.new("size_t *"), ffi.new("size_t *")
+        lib.ggml_backend_dev_memory(self.device, free, total)
+        return int(free[0]), int(total[0])
+
+    def check_free(self, size: int, what: str) -> None:
+        """OutOfMemory when ``size`` bytes for ``what`` are more than the device has free."""
+        free, _ = self.memory()
+        if size > free:
+            raise OutOfMemory(
+                f"{what} needs {size:,} bytes on {self.name} ({self.description}), where {free:,} are free; "
+                "use a smaller max_context, smaller cache types, or a smaller model"
+            )
+
+    def synchronize(self) -> None:
+        """Wait until everything enqueued on the device is done."""
+        lib.ggml_backend_synchronize(self.c)
+
+    def write(self, tensor: Tensor, values: npt.NDArray[Any]) -> None:
+        """Copy contiguous ``values`` to the start of ``tensor``, ordered before the next graph.
+
+        The values are taken before this returns on the CPU; on CUDA they are staged by the driver.
+        """
+        source = ffi.from_buffer(values)
+        lib.ggml_backend_tensor_set_async(self.c, tensor.c, source, 0, values.nbytes)
+
+    def read(self, tensor: Tensor, out: npt.NDArray[Any]) -> None:
+        """Fill contiguous ``out`` from the start of ``tensor``; waits for the device."""
+        lib.ggml_backend_tensor_get_async(self.c, tensor.c, ffi.from_buffer(out, require_writable=True), 0, out.nbytes)
+        lib.ggml_backend_synchronize(self.c)
+
+    def graph_compute(self, graph: Any) -> None:
+        """Enqueue a graph; the CPU runs it before this returns."""
+        check(lib.ggml_backend_graph_compute_async(self.c, graph), "running a graph")
+
+
+class Arena:
+    """Named tensors with one buffer on a device, zeroed: weights, caches, state. ``close()`` frees them.
+
+    ``arena[name]`` is the tensor; ``arena.nbytes`` the size of the buffer.
+    """
+
+    def __init__(self, backend: Backend, specs: Mapping[str, tuple[Shape, GGMLType]], what: str) -> None:
+        """``specs``: name to (row-major shape, dtype). ``what`` names the arena in OutOfMemory's message."""
+        self.backend = backend
+        self._context = new_context(len(specs), what)
+        self._tensors = {
+            name: Tensor(new_tensor(self._context, shape, dtype), shape, dtype, None)
+            for name, (shape, dtype) in specs.items()
+        }
+        size = int(lib.ggml_backend_alloc_ctx_tensors_from_buft_size(self._context, backend.buffer_type))
+        backend.check_free(size, what)
+        buffer = lib.ggml_backend_alloc_ctx_tensors(self._context, backend.c)
+        if buffer == ffi.NULL:
+            free, _ = backend.memory()
+            raise OutOfMemory(f"{what}: allocating {size:,} bytes on {backend.name} failed with {free:,} free")
+        self._buffer = owned(buffer, lib.ggml_backend_buffer_free, what)
+        lib.ggml_backend_buffer_clear(self._buffer, 0)
+        self.nbytes = int(lib.ggml_backend_buffer_get_size(self._buffer))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Any:
+        return iter(self._tensors)
+
+    def set_weights_usage(self) -> None:
+        """Tell ggml that the contents do not change between graphs."""
+        lib.ggml_backend_buffer_set_usage(self._buffer, _USAGE_WEIGHTS)
+
+    def clear(self) -> None:
+        """Zero every byte."""
+        self.backend.synchronize()
+        lib.ggml_backend_buffer_clear(self._buffer, 0)
+
+    def close(self) -> None:
+        """Free the buffer. Safe to call twice."""
+        if self._buffer is not None:
+            ffi.release(self._buffer)
+            ffi.release(self._context)
+            self._buffer = None
+
+
+class MappedArena:
+    """Tensors that lie in memory the caller owns (a mapped file): nothing is copied. CPU only."""
+
+    def __init__(self, backend: Backend, memory: npt.NDArray[np.uint8], specs: Mapping[str, tuple[Shape, GGMLType, int]]) -> None:
+        """``specs``: name to (row-major shape, dtype, byte offset into ``memory``, a multiple of 32)."""
+        if backend.is_cuda:
+            raise DeviceError("mapped tensors need the CPU back end")
+        self._memory = memory  # keeps the mapping alive
+        self._context = new_context(len(specs), "mapped tensors")
+        base = ffi.from_buffer(memory)
+        self._buffer = owned(
+            lib.ggml_backend_cpu_buffer_from_ptr(ffi.cast("void *", base), memory.nbytes), lib.ggml_backend_buffer_free, "mapping"
+        )
+        lib.ggml_backend_buffer_set_usage(self._buffer, _USAGE_WEIGHTS)
+        self._tensors: dict[str, Tensor] = {}
+        for name, (shape, dtype, offset) in specs.items():
+            tensor = new_tensor(self._context, shape, dtype)
+            check(lib.ggml_backend_tensor_alloc(self._buffer, tensor, ffi.cast("char *", base) + offset), f"mapping {name}")
+            self._tensors[name] = Tensor(tensor, shape, dtype, None)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Any:
+        return iter(self._tensors)
+
+    def close(self) -> None:
+        """Forget the tensors; the mapping itself is the caller's. Safe to call twice."""
+        if self._buffer is not None:
+            ffi.release(self._buffer)
+            ffi.release(self._context)
+            self._buffer = None
+
+
+class Staging:
+    """Page-locked host memory for uploads: two halves, one being filled while the other is in flight."""
+
+    def __init__(self, backend: Backend, size: int = 64 << 20) -> None:
+        """``size``: bytes of each half."""
+        self.backend, self.size = backend, size
+        host_type = lib.ggml_backend_dev_host_buffer_type(backend.device)
+        buffer_type = backend.buffer_type if host_type == ffi.NULL else host_type
+        self._buffer = owned(
+            lib.ggml_backend_buft_alloc_buffer(buffer_type, 2 * size), lib.ggml_backend_buffer_free, "staging memory"
+        )
+        base = ffi.cast("char *", lib.ggml_backend_buffer_get_base(self._buffer))
+        self._halves = [np.frombuffer(ffi.buffer(base + i * size, size), np.uint8) for i in range(2)]
+        self._turn = 0
+
+    def upload(self, tensor: Tensor, data: npt.NDArray[np.uint8]) -> None:
+        """Copy ``data`` to ``tensor`` in pieces; the last transfer may still be in flight when this returns."""
+        for start in range(0, data.nbytes, self.size):
+            piece = data[start : start + self.size]
+            half = self._halves[self._turn]
+            half[: piece.nbytes] = piece  # reads the file; the other half's transfer runs meanwhile
+            self.backend.synchronize()
+            lib.ggml_backend_tensor_set_async(self.backend.c, tensor.c, ffi.from_buffer(half), start, piece.nbytes)
+            self._turn = 1 - self._turn
+
+    def close(self) -> None:
+        """Wait for the last transfer and free the memory."""
+        self.backend.synchronize()
+        self._halves = []
+        ffi.release(self._buffer)
+
+
+def new_context(tensors: int, what: str) -> Any:
+    """A ggml context for the descriptions of ``tensors`` tensors, without their data."""
+    size = lib.ggml_tensor_overhead() * (tensors + 1)
+    params = ffi.new("struct ggml_init_params *", {"mem_size": size, "mem_buffer": ffi.NULL, "no_alloc": True})
+    return owned(lib.ggml_init(params[0]), lib.ggml_free, f"a context for {what}")

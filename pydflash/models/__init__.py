@@ -1,0 +1,62 @@
+"""Models: what a file becomes when it is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydflash.backend import Backend
+from pydflash.gguf import GGUFFile
+from pydflash.models.qwen35 import Config, Qwen35
+from pydflash.tokenizer import Tokenizer
+from pydflash.weights import Progress, Weights, find_tensors
+
+__all__ = ["Model", "load_model"]
+
+
+class Model:
+    """A loaded target: immutable weights on one device, shared by any number of sessions.
+
+    ``config`` holds the hyperparameters, ``tokenizer`` the vocabulary, ``file`` the GGUF file with its metadata, ``backend`` the
+    device. ``close()`` (or ``with``) frees everything; close the model's sessions first.
+    """
+
+    def __init__(self, file: GGUFFile, backend: Backend, config: Config, weights: Weights) -> None:
+        self.file, self.backend, self.config, self.weights = file, backend, config, weights
+        self.network = Qwen35(config, weights)
+        self.tokenizer = Tokenizer.from_metadata(file.metadata)
+        self.path = file.path
+
+    def close(self) -> None:
+        """Free the weights and the device. Safe to call twice."""
+        self.weights.close()
+        self.backend.close()
+        self.file.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def load_model(
+    path: str | Path, device: str = "auto", progress: Progress | None = None, *, threads: int | None = None
+) -> Model:
+    """Load a ``qwen35`` GGUF file (the first part of a split one loads all).
+
+    ``device``: 'auto', 'cpu', 'cuda' or 'cuda:N'. ``progress(bytes_done, bytes_total)`` is called while weights are read.
+    ``threads`` is for the CPU. Raises LoadError, NoDevice or OutOfMemory; nothing stays allocated then.
+    """
+    file = GGUFFile.open(path)
+    try:
+        config = Config.read(file)
+        infos = find_tensors(file, config.tensors())
+        backend = Backend(device, threads)
+        try:
+            return Model(file, backend, config, Weights(file, infos, backend, progress))
+        except BaseException:
+            backend.close()
+            raise
+    except BaseException:
+        file.close()
+        raise

@@ -1,0 +1,229 @@
+"""The DFlash draft (arXiv:2602.06036): a few Qwen3-style layers that fill a block of masks in one pass.
+
+The draft has no embedding and no head of its own; it uses the target's. What it knows of the text are fused *features* of the
+target: residual streams tapped after some layers, projected and normalised, whose K and V are injected into every layer. A block
+is [anchor, MASK, MASK, ...] at positions start, start+1, ...; row i proposes the token at its own position start + i.
+T rows of a step; H, Hkv, D query heads, key/value heads and their size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pydflash import ops
+from pydflash.errors import BadMetadata, DraftMismatch, UnsupportedArchitecture
+from pydflash.gguf import GGUFFile
+from pydflash.state import DraftCache, DraftInputs
+from pydflash.tensor import Shape, Tensor
+from pydflash.weights import Linear, Weights
+
+__all__ = ["DFlash", "DraftConfig"]
+
+_LIMIT = 1 << 20
+_FORK_ARCHITECTURES = ("dflash-draft", "qwen35-dflash-draft")
+_UNSUPPORTED = {
+    "selector_predecessor.weight": "a DFlash2 candidate selector",
+    "blk.0.attn_conv_base": "DFlash2 convolutions",
+    "markov_w1.weight": "a DSpark Markov head",
+    "d2t": "a reduced draft vocabulary",
+}
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """Hyperparameters of a draft. ``taps``: target layers (0-based) after which the residual stream is tapped, in order.
+
+    ``windows``: per layer, the sliding window or 0 for full attention. ``causal``: per layer, whether block rows see only
+    earlier rows of the block.
+    """
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    rope_base: float
+    eps: float
+    block_size: int
+    mask_token_id: int
+    taps: tuple[int, ...]
+    windows: tuple[int, ...]
+    causal: tuple[bool, ...]
+
+    @classmethod
+    def read(cls, file: GGUFFile, causal: bool | None = None) -> DraftConfig:
+        """From a file's metadata, in either layout (tensor names decide which).
+
+        ``causal`` overrides what the file says of the rows inside a block, for every layer. Without it and without a key
+        'attention.causal', sliding layers are causal inside the block and full layers are not.
+        Raises UnsupportedArchitecture or BadMetadata.
+        """
+        prefix = file.require("general.architecture", str)
+        if prefix != "dflash" and prefix not in _FORK_ARCHITECTURES:
+            known = ", ".join(("dflash", *_FORK_ARCHITECTURES))
+            raise UnsupportedArchitecture(f"{file.path}: architecture {prefix!r} is not a DFlash draft; known are {known}")
+        for name, what in _UNSUPPORTED.items():
+            if name in file.tensors:
+                raise UnsupportedArchitecture(f"{file.path}: the draft has {what} (tensor {name!r}), which is not supported")
+
+        def number(key: str) -> int:
+            value = int(file.require(f"{prefix}.{key}", int))
+            if not 1 <= value <= _LIMIT:
+                raise BadMetadata(f"{file.path}: {prefix}.{key} is {value}; it must lie in 1..{_LIMIT}")
+            return value
+
+        fork = _is_fork(file)
+        layers = number("block_count")
+        windows = _windows(file, prefix, layers)
+        said = file.get(f"{prefix}.attention.causal", bool, default=None) if causal is None else causal
+        if fork:
+            taps, mask = file.require(f"{prefix}.dflash.target_layer_ids", list), f"{prefix}.dflash.mask_token_id"
+        else:
+            taps, mask = [int(t) - 1 for t in file.require(f"{prefix}.target_layers", list)], "tokenizer.ggml.mask_token_id"
+        config = cls(
+            layers=layers,
+            hidden=number("embedding_length"),
+            ffn=number("feed_forward_length"),
+            heads=number("attention.head_count"),
+            kv_heads=number("attention.head_count_kv"),
+            head_size=number("attention.key_length"),
+            rope_base=float(file.require(f"{prefix}.rope.freq_base", float)),
+            eps=float(file.require(f"{prefix}.attention.layer_norm_rms_epsilon", float)),
+            block_size=number("dflash.block_size" if fork else "block_size"),
+            mask_token_id=int(file.require(mask, int)),
+            taps=tuple(int(t) for t in taps),
+            windows=windows,
+            causal=tuple(bool(w) if said is None else said for w in windows),
+        )
+        config._check(file)
+        return config
+
+    def _check(self, file: GGUFFile) -> None:
+        rules = [
+            (2 <= self.block_size <= ops.EXACT_ROWS, f"block_size is {self.block_size}; 2 to {ops.EXACT_ROWS} are supported"),
+            (self.heads % self.kv_heads == 0, f"{self.heads} heads over {self.kv_heads} K/V heads"),
+            (self.head_size in (64, 128, 256), f"heads of {self.head_size}; 64, 128 and 256 are supported"),
+            (1.0 <= self.rope_base < 1e12, f"rope.freq_base is {self.rope_base}"),
+            (0.0 < self.eps < 1.0, f"layer_norm_rms_epsilon is {self.eps}"),
+            (1 <= len(self.taps) <= 64, f"{len(self.taps)} target layers; 1 to 64 are supported"),
+            (self.mask_token_id >= 0, f"mask_token_id is {self.mask_token_id}"),
+        ]
+        for holds, found in rules:
+            if not holds:
+                raise BadMetadata(f"{file.path}: {found}")
+
+    def check_target(self, path: object, layers: int, hidden: int, vocab: int) -> None:
+        """DraftMismatch, naming both values, unless the draft fits a target with ``layers``, ``hidden`` and ``vocab``."""
+        if self.hidden != hidden:
+            raise DraftMismatch(f"{path}: the draft's hidden size is {self.hidden}, the target's {hidden}")
+        if not all(0 <= tap < layers for tap in self.taps):
+            raise DraftMismatch(f"{path}: the draft taps layers {list(self.taps)}, the target has layers 0..{layers - 1}")
+        if self.mask_token_id >= vocab:
+            raise DraftMismatch(f"{path}: the draft's mask token is {self.mask_token_id}, the target's vocabulary holds {vocab}")
+
+    def tensors(self) -> dict[str, Shape]:
+        """Every tensor of the forward pass: name (of the llama.cpp layout) to row-major shape."""
+        c, q, kv = self.hidden, self.heads * self.head_size, self.kv_heads * self.head_size
+        shapes: dict[str, Shape] = {
+            "fc.weight": (c, len(self.taps) * c), "enc.output_norm.weight": (c,), "output_norm.weight": (c,),
+        }  # fmt: skip
+        for i in range(self.layers):
+            block: dict[str, Shape] = {
+                "attn_norm": (c,), "ffn_norm": (c,), "attn_q_norm": (self.head_size,), "attn_k_norm": (self.head_size,),
+                "attn_q": (q, c), "attn_k": (kv, c), "attn_v": (kv, c), "attn_output": (c, q),
+                "ffn_gate": (self.ffn, c), "ffn_up": (self.ffn, c), "ffn_down": (c, self.ffn),
+            }  # fmt: skip
+            shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in block.items()}
+        return shapes
+
+
+def _is_fork(file: GGUFFile) -> bool:
+    """The other layout in the wild: ``dflash.*`` tensor names, raw layer ids."""
+    return any(name in file.tensors for name in ("dflash.fc.weight", "dflash_fc.weight"))
+
+
+def tensor_names(file: GGUFFile, expected: Mapping[str, Shape]) -> dict[str, str]:
+    """The file's own name for each expected tensor."""
+    if not _is_fork(file):
+        return {name: name for name in expected}
+    other = {"fc.weight": "fc.weight", "enc.output_norm.weight": "hidden_norm.weight"}
+    names: dict[str, str] = {}
+    for name in expected:
+        candidates = [name, name.replace(".ffn_norm.", ".post_attention_norm.")]
+        if name in other:
+            candidates = [f"dflash.{other[name]}", f"dflash_{other[name]}"]
+        names[name] = next((c for c in candidates if c in file.tensors), candidates[0])
+    return names
+
+
+def _windows(file: GGUFFile, prefix: str, layers: int) -> tuple[int, ...]:
+    """Per layer: the sliding window, or 0."""
+    window = int(file.get(f"{prefix}.attention.sliding_window", int, default=0))
+    pattern = file.get(f"{prefix}.attention.sliding_window_pattern", list, default=None)
+    if pattern is None:
+        pattern = [window > 0] * layers
+    if len(pattern) != layers or not 0 <= window <= 1 << 24 or (any(pattern) and not window):
+        raise BadMetadata(f"{file.path}: sliding_window {window} with pattern {list(pattern)} does not fit {layers} layers")
+    return tuple(window if sliding else 0 for sliding in pattern)
+
+
+class DraftLayer:
+    """Attention over [injected context | block], then SwiGLU; plain Qwen3 norms."""
+
+    def __init__(self, weights: Weights, names: Mapping[str, str], layer: int, config: DraftConfig) -> None:
+        def named(name: str) -> Tensor:
+            return weights[names[f"blk.{layer}.{name}.weight"]]
+
+        def linear(name: str) -> Linear:
+            return Linear(named(name))
+
+        self.layer, self.config = layer, config
+        self.attn_norm, self.ffn_norm = named("attn_norm"), named("ffn_norm")
+        self.attn_q_norm, self.attn_k_norm = named("attn_q_norm"), named("attn_k_norm")
+        self.attn_q, self.attn_k, self.attn_v = linear("attn_q"), linear("attn_k"), linear("attn_v")
+        self.attn_output = linear("attn_output")
+        self.ffn_gate, self.ffn_up, self.ffn_down = linear("ffn_gate"), linear("ffn_up"), linear("ffn_down")
+
+    def keys_values(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, hidden) to K after norm and RoPE, and V: (T, Hkv, D) each. The same for context and block rows."""
+        c, T = self.config, x.shape[0]
+        k = ops.rms_norm(self.attn_k(x).reshape(T, c.kv_heads, c.head_size), self.attn_k_norm, c.eps)
+        v = self.attn_v(x).reshape(T, c.kv_heads, c.head_size)
+        return ops.rope(k, positions, c.head_size, c.rope_base), v
+
+    def __call__(self, x: Tensor, inputs: DraftInputs, cache: DraftCache) -> Tensor:
+        c, T = self.config, x.shape[0]
+        h = ops.rms_norm(x, self.attn_norm, c.eps)
+        q = ops.rms_norm(self.attn_q(h).reshape(T, c.heads, c.head_size), self.attn_q_norm, c.eps)
+        q = ops.rope(q, inputs.positions, c.head_size, c.rope_base)
+        k, v = self.keys_values(h, inputs.positions)
+        o = cache.attend(self.layer, q, k, v, inputs)  # (T, H, D)
+        x = x + self.attn_output(o.reshape(T, c.heads * c.head_size))
+        h = ops.rms_norm(x, self.ffn_norm, c.eps)
+        return x + self.ffn_down(ops.swiglu(self.ffn_gate(h), self.ffn_up(h)))
+
+
+class DFlash:
+    """The draft's two passes. It holds weights only; everything that changes is handed in."""
+
+    def __init__(self, config: DraftConfig, weights: Weights, names: Mapping[str, str]) -> None:
+        self.config = config
+        self.fc = Linear(weights[names["fc.weight"]])
+        self.hidden_norm = weights[names["enc.output_norm.weight"]]
+        self.output_norm = weights[names["output_norm.weight"]]
+        self.layers = [DraftLayer(weights, names, layer, config) for layer in range(config.layers)]
+
+    def inject(self, features: Tensor, positions: Tensor, rows: Sequence[Tensor], cache: DraftCache) -> None:
+        """Write the context K and V of target features, (T, taps * hidden), into every layer's cache (paper, KV injection)."""
+        h = ops.rms_norm(self.fc(features), self.hidden_norm, self.config.eps)  # no input norm on context rows
+        for layer, table_rows in zip(self.layers, rows):
+            k, v = layer.keys_values(h, positions)
+            cache.store(layer.layer, k, v, table_rows)
+
+    def propose(self, x: Tensor, inputs: DraftInputs, cache: DraftCache) -> Tensor:
+        """(T, hidden) embeddings of [anchor, MASK, ...] to the hidden rows that the target's head reads."""
+        for layer in self.layers:
+            x = layer(x, inputs, cache)
+        return ops.rms_norm(x, self.output_norm, self.config.eps)

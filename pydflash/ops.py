@@ -1,0 +1,276 @@
+"""The operations of the models, under the names their papers use. Shapes are checked here, before ggml sees them.
+
+T is the number of rows (tokens) of a step, H query heads, Hkv key/value heads, D a head's size, C hidden or channel columns.
+A step of at most ``EXACT_ROWS`` rows takes the kernels whose rows do not depend on one another (D8 in docs/architecture.md);
+wider steps (prefill) take ggml's faster ones.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+from pydflash._ffi import ffi, lib
+from pydflash.errors import ShapeError
+from pydflash.ggml_types import GGMLType
+from pydflash.tensor import Shape, Tensor, ggml_shape
+
+__all__ = [
+    "EXACT_ROWS",
+    "TAPE_ROWS",
+    "argmax",
+    "attention",
+    "attention_prefill",
+    "copy_into",
+    "delta_inputs",
+    "delta_rule",
+    "get_rows",
+    "linear",
+    "rms_norm",
+    "rope",
+    "set_rows",
+    "sigmoid",
+    "silu",
+    "swiglu",
+    "turbo_wht",
+]
+
+EXACT_ROWS = 16
+"""The widest step whose rows are bit-equal to the same rows alone."""
+
+TAPE_ROWS = 16
+"""Rows of the delta-net's tape (PYDFLASH_TAPE_ROWS): what a forward may leave pending."""
+
+_ROPE_NEOX = 2
+_PRECISION_F32 = 10
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ShapeError(message)
+
+
+def _custom(
+    op: int,
+    operands: Sequence[Tensor],
+    shape: Shape,
+    params: Sequence[int | float] = (),
+) -> Tensor:
+    """One of our own nodes (ggml_ext/ext.h). Float parameters travel as their bits."""
+    words = [p if isinstance(p, int) else struct.unpack("<i", struct.pack("<f", p))[0] for p in params]
+    words += [0] * (8 - len(words))
+    node = lib.pydflash_op_new(
+        operands[0].context,
+        op,
+        int(GGMLType.F32),
+        ffi.new("int64_t[4]", ggml_shape(shape)),
+        ffi.new("struct ggml_tensor *[]", [t.c for t in operands]),
+        len(operands),
+        ffi.new("int32_t[8]", words),
+        ffi.NULL,
+    )
+    return operands[0].derive(node, shape, GGMLType.F32)
+
+
+# --- rows of tables and caches ----------------------------------------------------------------------------------------
+
+
+def get_rows(table: Tensor, rows: Tensor) -> Tensor:
+    """``table[rows]`` as f32: (N, C) of any dtype and (T,) int32 to (T, C)."""
+    _require(len(table.shape) == 2 and len(rows.shape) == 1, f"get_rows: {table!r} is not a matrix or {rows!r} not a vector")
+    shape = (rows.shape[0], table.shape[1])
+    return rows.derive(lib.ggml_get_rows(rows.context, table.c, rows.c), shape, GGMLType.F32)
+
+
+def set_rows(table: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """``table[rows] = values`` in place, converted or quantised to the table's dtype; returns the table after it.
+
+    (N, C), (T,) int32 and (T, C) f32.
+    """
+    _require(
+        len(table.shape) == 2 and values.shape == (*rows.shape, table.shape[1]),
+        f"set_rows: {values!r} does not fill {rows!r} rows of {table!r}",
+    )
+    node = lib.ggml_set_rows(values.context, table.c, values.c, rows.c)
+    return values.derive(node, table.shape, table.dtype)
+
+
+def copy_into(target: Tensor, source: Tensor) -> Tensor:
+    """``target[...] = source``, both of the same shape; ``target`` may be a strided view of state."""
+    _require(target.shape == source.shape, f"copy_into: {source!r} does not fit {target!r}")
+    return source.derive(lib.ggml_cpy(source.context, source.c, target.c), target.shape, target.dtype)
+
+
+# --- element-wise and norms -------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis; GGUF norm weights already hold Qwen's +1."""
+    _require(weight.shape == x.shape[-1:], f"rms_norm: weight {weight!r} does not fit {x!r}")
+    return x.derive(lib.ggml_rms_norm(x.context, x.c, eps), x.shape) * weight
+
+
+def silu(x: Tensor) -> Tensor:
+    """``x * sigmoid(x)``."""
+    return x.derive(lib.ggml_silu(x.context, x.contiguous().c), x.shape)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """``1 / (1 + exp(-x))``."""
+    return x.derive(lib.ggml_sigmoid(x.context, x.contiguous().c), x.shape)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up`` (Shazeer, GLU Variants Improve Transformer)."""
+    _require(gate.shape == up.shape, f"swiglu: {gate!r} and {up!r} differ")
+    return gate.derive(lib.ggml_swiglu_split(gate.context, gate.c, up.c), gate.shape)
+
+
+def argmax(x: Tensor) -> Tensor:
+    """Index of the largest value of each row: (T, C) to (T,) int32."""
+    return x.derive(lib.ggml_argmax(x.context, x.c), x.shape[:-1], GGMLType.I32)
+
+
+# --- products ---------------------------------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T``: (T, K) f32 and (M, K) of any dtype to (T, M) f32."""
+    _require(
+        len(x.shape) == 2 and len(weight.shape) == 2 and x.shape[1] == weight.shape[1],
+        f"linear: {x!r} and weight {weight!r} do not fit",
+    )
+    shape = (x.shape[0], weight.shape[0])
+    if x.shape[0] <= EXACT_ROWS:
+        return _custom(lib.PYDFLASH_OP_LINEAR, [x.contiguous(), weight], shape)
+    return x.derive(lib.ggml_mul_mat(x.context, weight.c, x.c), shape)
+
+
+# --- positions --------------------------------------------------------------------------------------------------------
+
+
+def rope(x: Tensor, positions: Tensor, dims: int, base: float) -> Tensor:
+    """Rotary embedding of the first ``dims`` values of each head, NEOX pairs (i, i + dims/2): (T, H, D), positions (T,) int32.
+
+    For text, Qwen's interleaved multi-axis RoPE has the same position on every axis and equals this.
+    """
+    _require(
+        len(x.shape) == 3 and positions.shape == x.shape[:1] and 0 < dims <= x.shape[2] and dims % 2 == 0,
+        f"rope: {x!r}, positions {positions!r} and {dims} dims do not fit",
+    )
+    args: list[Any] = [dims, _ROPE_NEOX, 0, base, 1.0, 0.0, 1.0, 0.0, 0.0]
+    return x.derive(lib.ggml_rope_ext(x.context, x.c, positions.c, ffi.NULL, *args), x.shape)
+
+
+def turbo_wht(x: Tensor, group: int, signs: Tensor | None = None, inverse: bool = False) -> Tensor:
+    """Walsh-Hadamard rotation of each group of ``group`` values of the last axis (ggml_ext/turbo_wht.h).
+
+    ``signs`` (2, group) f32 holds the sign vectors D1 and D2 of the signed form. Orthonormal; ``inverse`` undoes it.
+    """
+    _require(group in (64, 128, 256), f"turbo_wht: group {group} is not one of 64, 128, 256")
+    _require(x.shape[-1] % group == 0, f"turbo_wht: group {group} does not divide the last axis of {x!r}")
+    _require(signs is None or signs.shape == (2, group), f"turbo_wht: signs {signs!r} are not (2, {group})")
+    _require(x.dtype == GGMLType.F32, f"turbo_wht: {x!r} is not f32")
+    operands = [x] if signs is None else [x, signs]
+    return _custom(lib.PYDFLASH_OP_TURBO_WHT, operands, x.shape, [group, int(inverse)])
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    kv_heads: int,
+    *,
+    causal: bool = True,
+    window: int = 0,
+    slot_positions: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention of at most 16 rows over a cache (ggml_ext/attention.h): q (T, H, D) to (T, H, D).
+
+    ``k_cache``, ``v_cache``: (P, Hkv*D), each of its own dtype. A row at position p sees slots with position <= p (all when not
+    ``causal``), within ``window`` positions unless 0. Slot s holds position s, or ``slot_positions[s]`` (negative: empty).
+    """
+    rows, heads, size = q.shape
+    _require(rows <= EXACT_ROWS, f"attention: {rows} rows; at most {EXACT_ROWS}")
+    _require(
+        k_cache.shape == v_cache.shape and k_cache.shape[1] == kv_heads * size and heads % kv_heads == 0,
+        f"attention: q {q!r} does not fit K {k_cache!r}, V {v_cache!r} of {kv_heads} heads",
+    )
+    operands = [q.contiguous(), k_cache, v_cache, positions]
+    if slot_positions is not None:
+        _require(slot_positions.shape == k_cache.shape[:1], f"attention: {slot_positions!r} does not cover {k_cache!r}")
+        operands.append(slot_positions)
+    return _custom(lib.PYDFLASH_OP_ATTENTION, operands, q.shape, [float(size**-0.5), int(causal), window, kv_heads])
+
+
+def attention_prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor, kv_heads: int) -> Tensor:
+    """Softmax attention of any number of rows by ggml's flash attention: q (T, H, D), mask (T, P) f16 added to the scores."""
+    rows, heads, size = q.shape
+    slots = k_cache.shape[0]
+    _require(mask.shape == (rows, slots), f"attention_prefill: mask {mask!r} is not ({rows}, {slots})")
+    k, v = _heads(k_cache, kv_heads, q), _heads(v_cache, kv_heads, q)
+    node = lib.ggml_flash_attn_ext(q.context, q.permute(1, 0, 2).c, k, v, mask.c, size**-0.5, 0.0, 0.0)
+    lib.ggml_prec_set_acc(node, _PRECISION_F32)
+    return q.derive(node, (rows, heads, size))
+
+
+def _heads(cache: Tensor, kv_heads: int, like: Tensor) -> Any:
+    """(P, Hkv*D) seen as (Hkv, P, D): ggml's attention wants one matrix a head."""
+    slots, columns = cache.shape
+    size = columns // kv_heads
+    row, head = cache.c.nb[1], size // cache.dtype.block_size * cache.dtype.type_size
+    return lib.ggml_view_4d(like.context, cache.c, size, slots, kv_heads, 1, row, head, row * slots, 0)
+
+
+# --- gated delta-net --------------------------------------------------------------------------------------------------
+
+
+def delta_inputs(
+    x: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    conv_weight: Tensor,
+    ssm_a: Tensor,
+    dt_bias: Tensor,
+    window: Tensor,
+    counts: Tensor,
+    *,
+    keep: bool,
+) -> Tensor:
+    """Convolution, gates and tape of a gated delta-net layer (ggml_ext/delta_inputs.h).
+
+    x (T, C) raw q|k|v, alpha and beta (T, Hv), counts (2,) int32 = rows to replay, real rows; result (16 + T, C + 2 Hv).
+    ``keep``: the rows stay pending (T <= 16); otherwise they are committed at once.
+    """
+    rows, channels = x.shape
+    heads = alpha.shape[1]
+    history = conv_weight.shape[1] - 1
+    _require(alpha.shape == beta.shape == (rows, heads), f"delta_inputs: alpha {alpha!r}, beta {beta!r} for {rows} rows")
+    _require(conv_weight.shape[0] == channels, f"delta_inputs: conv weight {conv_weight!r} for {channels} channels")
+    _require(ssm_a.shape == dt_bias.shape == (heads,), f"delta_inputs: ssm_a {ssm_a!r}, dt {dt_bias!r} for {heads} heads")
+    _require(
+        window.shape == (history + TAPE_ROWS, channels + 2 * heads) and counts.shape == (2,),
+        f"delta_inputs: window {window!r} or counts {counts!r}",
+    )
+    _require(not keep or rows <= TAPE_ROWS, f"delta_inputs: {rows} rows cannot stay pending, the tape holds {TAPE_ROWS}")
+    operands = [x, alpha, beta, conv_weight, ssm_a, dt_bias, window, counts]
+    return _custom(lib.PYDFLASH_OP_DELTA_INPUTS, operands, (TAPE_ROWS + rows, channels + 2 * heads), [int(keep)])
+
+
+def delta_rule(inputs: Tensor, state: Tensor, counts: Tensor, *, k_heads: int, eps: float, keep: bool) -> Tensor:
+    """The gated delta rule over replayed and new rows (ggml_ext/delta_rule.h): state (Hv, D, D) to o (T, Hv*D)."""
+    heads, size, _ = state.shape
+    rows = inputs.shape[0] - TAPE_ROWS
+    _require(
+        state.shape == (heads, size, size) and inputs.shape[1] == (2 * k_heads + heads) * size + 2 * heads,
+        f"delta_rule: inputs {inputs!r} do not fit state {state!r} and {k_heads} k-heads",
+    )
+    _require(size % 32 == 0 and size <= 256, f"delta_rule: head size {size} is not a multiple of 32 up to 256")
+    return _custom(
+        lib.PYDFLASH_OP_DELTA_RULE, [inputs, state, counts], (rows, heads * size), [int(keep), k_heads, size, eps]
+    )

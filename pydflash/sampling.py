@@ -1,0 +1,335 @@
+"""From logits to a token: options, the chain of filters, and the random draw.
+
+The chain has llama.cpp's order and definitions: logit bias, mask, penalties, top-k, top-p, min-p, temperature, draw.
+The filters see the probabilities at temperature 1; the temperature only reshapes what they leave.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from operator import index
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ConfigError, NativeError, ShapeError, SnapshotMismatch
+
+__all__ = ["Law", "MaskFunction", "Sampler", "SamplingParams"]
+
+Ids = npt.NDArray[np.int64]
+MaskFunction = Callable[[Sequence[int]], "npt.NDArray[np.bool_] | None"]
+
+BLOCK = 256  # logits per block in the search for the largest, near the square root of a vocabulary
+SMALLEST_TEMPERATURE = 1e-30  # float32 knows nothing between it and 0; both mean the most likely token
+FIRST_NUCLEUS = 256  # top-p rarely keeps more; the search widens from here
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when generation ends. The defaults are greedy.
+
+    temperature: 0 takes the most likely token; above, logits are divided by it (0 or more).
+    top_k: keep this many of the most likely tokens; 0 keeps all.
+    top_p: keep the fewest tokens whose probabilities sum to at least this; 1 keeps all.
+    min_p: keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
+    repetition_penalty: divide positive and multiply negative logits of tokens seen; 1 is off.
+    frequency_penalty: subtract this for each time a token was seen (-2 to 2).
+    presence_penalty: subtract this once from tokens seen (-2 to 2).
+    logit_bias: token id to a value added to its logit; -inf bans the token.
+    seed: of the random draws; None takes one from the operating system.
+    max_tokens: most tokens to generate.
+    stop: texts that end generation; a single string is one text.
+    ignore_eos: generate past the model's end-of-turn tokens.
+    penalty_window: how many of the last tokens, prompt included, the penalties look at; -1 is all of them, 0 none.
+
+    Raises ConfigError for a value outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    seed: int | None = None
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    penalty_window: int = 64
+
+    def __post_init__(self) -> None:
+        self._check_float("temperature", 0.0, math.inf)
+        self._check_int("top_k", 0, None)
+        self._check_float("top_p", 0.0, 1.0, open_low=True)
+        self._check_float("min_p", 0.0, 1.0)
+        self._check_float("repetition_penalty", 0.0, math.inf, open_low=True)
+        self._check_float("frequency_penalty", -2.0, 2.0)
+        self._check_float("presence_penalty", -2.0, 2.0)
+        if self.seed is not None:
+            self._check_int("seed", 0, 2**64 - 1)
+        self._check_int("max_tokens", 1, None)
+        self._check_int("penalty_window", -1, None)
+        if not isinstance(self.ignore_eos, bool):
+            raise ConfigError(f"ignore_eos is {self.ignore_eos!r}; allowed: True, False")
+        self._set("stop", _checked_stop(self.stop))
+        if self.logit_bias is not None:
+            self._set("logit_bias", _checked_bias(self.logit_bias))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_int(self, name: str, low: int, high: int | None) -> None:
+        value = getattr(self, name)
+        allowed = f"{low} or more" if high is None else f"{low} to {high}"
+        try:
+            number = index(value)
+        except TypeError:
+            raise ConfigError(f"{name} is {value!r}; allowed: an integer, {allowed}") from None
+        if isinstance(value, bool) or number < low or (high is not None and number > high):
+            raise ConfigError(f"{name} is {value!r}; allowed: an integer, {allowed}")
+        self._set(name, number)
+
+    def _check_float(self, name: str, low: float, high: float, open_low: bool = False) -> None:
+        value = getattr(self, name)
+        bound = f"above {low:g}" if open_low else f"{low:g} or more"
+        allowed = f"a finite number, {bound}" + ("" if high == math.inf else f", at most {high:g}")
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise ConfigError(f"{name} is {value!r}; allowed: {allowed}")
+        number = float(value)
+        if not math.isfinite(number) or number < low or number > high or (open_low and number == low):
+            raise ConfigError(f"{name} is {value!r}; allowed: {allowed}")
+        self._set(name, number)
+
+    @property
+    def penalises(self) -> bool:
+        """Whether the tokens seen so far change the logits."""
+        off = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) == (1.0, 0.0, 0.0)
+        return not off and self.penalty_window != 0
+
+
+class Law(NamedTuple):
+    """What a draw chooses from: token ids (n,) and their unnormalised probabilities (n,), in the order of summation."""
+
+    ids: Ids
+    weights: npt.NDArray[np.floating[Any]]
+
+
+class Sampler:
+    """Chooses tokens by ``params``; owns the random generator, and nothing else that changes.
+
+    ``mask_fn(history)`` returns a bool array (vocab,) of the tokens a grammar allows next, or None for all. It must
+    depend on ``history`` alone, because verification asks about several positions and may throw the answers away.
+    """
+
+    def __init__(self, params: SamplingParams, vocab_size: int, mask_fn: MaskFunction | None = None) -> None:
+        """Raises ConfigError where ``params.logit_bias`` names a token outside the vocabulary."""
+        self.params = params
+        self.vocab_size = vocab_size
+        self._mask_fn = mask_fn
+        self._generator = np.random.Generator(np.random.PCG64(params.seed))
+        bias = params.logit_bias or {}
+        self._bias_ids = np.fromiter(bias.keys(), np.int64, len(bias))
+        self._all_ids = np.arange(vocab_size)
+        self._bias = np.fromiter(bias.values(), np.float32, len(bias))
+        outside = self._bias_ids[self._bias_ids >= vocab_size]
+        if outside.size:
+            raise ConfigError(f"logit_bias names token {outside[0]}; the vocabulary has {vocab_size:,} tokens")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is always taken; no random number is used then."""
+        return self.params.temperature == 0.0
+
+    @property
+    def needs_logits(self) -> bool:
+        """False where the argmax of the model's own logits is the answer, so that the device can compute it."""
+        changed = self.params.penalises or self._bias_ids.size > 0 or self._mask_fn is not None
+        return changed or not self.is_greedy
+
+    def draw(self, logits: npt.NDArray[Any], history: Sequence[int]) -> int:
+        """Return the next token after ``history`` (all tokens so far, prompt included).
+
+        ``logits``: (vocab,) float, left unchanged. Uses exactly one uniform number, or none if greedy; the first of
+        equal logits wins a greedy choice. Raises ShapeError for other shapes or ids outside the vocabulary, NativeError
+        for NaN logits, ConfigError where bias and mask leave no token.
+        """
+        law = self._law(logits, history)
+        if self.is_greedy:
+            return int(law.ids[0])
+        return int(law.ids[_choose(law.weights, self._generator.random())])
+
+    def probabilities(self, logits: npt.NDArray[Any], history: Sequence[int]) -> tuple[Ids, npt.NDArray[np.float64]]:
+        """Return the law of ``draw``: ids (n,) of the tokens that remain and their probabilities (n,) float64."""
+        law = self._law(logits, history)
+        weights = law.weights.astype(np.float64)
+        return law.ids.copy(), weights / weights.sum()
+
+    def state(self) -> dict[str, Any]:
+        """Return the generator's state, made of dicts, strings and integers, for ``restore``."""
+        return copy.deepcopy(dict(self._generator.bit_generator.state))
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state()``. Raises SnapshotMismatch for anything that is not a PCG64 state."""
+        try:
+            self._generator.bit_generator.state = copy.deepcopy(dict(state))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise SnapshotMismatch(f"sampler state: not a PCG64 generator state ({error!r})") from error
+
+    def _law(self, logits: npt.NDArray[Any], history: Sequence[int]) -> Law:
+        """The chain. Greedy needs only its head: no filter removes the most likely token."""
+        logits = self._adjusted(logits, history)
+        best = int(np.argmax(logits))
+        peak = logits[best]
+        if not np.isfinite(peak):
+            _refuse(float(peak))
+        if self.is_greedy:
+            return Law(np.array([best]), np.ones(1))
+        ids = self._filtered(logits, peak)
+        relative = (logits if ids is None else logits[ids]) - peak
+        with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to -inf, which is its meaning
+            weights = np.exp(relative / np.float32(max(self.params.temperature, SMALLEST_TEMPERATURE)))
+        return Law(self._all_ids if ids is None else ids, weights)
+
+    def _filtered(self, logits: npt.NDArray[np.float32], peak: np.float32) -> Ids | None:
+        """Return the ids that top-k, top-p and min-p leave, or None for all of them; ``peak`` is the largest logit."""
+        params = self.params
+        ids: Ids | None = None
+        if params.top_k:
+            ids = _largest(logits, params.top_k)
+            if params.top_p < 1.0:
+                weights = _weights(logits[ids], peak)
+                ids = ids[: _nucleus(weights, weights.sum(), params.top_p)]
+        elif params.top_p < 1.0:
+            ids = _top_p(logits, peak, params.top_p)
+        if params.min_p > 0.0:
+            likely = (logits if ids is None else logits[ids]) >= peak + np.float32(math.log(params.min_p))
+            ids = np.flatnonzero(likely) if ids is None else ids[likely]
+        return ids
+
+    def _adjusted(self, logits: npt.NDArray[Any], history: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Apply bias, mask and penalties to a copy; without any, return the logits themselves."""
+        original: npt.NDArray[np.float32] = np.asarray(logits, dtype=np.float32)
+        shape = original.shape
+        if shape != (self.vocab_size,):
+            raise ShapeError(f"logits have shape {shape}; expected ({self.vocab_size},)")
+        mask = self._mask_fn(history) if self._mask_fn is not None else None
+        if mask is None and not self._bias_ids.size and not self.params.penalises:
+            return original
+        adjusted: npt.NDArray[np.float32] = original.copy()
+        adjusted[self._bias_ids] += self._bias
+        if mask is not None:
+            if np.shape(mask) != shape or np.asarray(mask).dtype != np.bool_:
+                found = f"{np.asarray(mask).dtype} of shape {np.shape(mask)}"
+                raise ShapeError(f"mask_fn returned {found}; expected bool of shape {shape}")
+            adjusted[~np.asarray(mask)] = -np.inf
+        if self.params.penalises:
+            self._penalise(adjusted, history)
+        return adjusted
+
+    def _penalise(self, logits: npt.NDArray[np.float32], history: Sequence[int]) -> None:
+        params = self.params
+        window = history if params.penalty_window < 0 else history[-params.penalty_window :]
+        seen, counts = np.unique(np.asarray(window, dtype=np.int64), return_counts=True)
+        if not seen.size:
+            return
+        if seen[0] < 0 or seen[-1] >= self.vocab_size:
+            wrong = seen[0] if seen[0] < 0 else seen[-1]
+            raise ShapeError(f"history holds token {wrong}; the vocabulary has {self.vocab_size:,} tokens")
+        x = logits[seen]
+        # Dividing a negative logit would make the token more likely, so it is multiplied.
+        x = np.where(x <= 0, x * params.repetition_penalty, x / params.repetition_penalty)
+        logits[seen] = x - (counts * params.frequency_penalty + params.presence_penalty)
+
+
+def _refuse(peak: float) -> NoReturn:
+    """Say why there is no most likely token, given the largest logit."""
+    if peak == -math.inf:
+        raise ConfigError("logit_bias and mask_fn leave no token that may come next; allow at least one")
+    raise NativeError(f"the largest logit is {peak}; the model's numerics failed, or its weights are damaged")
+
+
+def _choose(weights: npt.NDArray[np.floating[Any]], uniform: float) -> int:
+    """Return the first place where the running sum of ``weights`` exceeds ``uniform`` (0 to 1) of the whole.
+
+    Searches blocks of weights, then inside one: a running sum over a vocabulary costs more than the rest of the chain.
+    """
+    sums = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64))
+    goal = min(uniform * sums[-1], np.nextafter(sums[-1], 0.0))  # the product may round up to the whole
+    block = int(np.searchsorted(sums, goal, side="right"))
+    inside = weights[block * BLOCK : (block + 1) * BLOCK].astype(np.float64)
+    before = sums[block - 1] if block else 0.0
+    place = int(np.searchsorted(before + np.cumsum(inside), goal, side="right"))
+    if place == len(inside):  # summed in another order the block may fall short: take its last possible token
+        place = int(np.flatnonzero(inside)[-1])
+    return block * BLOCK + place
+
+
+def _largest(logits: npt.NDArray[np.float32], count: int) -> Ids:
+    """Return the ids of the ``count`` largest finite logits, largest first, lower id first among equals."""
+    size = len(logits)
+    blocks = size // BLOCK
+    threshold = -np.inf
+    if count <= blocks // 4:
+        # At least `count` logits reach the count-th largest block maximum, so everything below it is out.
+        peaks = logits[: blocks * BLOCK].reshape(blocks, BLOCK).max(axis=1)
+        threshold = np.partition(peaks, blocks - count)[blocks - count]
+    elif count < size:
+        threshold = np.partition(logits, size - count)[size - count]
+    # A mask may leave fewer than `count`; the rest of the vocabulary then ties at -inf and must not be sorted.
+    candidates = np.flatnonzero(logits >= threshold if threshold > -np.inf else logits > -np.inf)
+    order = np.argsort(-logits[candidates], kind="stable")
+    ids: Ids = candidates[order[:count]]
+    return ids
+
+
+def _top_p(logits: npt.NDArray[np.float32], peak: np.float32, top_p: float) -> Ids:
+    """Return the ids of the fewest most likely tokens whose probabilities sum to ``top_p``, most likely first."""
+    total = float(np.exp(logits - peak).sum(dtype=np.float64))
+    count = FIRST_NUCLEUS
+    while True:
+        ids = _largest(logits, count)
+        length = _nucleus(_weights(logits[ids], peak), total, top_p)
+        if length < len(ids) or len(ids) < count:
+            return ids[:length]
+        count *= 16
+
+
+def _weights(logits: npt.NDArray[np.float32], peak: np.float32) -> npt.NDArray[np.float64]:
+    """Return probabilities relative to the most likely token's."""
+    weights: npt.NDArray[np.float64] = np.exp(logits - peak).astype(np.float64)
+    return weights
+
+
+def _nucleus(weights: npt.NDArray[np.float64], total: float, top_p: float) -> int:
+    """Return how many of the descending ``weights`` reach ``top_p`` of ``total``; all of them if they do not."""
+    return min(int(np.searchsorted(np.cumsum(weights), top_p * total, side="left")) + 1, len(weights))
+
+
+def _checked_stop(stop: object) -> tuple[str, ...]:
+    texts = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Sequence) else None
+    if texts is None or not all(isinstance(text, str) and text for text in texts):
+        raise ConfigError(f"stop is {stop!r}; allowed: a non-empty text, or a sequence of them")
+    return texts
+
+
+def _checked_bias(bias: object) -> dict[int, float]:
+    allowed = "allowed: a mapping of token id (0 or more) to a number below infinity"
+    if not isinstance(bias, Mapping):
+        raise ConfigError(f"logit_bias is {bias!r}; {allowed}")
+    checked: dict[int, float] = {}
+    for token, value in bias.items():
+        try:
+            number, amount = index(token), float(value)
+        except (TypeError, ValueError):
+            raise ConfigError(f"logit_bias has {token!r}: {value!r}; {allowed}") from None
+        if number < 0 or math.isnan(amount) or amount == math.inf:
+            raise ConfigError(f"logit_bias has {token!r}: {value!r}; {allowed}")
+        checked[number] = amount
+    return checked

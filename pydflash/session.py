@@ -1,0 +1,308 @@
+"""A session: one sequence, its caches, and the graphs that extend it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from pydflash.backend import Arena
+from pydflash.errors import ConfigError, ContextFull, NothingPending, SessionClosed, ShapeError, StateError
+from pydflash.ggml_types import GGMLType
+from pydflash.graph import Graph
+from pydflash.models import Model
+from pydflash.ops import EXACT_ROWS, argmax, copy_into, get_rows
+from pydflash.state import DeltaState, KVCache, StepInputs, cache_type, k_basis
+from pydflash.tensor import Tensor
+
+__all__ = ["Head", "Output", "Session"]
+
+Head = Literal["last", "all", "none"]
+"""Rows that the LM head runs for."""
+
+_WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+_WIDE_GRAPHS_KEPT = 3  # prefill graphs are large and used in order of their spans
+
+
+class Output:
+    """What a forward computed for the rows it was asked for; valid until the session's next forward.
+
+    ``logits``: (rows, vocab) float32, copied from the device when first asked for. ``argmax``: (rows,) int32, the most likely
+    token of each row, the first of equals.
+    """
+
+    def __init__(self, session: Session, graph: _StepGraph | None, first: int, rows: int) -> None:
+        self._session, self._graph, self._serial = session, graph, session.serial
+        self._first, self._rows = first, rows
+        self._logits: npt.NDArray[np.float32] | None = None
+        self._argmax: npt.NDArray[np.int32] | None = None
+
+    @property
+    def logits(self) -> npt.NDArray[np.float32]:
+        if self._logits is None:
+            graph = self._check()
+            self._logits = np.empty((self._rows, self._session.model.config.vocab), np.float32)
+            self._session.model.backend.read(graph.logits, self._logits)
+        return self._logits
+
+    @property
+    def argmax(self) -> npt.NDArray[np.int32]:
+        if self._argmax is None:
+            graph = self._check()
+            self._argmax = np.empty(self._rows, np.int32)
+            self._session.model.backend.read(graph.argmax, self._argmax)
+        return self._argmax
+
+    def _check(self) -> _StepGraph:
+        if self._graph is None:
+            raise StateError("the forward ran with logits='none'; ask for 'last' or 'all'")
+        if self._serial != self._session.serial:
+            raise StateError("this output belongs to an earlier forward; read logits before the next one")
+        return self._graph
+
+
+@dataclass
+class _StepGraph:
+    """A persistent graph for one (width, span, head, keep)."""
+
+    graph: Graph
+    inputs: Tensor  # (3 + 3 T,) int32: counts, output row, tokens, positions, cache rows
+    mask: Tensor | None
+    logits: Tensor
+    argmax: Tensor
+
+
+class Session:
+    """A sequence of tokens and everything the model remembers of it.
+
+    ``forward(tokens)`` computes ``len(tokens)`` positions and leaves them pending; ``commit(n)`` keeps the first n of them and
+    forgets the rest. At most 16 rows can be kept in part; a wider forward is committed whole.
+    ``length``: committed positions. ``pending``: positions computed and not committed. ``capture``: layers whose residual
+    stream is left in ``features`` (rows, layers, hidden) for a draft.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        max_context: int = 4096,
+        cache_k: str = "f16",
+        cache_v: str = "f16",
+        k_rotation: str = "auto",
+        *,
+        chunk: int = 512,
+        capture: Sequence[int] = (),
+        environment: Mapping[str, str] = os.environ,
+    ) -> None:
+        """``max_context``: positions. ``cache_k``, ``cache_v``: f32, f16, bf16, q8_0 or q4_0. ``chunk``: rows of a prefill step.
+
+        Raises ConfigError, OutOfMemory.
+        """
+        config, backend = model.config, model.backend
+        if not 1 <= max_context <= 1 << 24:
+            raise ConfigError(f"max_context is {max_context}; it must lie in 1..{1 << 24}")
+        if chunk not in _WIDTHS or chunk <= EXACT_ROWS:
+            raise ConfigError(f"chunk is {chunk}; valid values are {', '.join(str(w) for w in _WIDTHS if w > EXACT_ROWS)}")
+        k_type, v_type = cache_type(cache_k, "cache_k"), cache_type(cache_v, "cache_v")
+        basis = k_basis(k_type, config.head_size, k_rotation, environment)
+        self.model, self.max_context, self.chunk, self.capture = model, max_context, chunk, tuple(capture)
+        self.cache = KVCache(backend, config, -(-max_context // 256) * 256, k_type, v_type, basis)
+        self.delta = DeltaState(backend, config)
+        self._features = (
+            Arena(backend, {"features": ((chunk, len(self.capture), config.hidden), GGMLType.F32)}, "captured features")
+            if self.capture
+            else None
+        )
+        self._graphs: dict[tuple[int, int, Head, bool], _StepGraph] = {}
+        self.length = self.pending = 0
+        self.serial = 0  # counts steps, so that an Output knows whether it is still valid
+        self._replay = 0  # rows of the last step that the next one replays into the delta-net state
+        self._whole = False  # the pending rows are in the delta-net state already
+        self.closed = False
+
+    @property
+    def features(self) -> Tensor:
+        """(chunk, layers, hidden) f32 on the device: the captured rows of the last step."""
+        if self._features is None:
+            raise StateError("this session captures no features; open it with capture=<layers>")
+        return self._features["features"]
+
+    # --- the protocol -----------------------------------------------------------------------------------------------
+
+    def forward(self, tokens: Sequence[int] | npt.NDArray[np.integer], logits: Head = "last") -> Output:
+        """Compute the next positions and leave them pending.
+
+        ``logits``: the rows the LM head runs for: 'last', 'all' or 'none'. Raises ShapeError for an empty list or a token outside
+        the vocabulary, ContextFull, StateError when rows are pending already.
+        """
+        ids = self._check(tokens, logits)
+        if len(ids) <= EXACT_ROWS:
+            output = self._step(ids, 0, logits, keep=True)
+        else:
+            self._whole = True
+            output = self._chunks(ids, logits)
+        self.pending = len(ids)
+        return output
+
+    def commit(self, n: int) -> None:
+        """Keep the first ``n`` pending positions and forget the rest; 0 discards them all.
+
+        Raises NothingPending, or StateError when n is out of range or part of a forward wider than 16 rows.
+        """
+        self._check_open()
+        if not self.pending:
+            raise NothingPending(f"commit({n}) without a forward; nothing is pending")
+        if not 0 <= n <= self.pending:
+            raise StateError(f"commit({n}): {self.pending} positions are pending; n must lie in 0..{self.pending}")
+        if self._whole and n != self.pending:
+            raise StateError(
+                f"commit({n}): a forward of {self.pending} rows can only be committed whole; "
+                f"forward at most {EXACT_ROWS} tokens at a time to be able to keep a part"
+            )
+        self.length += n
+        self._replay = 0 if self._whole else n
+        self.pending, self._whole = 0, False
+
+    def reset(self) -> None:
+        """Back to an empty sequence; the graphs are kept."""
+        self._check_open()
+        self.delta.arena.clear()
+        self.length = self.pending = self._replay = 0
+        self._whole = False
+
+    def close(self) -> None:
+        """Free the caches and the graphs. Safe to call twice."""
+        if not self.closed:
+            for step in self._graphs.values():
+                step.graph.close()
+            self._graphs.clear()
+            for arena in (self.cache, self.delta, self._features):
+                if arena is not None:
+                    arena.close()
+            self.closed = True
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # --- checks -----------------------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise SessionClosed("this session was closed; open a new one")
+
+    def _check(self, tokens: Sequence[int] | npt.NDArray[np.integer], logits: Head) -> npt.NDArray[np.int32]:
+        self._check_open()
+        if self.pending:
+            raise StateError(f"{self.pending} positions are pending; commit(n) or commit(0) them before the next forward")
+        if logits not in ("last", "all", "none"):
+            raise ConfigError(f"logits is {logits!r}; valid values are 'last', 'all', 'none'")
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+            raise ShapeError(f"forward needs a non-empty list of token ids; found shape {ids.shape}, dtype {ids.dtype}")
+        vocab = self.model.config.vocab
+        if ids.min() < 0 or ids.max() >= vocab:
+            bad = int(ids[(ids < 0) | (ids >= vocab)][0])
+            raise ShapeError(f"token id {bad} is outside the vocabulary of {vocab} tokens")
+        if self.length + ids.size > self.max_context:
+            raise ContextFull(
+                f"{self.length:,} of {self.max_context:,} positions are used and {ids.size:,} more were asked for; "
+                f"open the session with max_context >= {self.length + ids.size:,}"
+            )
+        return ids.astype(np.int32)
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def _chunks(self, ids: npt.NDArray[np.int32], logits: Head) -> Output:
+        """A wide forward: chunk after chunk, each applied to the state at once."""
+        if logits == "all":
+            return self._all_logits(ids)
+        done = 0
+        while True:
+            piece = ids[done : done + self.chunk]
+            last = done + len(piece) == len(ids)
+            output = self._step(piece, done, logits if last else "none", keep=False)
+            done += len(piece)
+            if last:
+                return output
+
+    def _all_logits(self, ids: npt.NDArray[np.int32]) -> Output:
+        """A wide forward that keeps every row's logits, on the host."""
+        rows: list[npt.NDArray[np.float32]] = []
+        for done in range(0, len(ids), self.chunk):
+            output = self._step(ids[done : done + self.chunk], done, "all", keep=False)
+            rows.append(output.logits)
+        output._logits = np.concatenate(rows)
+        output._argmax = output._logits.argmax(axis=1).astype(np.int32)
+        return output
+
+    def _step(self, ids: npt.NDArray[np.int32], offset: int, head: Head, *, keep: bool) -> Output:
+        """Run one graph for ``ids`` at position ``length + offset``."""
+        count = len(ids)
+        width = next(w for w in _WIDTHS if w >= count)
+        start = self.length + offset
+        step = self._graph(width, self._span(width, start + count), head, keep)
+        block = np.empty(3 + 3 * width, np.int32)
+        block[:3] = self._replay, count, count - 1
+        tokens, positions, rows = block[3:].reshape(3, width)
+        tokens[:count], tokens[count:] = ids, ids[0]
+        positions[:count], positions[count:] = np.arange(start, start + count), -1
+        rows[:count], rows[count:] = positions[:count], self.cache.padding_row
+        backend = self.model.backend
+        backend.write(step.inputs, block)
+        if step.mask is not None:
+            backend.write(step.mask, _causal_mask(positions, step.mask.shape[1]))
+        step.graph.run()
+        self.serial += 1
+        if not keep:
+            self._replay = 0
+        return Output(self, None if head == "none" else step, 0, count if head == "all" else 1)
+
+    def _span(self, width: int, needed: int) -> int:
+        """Cache rows that the graph for ``needed`` positions spans: few distinct values, so that graphs are reused."""
+        if width <= EXACT_ROWS and not self.model.backend.is_cuda:
+            return self.cache.capacity  # the CPU's exact attention stops at the row's own position
+        unit = max(256, 1 << max(0, needed.bit_length() - 3))
+        return min(-(-needed // unit) * unit, self.cache.capacity)
+
+    def _graph(self, width: int, span: int, head: Head, keep: bool) -> _StepGraph:
+        key = (width, span, head, keep)
+        if key not in self._graphs:
+            wide = [k for k in self._graphs if k[0] > EXACT_ROWS]
+            if width > EXACT_ROWS and len(wide) >= _WIDE_GRAPHS_KEPT:
+                self._graphs.pop(wide[0]).graph.close()
+            self._graphs[key] = self._build(*key)
+        return self._graphs[key]
+
+    def _build(self, width: int, span: int, head: Head, keep: bool) -> _StepGraph:
+        graph = Graph(self.model.backend)
+        inputs = graph.input((3 + 3 * width,), GGMLType.I32)
+        counts, row = inputs.slice(0, 0, 2), inputs.slice(0, 2, 3)
+        tokens, positions, rows = (inputs.slice(0, 3 + i * width, 3 + (i + 1) * width) for i in range(3))
+        mask = graph.input((width, span), GGMLType.F16) if width > EXACT_ROWS else None
+        step = StepInputs(graph, positions, rows, counts, span, keep, mask)
+        network = self.model.network
+        x, captured = network.forward(tokens, step, self.cache, self.delta, self.capture)
+        for i, residual in enumerate(captured):
+            target = self.features.within(graph).slice(0, 0, width).slice(1, i, i + 1)
+            graph.effect(copy_into(target, residual.reshape(width, 1, residual.shape[1])))
+        graph.effect(x)
+        logits = ids = x
+        if head != "none":
+            logits = network.head(x if head == "all" else get_rows(x, row))
+            ids = argmax(logits)
+            graph.output(logits)
+            graph.output(ids)
+        graph.finish()
+        return _StepGraph(graph, inputs, mask, logits, ids)
+
+
+def _causal_mask(positions: npt.NDArray[np.int32], span: int) -> npt.NDArray[np.float16]:
+    """0 where a row may look, -inf elsewhere; padding looks at slot 0, so that its softmax is defined."""
+    reach = np.maximum(positions, 0)[:, None]
+    return np.where(np.arange(span)[None, :] <= reach, np.float16(0), np.float16(-np.inf))

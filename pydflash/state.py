@@ -1,0 +1,219 @@
+"""What a session remembers: the K/V cache of the attention layers and the state of the delta-net layers.
+
+Both follow one protocol. A step writes the rows it is given and leaves them pending; how many of them become part of the
+sequence is told by the next step's inputs. K/V rows need nothing for that: a row beyond the committed length is never seen
+and is overwritten. A delta-net layer replays the rows that were kept (ggml_ext/delta_inputs.h, delta_rule.h).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from pydflash import ops
+from pydflash.backend import Arena, Backend
+from pydflash.errors import ConfigError
+from pydflash.ggml_types import GGMLType
+from pydflash.graph import Graph
+from pydflash.tensor import Shape, Tensor
+
+__all__ = ["CACHE_TYPES", "K_BASES", "DeltaState", "KBasis", "KVCache", "StepInputs", "cache_type", "k_basis"]
+
+CACHE_TYPES = {t.name.lower(): t for t in (GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.Q8_0, GGMLType.Q4_0)}
+"""Types of a K or V cache, by the names that options use."""
+
+
+def cache_type(name: str, option: str) -> GGMLType:
+    """The type called ``name``; ConfigError that names ``option`` and lists the valid ones."""
+    if name not in CACHE_TYPES:
+        raise ConfigError(f"{option} is {name!r}; valid types are {', '.join(CACHE_TYPES)}")
+    return CACHE_TYPES[name]
+
+
+# --- the basis in which K is stored -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KBasis:
+    """An orthonormal rotation of every K and Q head after RoPE; scores do not change, quantisation error does."""
+
+    name: str
+    group: int = 0
+    signed: bool = False
+
+
+K_BASES = {
+    basis.name: basis
+    for basis in (
+        KBasis("none"),
+        KBasis("hadamard-256", 256),
+        KBasis("hadamard-128", 128),
+        KBasis("signed-128", 128, signed=True),
+    )
+}
+"""The bases by name. 'hadamard-256' is llama.cpp's for heads of 256."""
+
+
+def k_basis(k_type: GGMLType, head_size: int, requested: str = "auto", environment: Mapping[str, str] | None = None) -> KBasis:
+    """The rule: which basis a K cache is stored in.
+
+    An explicit ``requested`` name wins, then PYDFLASH_K_ROTATION, then DFLASH_SKIP_WHT=1 (no rotation for a q4_0 cache); 'auto'
+    rotates q4_0, whose 4 bits lose the most to outlier channels, by the largest group that divides the head, and no other type.
+    Raises ConfigError for an unknown name or a group that does not divide ``head_size``.
+    """
+    environment = environment or {}
+    if requested == "auto":
+        requested = environment.get("PYDFLASH_K_ROTATION", "auto")
+    if requested == "auto":
+        skip = environment.get("DFLASH_SKIP_WHT") == "1"
+        group = next((g for g in (256, 128) if head_size % g == 0), 0)
+        requested = f"hadamard-{group}" if k_type == GGMLType.Q4_0 and group and not skip else "none"
+    if requested not in K_BASES:
+        raise ConfigError(f"k_rotation is {requested!r}; valid values are auto, {', '.join(K_BASES)}")
+    basis = K_BASES[requested]
+    if basis.group and head_size % basis.group:
+        fitting = ["auto", *(b.name for b in K_BASES.values() if not b.group or head_size % b.group == 0)]
+        raise ConfigError(f"k_rotation {requested!r} does not divide heads of {head_size}; valid values are {', '.join(fitting)}")
+    return basis
+
+
+def rotation_signs(group: int) -> np.ndarray:
+    """The fixed sign vectors D1 and D2 of a signed basis: (2, group) f32 of +1 and -1, from PCG64 seed 0x70796466."""
+    generator = np.random.Generator(np.random.PCG64(0x70796466))
+    return np.where(generator.integers(0, 2, (2, group)) == 1, 1.0, -1.0).astype(np.float32)
+
+
+# --- one step's inputs ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StepInputs:
+    """The tensors of one graph that say which rows a step holds. T rows, of which some may be padding.
+
+    positions (T,) int32: absolute positions, -1 for padding. rows (T,) int32: cache rows to write. counts (2,) int32: rows to
+    replay, real rows. slots: cache rows that this graph's attention spans. mask: (T, slots) f16 for steps wider than 16 rows.
+    keep: the rows stay pending until a commit.
+    """
+
+    graph: Graph
+    positions: Tensor
+    rows: Tensor
+    counts: Tensor
+    slots: int
+    keep: bool
+    mask: Tensor | None = None
+
+
+class CacheGeometry(Protocol):
+    """What a cache needs to know of a model."""
+
+    @property
+    def attention_layers(self) -> Sequence[int]: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_size(self) -> int: ...
+
+
+class KVCache:
+    """K and V of every attention layer: one row per position, quantised as chosen, and a last row for padding to fall into.
+
+    ``capacity``: positions, a multiple of 256. ``nbytes``: what it takes on the device.
+    """
+
+    def __init__(
+        self, backend: Backend, geometry: CacheGeometry, capacity: int, k_type: GGMLType, v_type: GGMLType, basis: KBasis
+    ) -> None:
+        self.capacity, self.basis, self.kv_heads = capacity, basis, geometry.kv_heads
+        self.k_type, self.v_type = k_type, v_type
+        width = geometry.kv_heads * geometry.head_size
+        for option, dtype in (("cache_k", k_type), ("cache_v", v_type)):
+            if geometry.head_size % dtype.block_size:
+                raise ConfigError(f"{option} {dtype.name.lower()} packs {dtype.block_size} values, heads hold {geometry.head_size}")
+        specs: dict[str, tuple[Shape, GGMLType]] = {}
+        for layer in geometry.attention_layers:
+            specs[f"k.{layer}"] = ((capacity + 1, width), k_type)
+            specs[f"v.{layer}"] = ((capacity + 1, width), v_type)
+        if basis.signed:
+            specs["signs"] = ((2, basis.group), GGMLType.F32)
+        self.arena = Arena(backend, specs, f"a K/V cache of {capacity:,} positions")
+        if basis.signed:
+            backend.write(self.arena["signs"], rotation_signs(basis.group))
+
+    @property
+    def nbytes(self) -> int:
+        return self.arena.nbytes
+
+    @property
+    def padding_row(self) -> int:
+        """The row that padding is written to and nothing reads."""
+        return self.capacity
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """(T, H, D) into the cache's K basis."""
+        if not self.basis.group:
+            return x
+        return ops.turbo_wht(x, self.basis.group, self.arena["signs"] if self.basis.signed else None)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: StepInputs) -> Tensor:
+        """Store the rows' k and v, (T, Hkv, D) each, and attend: q (T, H, D) to (T, H, D)."""
+        rows = k.shape[0]
+        width = self.kv_heads * k.shape[2]
+        k_table, v_table = (self.arena[f"{side}.{layer}"].within(step.graph) for side in "kv")
+        k_table = step.graph.effect(ops.set_rows(k_table, step.rows, self.rotate(k).reshape(rows, width)))
+        v_table = step.graph.effect(ops.set_rows(v_table, step.rows, v.reshape(rows, width)))
+        k_view, v_view = k_table.slice(0, 0, step.slots), v_table.slice(0, 0, step.slots)
+        if step.mask is None:
+            return ops.attention(self.rotate(q), k_view, v_view, step.positions, self.kv_heads)
+        return ops.attention_prefill(self.rotate(q), k_view, v_view, step.mask, self.kv_heads)
+
+    def close(self) -> None:
+        self.arena.close()
+
+
+class DeltaGeometry(Protocol):
+    """What the delta-net state needs to know of a model."""
+
+    @property
+    def delta_layers(self) -> Sequence[int]: ...
+    @property
+    def k_heads(self) -> int: ...
+    @property
+    def v_heads(self) -> int: ...
+    @property
+    def state_size(self) -> int: ...
+    @property
+    def conv_kernel(self) -> int: ...
+
+
+class DeltaState:
+    """State of the gated delta-net layers: S of the last committed token, and the window of raw columns (the tape).
+
+    Rolling back costs the window, not copies of S: ``tape_nbytes`` against ``state_nbytes`` per copy.
+    """
+
+    def __init__(self, backend: Backend, geometry: DeltaGeometry) -> None:
+        size, heads = geometry.state_size, geometry.v_heads
+        columns = (2 * geometry.k_heads + heads) * size + 2 * heads
+        window = (geometry.conv_kernel - 1 + ops.TAPE_ROWS, columns)
+        specs: dict[str, tuple[Shape, GGMLType]] = {}
+        for layer in geometry.delta_layers:
+            specs[f"state.{layer}"] = ((heads, size, size), GGMLType.F32)
+            specs[f"window.{layer}"] = (window, GGMLType.F32)
+        self.arena = Arena(backend, specs, "the delta-net state")
+        self.tape_nbytes = len(geometry.delta_layers) * window[0] * columns * 4
+        self.state_nbytes = len(geometry.delta_layers) * heads * size * size * 4
+
+    def state(self, layer: int) -> Tensor:
+        """(Hv, D, D) f32 of a layer, transposed: [head][value column][key row]."""
+        return self.arena[f"state.{layer}"]
+
+    def window(self, layer: int) -> Tensor:
+        """(kernel - 1 + 16, C + 2 Hv) f32 of a layer: committed history, then pending rows."""
+        return self.arena[f"window.{layer}"]
+
+    def close(self) -> None:
+        self.arena.close()

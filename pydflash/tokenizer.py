@@ -1,0 +1,277 @@
+"""Text to token ids and back, built from the metadata of a GGUF file alone.
+
+The pipeline is the one the models were trained with: NFC, a regular-expression split, byte-level alphabet, BPE merges.
+llama.cpp skips NFC, so the two differ on decomposed input such as ``e`` + U+0301; ``normalize=False`` gives its ids.
+Decoding works on bytes, because one character may span several tokens and a token may end inside a character.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Mapping, Sequence
+from enum import IntEnum
+from functools import cached_property
+from operator import index
+from typing import TYPE_CHECKING, Any
+
+from .errors import BadMetadata, ConfigError, ShapeError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+__all__ = ["Decoder", "TokenType", "Tokenizer", "named_token_id"]
+
+
+class TokenType(IntEnum):
+    """GGUF key ``tokenizer.ggml.token_type``."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3 = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{SPACES}"
+QWEN2 = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{SPACES}"
+QWEN35 = (
+    rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{SPACES}"
+)
+
+# GGUF key tokenizer.ggml.pre: the splits, applied one after the other, each to the pieces the one before left.
+PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
+    "default": (r"[\p{P}$+<=>^~|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
+    "gpt-2": (GPT2,),
+    "llama-bpe": (LLAMA3,),
+    "qwen2": (QWEN2,),
+    "qwen35": (QWEN35,),
+}
+NFC_PRES = frozenset({"qwen2", "qwen35"})
+WHOLE_WORD_PRES = frozenset({"llama-bpe"})  # a word that is itself a token is taken as it is, whatever the merges say
+
+ADDED_TYPES = frozenset({TokenType.CONTROL, TokenType.USER_DEFINED})  # matched in the text before it is split
+STOP_NAMES = ("<|im_end|>", "<|endoftext|>")
+ABSENT_IDS = frozenset({-1, 0xFFFF_FFFF})  # how some converters write "this model has no such token"
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Map each character of the byte-level alphabet to its byte: printable Latin-1 is itself, the rest at U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF = _byte_alphabet()
+
+
+class Tokenizer:
+    """A byte-level BPE vocabulary; ids are those of the GGUF file.
+
+    Attributes: ``vocab_size`` (tokens), ``pre`` (name of the split), ``normalize`` (NFC first), ``add_bos`` (the model
+    expects ``bos_id`` before a raw prompt; ``encode`` does not add it), ``bos_id``, ``eos_id``, ``eot_id``, ``pad_id``
+    (None where the file has none), ``mask_id`` (may lie outside the vocabulary: drafts use padding rows),
+    ``control_ids`` and ``eos_ids`` (every id that ends a turn).
+    """
+
+    def __init__(
+        self,
+        tokens: Sequence[str],
+        merges: Sequence[str],
+        token_types: Sequence[int],
+        *,
+        pre: str,
+        normalize: bool | None = None,
+        add_bos: bool = False,
+        named: Mapping[str, int] | None = None,
+    ) -> None:
+        """See ``from_metadata``; ``named`` holds those of the ids ``bos eos eot padding mask`` that exist."""
+        if pre not in PRE_TOKENIZERS:
+            known = ", ".join(sorted(PRE_TOKENIZERS))
+            raise BadMetadata(f"tokenizer.ggml.pre is {pre!r}, which is not supported; supported are {known}")
+        if len(token_types) != len(tokens):
+            raise BadMetadata(f"tokenizer.ggml.token_type has {len(token_types):,} entries for {len(tokens):,} tokens")
+        self._tokens, self._merges, self._types = tokens, merges, token_types
+        self.pre = pre
+        self.normalize = pre in NFC_PRES if normalize is None else normalize
+        self.add_bos = add_bos
+        self.vocab_size = len(tokens)
+        ids = dict(named or {})
+        self.mask_id = ids.pop("mask", None)
+        for name, token in ids.items():
+            if not 0 <= token < self.vocab_size:
+                raise BadMetadata(f"tokenizer.ggml.{name}_token_id is {token}, outside the {self.vocab_size:,} tokens")
+        self.bos_id, self.eos_id, self.eot_id = ids.get("bos"), ids.get("eos"), ids.get("eot")
+        self.pad_id = ids.get("padding")
+        # Added tokens are few (tens), so they are kept as a table; the 248,320 others are looked up by id when needed.
+        self._added = {i: TokenType(t) for i, t in enumerate(token_types) if t in ADDED_TYPES}
+        self.control_ids = frozenset(i for i, kind in self._added.items() if kind is TokenType.CONTROL)
+        stops = {i for i in self.control_ids if tokens[i] in STOP_NAMES}
+        self.eos_ids = frozenset(stops | {i for i in (self.eos_id, self.eot_id) if i is not None})
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any], *, normalize: bool | None = None) -> Tokenizer:
+        """Read the ``tokenizer.ggml.*`` keys of a GGUF file; the BPE itself is built by the first ``encode``.
+
+        ``normalize`` None follows the pre-tokenizer (NFC for the Qwen ones), False gives llama.cpp's ids.
+        Raises BadMetadata, naming the key, where one is missing, has the wrong type or a value that does not fit.
+        """
+        model = _require(metadata, "tokenizer.ggml.model", str)
+        if model != "gpt2":
+            raise BadMetadata(f"tokenizer.ggml.model is {model!r}; only byte-level BPE ('gpt2') is supported")
+        types = metadata.get("tokenizer.ggml.token_type")
+        if types is None:
+            raise BadMetadata("tokenizer.ggml.token_type is missing: nothing marks control tokens; convert again")
+        ids = {name: named_token_id(metadata, name) for name in ("bos", "eos", "eot", "padding", "mask")}
+        return cls(
+            _require(metadata, "tokenizer.ggml.tokens", Sequence),
+            _require(metadata, "tokenizer.ggml.merges", Sequence),
+            types.tolist() if hasattr(types, "tolist") else list(types),
+            pre=_require(metadata, "tokenizer.ggml.pre", str),
+            normalize=normalize,
+            add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", False)),
+            named={name: token for name, token in ids.items() if token is not None},
+        )
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Return the token ids of ``text``, without a leading BOS.
+
+        ``special`` False reads control tokens such as ``<|im_end|>`` as plain text (for text that a user typed); tokens
+        that the model's authors added without marking them as control (``<think>``) are recognised either way.
+        Raises ConfigError where ``text`` holds a lone surrogate, BadMetadata where merges and tokens disagree.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"character {error.start} of the text is the lone surrogate U+{ord(text[error.start]):04X}, which has"
+                " no UTF-8 form; decode the source with errors='replace'"
+            ) from None
+        bpe = self._with_control if special else self._without_control
+        ids: list[int] = bpe.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, tokens: Iterable[int], skip_special: bool = False) -> str:
+        """Return the text of ``tokens``; bytes that are not UTF-8 become U+FFFD.
+
+        ``skip_special`` leaves control tokens out. Raises ShapeError where an id is outside the vocabulary.
+        """
+        decoder = self.decoder(skip_special)
+        return "".join([decoder.push(token) for token in tokens]) + decoder.flush()
+
+    def decoder(self, skip_special: bool = False) -> Decoder:
+        """Return an incremental decoder: its pieces, joined, equal ``decode`` of all the tokens."""
+        return Decoder(self, skip_special)
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that ``token`` stands for. Raises ShapeError where the id is outside the vocabulary."""
+        if not 0 <= token < self.vocab_size:
+            raise ShapeError(f"token id {token} is outside the vocabulary of {self.vocab_size:,} tokens")
+        text = self._tokens[token]
+        if token in self._added:
+            return text.encode("utf-8")
+        try:
+            return bytes([BYTE_OF[character] for character in text])
+        except KeyError:  # a filler that was never written in the byte-level alphabet
+            return text.encode("utf-8")
+
+    def token_id(self, text: str) -> int | None:
+        """Return the id of the token stored as ``text`` (``<think>``), or None; plain tokens are stored byte-level."""
+        return self._ids.get(text)
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        ids = {text: i for i, text in enumerate(self._tokens)}
+        if len(ids) != self.vocab_size:
+            twice = next(i for i, text in enumerate(self._tokens) if ids[text] != i)
+            text = self._tokens[twice]
+            raise BadMetadata(f"tokenizer.ggml.tokens holds {text!r} twice, as ids {twice} and {ids[text]}")
+        return ids
+
+    @cached_property
+    def _bpe(self) -> tokenizers.models.BPE:
+        from tokenizers.models import BPE
+
+        pairs = []
+        for i, merge in enumerate(self._merges):
+            left, space, right = merge.partition(" ")  # a space inside a token is written U+0120
+            if not (left and space and right):
+                raise BadMetadata(f"tokenizer.ggml.merges[{i}] is {merge!r}, not two tokens with a space between")
+            pairs.append((left, right))
+        try:
+            return BPE(vocab=self._ids, merges=pairs, ignore_merges=self.pre in WHOLE_WORD_PRES)
+        except Exception as error:  # the library raises the base class
+            raise BadMetadata(f"tokenizer.ggml.merges does not fit tokenizer.ggml.tokens: {error}") from error
+
+    @cached_property
+    def _with_control(self) -> tokenizers.Tokenizer:
+        return self._pipeline(with_control=True)
+
+    @cached_property
+    def _without_control(self) -> tokenizers.Tokenizer:
+        return self._pipeline(with_control=False)
+
+    def _pipeline(self, with_control: bool) -> tokenizers.Tokenizer:
+        """Wrap the shared BPE. Two pipelines instead of one with a switch: flipping it would disturb other threads."""
+        from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
+        from tokenizers import Tokenizer as Pipeline
+
+        pipeline = Pipeline(self._bpe)
+        if self.normalize:
+            pipeline.normalizer = normalizers.NFC()
+        splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[self.pre]]
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        pipeline.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+        for kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
+            if kind is TokenType.CONTROL and not with_control:
+                continue
+            texts = [self._tokens[i] for i, its_kind in self._added.items() if its_kind is kind]
+            added = [AddedToken(text, normalized=False, special=kind is TokenType.CONTROL) for text in texts if text]
+            pipeline.add_special_tokens(added) if kind is TokenType.CONTROL else pipeline.add_tokens(added)
+        return pipeline
+
+
+class Decoder:
+    """Turns tokens into text as they come, holding back the bytes of a character that is not complete yet."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.control_ids if skip_special else frozenset()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """Return the characters that ``token`` completes, often none. Raises ShapeError for an id out of range."""
+        if token in self._skipped:
+            return ""
+        return self._utf8.decode(self._tokenizer.token_bytes(token))
+
+    def flush(self) -> str:
+        """End the text: return U+FFFD for a character left incomplete, else nothing. The decoder can be used again."""
+        rest = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return rest
+
+
+def named_token_id(metadata: Mapping[str, Any], name: str) -> int | None:
+    """Return ``tokenizer.ggml.NAME_token_id``, or None where the file has none or says so with an all-ones id."""
+    value = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    if value is None:
+        return None
+    try:
+        token = index(value)
+    except TypeError:
+        raise BadMetadata(f"tokenizer.ggml.{name}_token_id is {value!r}, not an integer") from None
+    return None if token in ABSENT_IDS else token
+
+
+def _require(metadata: Mapping[str, Any], key: str, kind: type) -> Any:
+    """Return ``metadata[key]``, of type ``kind``."""
+    value = metadata.get(key)
+    if value is None:
+        raise BadMetadata(f"{key} is missing: the file has no tokenizer that this package can build; convert it again")
+    if not isinstance(value, kind) or (kind is Sequence and isinstance(value, str)):
+        raise BadMetadata(f"{key} is a {type(value).__name__}, not a {kind.__name__}")
+    return value

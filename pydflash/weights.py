@@ -1,0 +1,98 @@
+"""Weights: a GGUF file's tensors on a device, mapped without a copy on the CPU and uploaded on CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from pydflash import ops
+from pydflash.backend import Arena, Backend, MappedArena, Staging
+from pydflash.errors import LoadError, MissingTensor
+from pydflash.ggml_types import GGMLType
+from pydflash.gguf import GGUFFile, TensorInfo
+from pydflash.tensor import Shape, Tensor
+
+__all__ = ["Linear", "Progress", "Weights", "find_tensors"]
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all) while a file is loaded."""
+
+
+class Linear:
+    """A projection: ``y = x @ weight.T``."""
+
+    __slots__ = ("weight",)
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight)
+
+
+def find_tensors(file: GGUFFile, expected: Mapping[str, Shape]) -> dict[str, TensorInfo]:
+    """The file's entries for ``expected`` (name to row-major shape).
+
+    Raises MissingTensor, or LoadError when a shape differs or a vector is not f32.
+    """
+    found: dict[str, TensorInfo] = {}
+    for name, shape in expected.items():
+        info = file.tensors.get(name)
+        if info is None:
+            raise MissingTensor(f"{file.path}: tensor {name!r} of shape {shape} is missing; the file is incomplete or of another model")
+        if info.shape != shape:
+            raise LoadError(f"{file.path}: tensor {name!r} has shape {info.shape}; its metadata asks for {shape}")
+        if (len(shape) == 1 or "conv1d" in name) and info.type != GGMLType.F32:
+            raise LoadError(f"{file.path}: tensor {name!r} is {info.type.name}; norms, biases and convolutions must be F32")
+        found[name] = info
+    return found
+
+
+class Weights:
+    """Tensors by their GGUF names. They never change after loading. ``close()`` frees them."""
+
+    def __init__(self, file: GGUFFile, infos: Mapping[str, TensorInfo], backend: Backend, progress: Progress | None = None) -> None:
+        """Load ``infos`` of ``file``. Raises OutOfMemory before anything is read."""
+        self.backend = backend
+        self.nbytes = sum(info.nbytes for info in infos.values())
+        self._file = file  # CPU tensors lie in its mapping
+        self._arenas: list[Any] = []
+        self._tensors: dict[str, Tensor] = {}
+        load = self._upload if backend.is_cuda else self._map
+        load(infos, progress or (lambda done, total: None))
+
+    def _map(self, infos: Mapping[str, TensorInfo], progress: Progress) -> None:
+        for part in sorted({info.part for info in infos.values()}):
+            specs = {n: (i.shape, i.type, i.offset) for n, i in infos.items() if i.part == part}
+            arena = MappedArena(self.backend, np.frombuffer(self._file.mapping(part), np.uint8), specs)
+            self._arenas.append(arena)
+            self._tensors.update({name: arena[name] for name in arena})
+        progress(self.nbytes, self.nbytes)
+
+    def _upload(self, infos: Mapping[str, TensorInfo], progress: Progress) -> None:
+        arena = Arena(self.backend, {n: (i.shape, i.type) for n, i in infos.items()}, f"weights of {self._file.path}")
+        arena.set_weights_usage()
+        self._arenas.append(arena)
+        staging = Staging(self.backend)
+        done = 0
+        for name, info in infos.items():
+            staging.upload(arena[name], self._file.data(name))
+            done += info.nbytes
+            progress(done, self.nbytes)
+        staging.close()
+        self._tensors.update({name: arena[name] for name in arena})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def linear(self, name: str) -> Linear:
+        """The projection ``name.weight``."""
+        return Linear(self[f"{name}.weight"])
+
+    def close(self) -> None:
+        """Free the tensors. Safe to call twice."""
+        for arena in self._arenas:
+            arena.close()
+        self._arenas, self._tensors = [], {}

@@ -1,0 +1,1 @@
+"""Train and export the tiny target and draft that ship with pydflash."""
