@@ -28,6 +28,11 @@ struct attention {
     ggml_to_float_t            v_to_float;      // NULL: V is f32
 };
 
+// The converter in the type traits is scalar; this one uses the CPU's instructions.
+static void f16_to_float(const void * restrict x, float * restrict y, int64_t n) {
+    ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) x, y, n);
+}
+
 static struct attention read_node(const struct ggml_tensor * dst) {
     const int32_t * params = pydflash_node_params(dst);
     struct attention a = {
@@ -44,7 +49,8 @@ static struct attention read_node(const struct ggml_tensor * dst) {
     a.dot          = k_traits->vec_dot;
     a.q_from_float = k_traits->vec_dot_type == GGML_TYPE_F32 ? NULL
                                                              : ggml_get_type_traits_cpu(k_traits->vec_dot_type)->from_float;
-    a.v_to_float   = a.v->type == GGML_TYPE_F32 ? NULL : ggml_get_type_traits(a.v->type)->to_float;
+    a.v_to_float   = a.v->type == GGML_TYPE_F32 ? NULL
+                   : a.v->type == GGML_TYPE_F16 ? f16_to_float : ggml_get_type_traits(a.v->type)->to_float;
     assert(a.columns <= MAX_HEAD);
     return a;
 }

@@ -102,7 +102,7 @@ __device__ void copy_weights(uint8_t * stage, const target & w, position at, int
     constexpr int TOTAL  = TILE_ROWS<F> * PIECES;
 
     const int chunk_bytes = min(F::BYTES, (K - at.chunk * CHUNK) * F::BYTES / CHUNK);
-#pragma unroll
+#pragma unroll 3
     for (int first = 0; first < TOTAL; first += THREADS) {
         const int i = first + threadIdx.x;
         if (TOTAL % THREADS != 0 && i >= TOTAL) {

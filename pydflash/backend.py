@@ -151,6 +151,10 @@ class Arena:
             name: Tensor(new_tensor(self._context, shape, dtype), shape, dtype, None)
             for name, (shape, dtype) in specs.items()
         }
+        self._buffer: Any = None
+        self.nbytes = 0
+        if not specs:
+            return
         size = int(lib.ggml_backend_alloc_ctx_tensors_from_buft_size(self._context, backend.buffer_type))
         backend.check_free(size, what)
         buffer = lib.ggml_backend_alloc_ctx_tensors(self._context, backend.c)
@@ -169,19 +173,22 @@ class Arena:
 
     def set_weights_usage(self) -> None:
         """Tell ggml that the contents do not change between graphs."""
-        lib.ggml_backend_buffer_set_usage(self._buffer, _USAGE_WEIGHTS)
+        if self._buffer is not None:
+            lib.ggml_backend_buffer_set_usage(self._buffer, _USAGE_WEIGHTS)
 
     def clear(self) -> None:
         """Zero every byte."""
-        self.backend.synchronize()
-        lib.ggml_backend_buffer_clear(self._buffer, 0)
+        if self._buffer is not None:
+            self.backend.synchronize()
+            lib.ggml_backend_buffer_clear(self._buffer, 0)
 
     def close(self) -> None:
         """Free the buffer. Safe to call twice."""
-        if self._buffer is not None:
-            ffi.release(self._buffer)
+        if self._context is not None:
+            if self._buffer is not None:
+                ffi.release(self._buffer)
             ffi.release(self._context)
-            self._buffer = None
+            self._buffer = self._context = None
 
 
 class MappedArena:

@@ -20,9 +20,9 @@ from typing import Any, BinaryIO, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
-from .errors import BadMetadata, LoadError, MissingTensor, StateError
-from .ggml_types import GGMLType
-from .gguf_format import (
+from pydflash.errors import BadMetadata, LoadError, MissingTensor, StateError
+from pydflash.ggml_types import GGMLType
+from pydflash.gguf_format import (
     Cursor,
     Metadata,
     TensorInfo,

@@ -20,8 +20,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from .errors import BadMetadata, LoadError, StateError
-from .ggml_types import GGMLType
+from pydflash.errors import BadMetadata, LoadError, StateError
+from pydflash.ggml_types import GGMLType
 
 __all__ = ["Cursor", "Metadata", "TensorInfo", "read_header", "read_metadata", "read_tensors", "truncated"]
 

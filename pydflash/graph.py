@@ -60,7 +60,7 @@ class Graph:
         size = ffi.new("size_t[1]")
         lib.ggml_gallocr_reserve_n_size(self._allocator, self.c, ffi.NULL, ffi.NULL, size)
         self.backend.check_free(int(size[0]), "a graph's working memory")
-        if not lib.ggml_gallocr_alloc_graph(self._allocator, self.c):
+        if not (lib.ggml_gallocr_reserve(self._allocator, self.c) and lib.ggml_gallocr_alloc_graph(self._allocator, self.c)):
             raise OutOfMemory(f"a graph's working memory of {int(size[0]):,} bytes could not be had on {self.backend.name}")
         self.nbytes = int(lib.ggml_gallocr_get_buffer_size(self._allocator, 0))
         lib.pydflash_graph_set_uid(self.c)

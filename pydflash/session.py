@@ -284,7 +284,8 @@ class Session:
         inputs = graph.input((3 + 3 * width,), GGMLType.I32)
         counts, row = inputs.slice(0, 0, 2), inputs.slice(0, 2, 3)
         tokens, positions, rows = (inputs.slice(0, 3 + i * width, 3 + (i + 1) * width) for i in range(3))
-        mask = graph.input((width, span), GGMLType.F16) if width > EXACT_ROWS else None
+        masked = width > EXACT_ROWS and self.model.config.attention_layers
+        mask = graph.input((width, span), GGMLType.F16) if masked else None
         step = StepInputs(graph, positions, rows, counts, span, keep, mask)
         network = self.model.network
         x, captured = network.forward(tokens, step, self.cache, self.delta, self.capture)

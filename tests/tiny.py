@@ -127,7 +127,8 @@ def _outlier_channels(g: Geometry, factor: float | None) -> dict[str, npt.NDArra
         scale[[g.rope_dim // 2 - 2]] = factor  # the partner of channel head_dim - 2
     attention = [layer for layer in range(g.layers) if not g.is_recurrent(layer)]
     keys = {f"blk.{layer}.attn_k_norm.weight": scale for layer in attention}
-    return keys | {f"blk.{layer}.attn_q_norm.weight": 1 / scale for layer in attention}
+    queries = {f"blk.{layer}.attn_q_norm.weight": np.float32(1) / scale for layer in attention}
+    return keys | queries
 
 
 def _write(

@@ -85,7 +85,7 @@ def write(path: Path, metadata: dict[str, Value], slots: Iterable[tuple[Slot, st
                 pools[name] = Pool(name, STD, rng)
             chunks = partial(pools[name].cut, slot.shape, int(rng.integers(1 << 40)))
         else:
-            chunks = partial(iter, [memoryview(as_bytes(plain_values(slot, rng), name).reshape(-1))])
+            chunks = partial(iter, [as_bytes(plain_values(slot, rng), name).reshape(-1).data])
         tensors.append(Tensor(slot.name, slot.shape, TYPES[name], chunks))
     return write_gguf(path, metadata, tensors)
 
@@ -117,10 +117,8 @@ def main(arguments: list[str] | None = None) -> None:
         slots = [(s, type_of(s, options.mix, draft.layers)) for s in draft_tensors(draft)]
     size = write(options.out, metadata, slots, options.seed)
     seconds = time.perf_counter() - began
-    parameters = sum(math.prod(slot.shape) for slot, _ in slots) / 1e9
-    print(
-        f"{options.out}: {parameters:.2f} B parameters, {len(slots)} tensors, {size / 2**30:.2f} GiB, {seconds:.1f} s"
-    )
+    billions = sum(math.prod(slot.shape) for slot, _ in slots) / 1e9
+    print(f"{options.out}: {billions:.2f} B parameters, {len(slots)} tensors, {size / 2**30:.2f} GiB, {seconds:.1f} s")
 
 
 if __name__ == "__main__":

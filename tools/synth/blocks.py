@@ -54,9 +54,9 @@ def as_bytes(values: npt.NDArray[np.float32], name: str) -> Bytes:
     """Plain float rows (rows, n) as the bytes of type f32, f16 or bf16 (rounded to nearest even)."""
     if name == "bf16":
         bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-        rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        return rounded.astype(np.uint16).view(np.uint8)
-    return np.ascontiguousarray(values, {"f32": np.float32, "f16": np.float16}[name]).view(np.uint8)
+        rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        return np.ascontiguousarray(rounded.view(np.uint16)[..., 1::2]).view(np.uint8)
+    return np.ascontiguousarray(values.astype(np.float16 if name == "f16" else np.float32)).view(np.uint8)
 
 
 def _scale(mean: float, count: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
@@ -126,7 +126,7 @@ class Pool:
         start = offset % len(self._blocks)
         while count > 0:
             piece = self._blocks[start : start + count]
-            yield memoryview(piece.reshape(-1))
+            yield piece.reshape(-1).data
             count -= len(piece)
             start = 0
 

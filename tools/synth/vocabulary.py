@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .writer import Value
+
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 # The 33 added tokens of Qwen3.5, in the order of their ids (248044 and up in the full vocabulary).
@@ -30,7 +32,7 @@ class Vocabulary:
     types: list[int]
     merges: list[str]
 
-    def metadata(self) -> dict[str, str | int | bool | list[str] | list[int]]:
+    def metadata(self) -> dict[str, Value]:
         """The `tokenizer.*` keys of a GGUF file."""
         return {
             "tokenizer.ggml.model": "gpt2",

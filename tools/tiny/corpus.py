@@ -153,7 +153,7 @@ class Mixture:
         ids: list[int] = []
         while len(ids) < length:  # one long exercise or several short ones: short distances are learnt first
             lines = self.lines[int(rng.integers(len(self.lines)))]
-            ids += self.vocabulary.encode(recall_exercise(rng, lines, int(rng.integers(300, 4 * length))))
+            ids += self.vocabulary.encode(recall_exercise(rng, lines, int(rng.integers(300, 301 + 4 * length))))
         return np.array(ids[:length], np.int64)
 
 

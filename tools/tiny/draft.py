@@ -212,7 +212,7 @@ def train_draft(
             loss, accuracy = block_loss(logits, labels)
             loss.backward()
             optimizer.step(cosine_with_warmup(max(elapsed / seconds, step / max_steps)))
-            accuracy_sum, loss_sum, step = accuracy_sum + accuracy, loss_sum + float(loss), step + 1
+            accuracy_sum, loss_sum, step = accuracy_sum + accuracy, loss_sum + float(loss.detach()), step + 1
             since += 1
             if step % 50 == 0 or step == 1:
                 log(f"draft step {step}: loss {loss_sum / since:.3f}, row accuracy {float(accuracy_sum[0]) / since:.3f} .. "

@@ -122,7 +122,8 @@ def check_fast_convolution(model: hf.Qwen3_5ForCausalLM, ids: Tensor) -> float:
 
 # -------------------------------------------------------------------------------------------------------- training
 def autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    """bfloat16 matrix products on a GPU; plain float32 elsewhere, where bfloat16 is often emulated."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
 def cosine_with_warmup(progress: float) -> float:
@@ -150,7 +151,7 @@ def train_target(
             loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
             loss.backward()
             optimizer.step(cosine_with_warmup(max(elapsed / seconds, step / max_steps)))
-            loss_sum += float(loss)  # waits for the device, so that elapsed time is real
+            loss_sum += float(loss.detach())  # waits for the device, so that elapsed time is real
             step, since = step + 1, since + 1
             if step % 50 == 0 or step == 1:
                 rate = step * batch * length / (time.monotonic() - start)
