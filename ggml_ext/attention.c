@@ -4,11 +4,14 @@
 
 #include <assert.h>
 #include <math.h>
+#include <stdbool.h>
 #include <string.h>
 
-// Slots scored before their values are added: large enough to hide the loop around the dot products, small enough that
-// the scores stay in registers and the first-level cache.
+// Slots are taken in aligned blocks of BLOCK: scores first, then values, which are converted to f32 once for up to
+// BATCH (row, head) items of a key/value head. The block is cut at fixed slots, so an item's arithmetic is the same
+// in any batch.
 #define BLOCK 64
+#define BATCH 16
 #define MAX_HEAD 256
 
 // Everything about one node that its (row, head) items share.
@@ -47,8 +50,8 @@ static struct attention read_node(const struct ggml_tensor * dst) {
     };
     const struct ggml_type_traits_cpu * k_traits = ggml_get_type_traits_cpu(a.k->type);
     a.dot          = k_traits->vec_dot;
-    a.q_from_float = k_traits->vec_dot_type == GGML_TYPE_F32 ? NULL
-                                                             : ggml_get_type_traits_cpu(k_traits->vec_dot_type)->from_float;
+    a.q_from_float = k_traits->vec_dot_type == GGML_TYPE_F32
+                   ? NULL : ggml_get_type_traits_cpu(k_traits->vec_dot_type)->from_float;
     a.v_to_float   = a.v->type == GGML_TYPE_F32 ? NULL
                    : a.v->type == GGML_TYPE_F16 ? f16_to_float : ggml_get_type_traits(a.v->type)->to_float;
     assert(a.columns <= MAX_HEAD);
@@ -67,89 +70,144 @@ static void add_row(float * restrict y, const float * restrict x, int64_t n, flo
     }
 }
 
-// The online softmax of one (row, head): scores relative to `max`, their sum, and the sum of the values they weigh.
-struct running {
-    float max;
-    float sum;
-    float out[MAX_HEAD];
+// One (row, head) with its online softmax: the sum of exp(score - max), and the values so weighed.
+struct item {
+    struct pydflash_span span;
+    float *              dst;
+    const void *         q;                          // as the dot product wants it
+    float                converted[MAX_HEAD + 64];   // holds it when it is not q itself; never wider than f32
+    float                max;
+    float                sum;
+    float                out[MAX_HEAD];
 };
 
-// Adds `count` visible slots to `r`. Their boundaries do not depend on T or P, since slots are taken in order.
-static void add_slots(const struct attention * a, struct running * r, const void * q, int64_t kv_head,
-                      const int64_t * slots, int count) {
-    const char * k = (const char *) a->k->data + (size_t) kv_head * ggml_row_size(a->k->type, a->columns);
-    const char * v = (const char *) a->v->data + (size_t) kv_head * ggml_row_size(a->v->type, a->columns);
-    float scores[BLOCK];
-    float max = r->max;
-    for (int i = 0; i < count; i++) {
-        a->dot((int) a->columns, &scores[i], 0, k + (size_t) slots[i] * a->k->nb[1], 0, q, 0, 1);
-        scores[i] *= a->scale;
-        max = scores[i] > max ? scores[i] : max;
-    }
-    if (max > r->max) {
-        const float factor = expf(r->max - max);  // 0 the first time, when r->max is -infinity
-        scale_row(r->out, a->columns, factor);
-        r->sum *= factor;
-        r->max = max;
-    }
-    float values[MAX_HEAD];
-    for (int i = 0; i < count; i++) {
-        const float  p   = expf(scores[i] - r->max);
-        const void * row = v + (size_t) slots[i] * a->v->nb[1];
-        if (a->v_to_float) {
-            a->v_to_float(row, values, a->columns);
-        }
-        add_row(r->out, a->v_to_float ? values : (const float *) row, a->columns, p);
-        r->sum += p;
+static void begin_item(const struct attention * a, struct item * item, int64_t row, int64_t head, float * dst) {
+    const char * q = (const char *) a->q->data + (size_t) row * a->q->nb[2] + (size_t) head * a->q->nb[1];
+    item->span = pydflash_attention_span(a->positions[row], a->causal, a->window);
+    item->dst  = dst;
+    item->q    = a->q_from_float ? (const void *) item->converted : q;
+    item->max  = -INFINITY;
+    item->sum  = 0.0f;
+    memset(item->out, 0, sizeof(item->out));
+    if (a->q_from_float) {
+        a->q_from_float((const float *) q, item->converted, a->columns);
     }
 }
 
-static void attend(const struct attention * a, int64_t row, int64_t head, float * out) {
-    const struct pydflash_span span = pydflash_attention_span(a->positions[row], a->causal, a->window);
-
-    const float * q = (const float *) ((const char *) a->q->data + row * (int64_t) a->q->nb[2] + head * (int64_t) a->q->nb[1]);
-    float         converted[MAX_HEAD + 64];  // q as the dot product wants it; never wider than f32
-    if (a->q_from_float) {
-        a->q_from_float(q, converted, a->columns);
-    }
-
-    // Without slot positions the visible slots are one range; with them, each slot says.
-    const int64_t slots = a->k->ne[1];
-    const int64_t begin = a->slot_positions ? 0 : span.first;
-    const int64_t end   = a->slot_positions ? slots : (int64_t) span.last + 1 < slots ? (int64_t) span.last + 1 : slots;
-
-    struct running r = { .max = -INFINITY };
-    int64_t        block[BLOCK];
-    int            count = 0;
-    for (int64_t slot = begin; slot < end; slot++) {
-        if (a->slot_positions && (a->slot_positions[slot] < span.first || a->slot_positions[slot] > span.last)) {
-            continue;
-        }
-        block[count++] = slot;
-        if (count == BLOCK) {
-            add_slots(a, &r, a->q_from_float ? (const void *) converted : q, head / a->group, block, count);
-            count = 0;
-        }
-    }
-    add_slots(a, &r, a->q_from_float ? (const void *) converted : q, head / a->group, block, count);
-
-    const float inverse = r.sum > 0.0f || r.sum != r.sum ? 1.0f / r.sum : 0.0f;
+static void end_item(const struct attention * a, const struct item * item) {
+    const float inverse = item->sum == 0.0f ? 0.0f : 1.0f / item->sum;  // padding saw nothing
     for (int64_t i = 0; i < a->columns; i++) {
-        out[i] = r.out[i] * inverse;
+        item->dst[i] = item->out[i] * inverse;
+    }
+}
+
+// A block of the cache: where its slots start, what they hold, and their values as f32 once somebody needs them.
+struct block {
+    const char * k;
+    const char * v;
+    int          count;
+    int32_t      positions[BLOCK];
+    bool         loaded[BLOCK];
+    float        values[BLOCK][MAX_HEAD];
+};
+
+static const char * head_slice(const struct ggml_tensor * cache, int64_t kv_head, int64_t columns, int64_t slot) {
+    return (const char *) cache->data + (size_t) slot * cache->nb[1] + (size_t) kv_head * ggml_row_size(cache->type, columns);
+}
+
+static void begin_block(const struct attention * a, struct block * block, int64_t kv_head, int64_t slot) {
+    const int64_t left = a->k->ne[1] - slot;
+    block->k     = head_slice(a->k, kv_head, a->columns, slot);
+    block->v     = head_slice(a->v, kv_head, a->columns, slot);
+    block->count = left < BLOCK ? (int) left : BLOCK;
+    for (int i = 0; i < block->count; i++) {
+        block->positions[i] = a->slot_positions ? a->slot_positions[slot + i] : (int32_t) slot + i;
+        block->loaded[i]    = false;
+    }
+}
+
+static const float * value_row(const struct attention * a, struct block * block, int i) {
+    const char * row = block->v + (size_t) i * a->v->nb[1];
+    if (!a->v_to_float) {
+        return (const float *) row;
+    }
+    if (!block->loaded[i]) {
+        a->v_to_float(row, block->values[i], a->columns);
+        block->loaded[i] = true;
+    }
+    return block->values[i];
+}
+
+static void add_block(const struct attention * a, struct item * item, struct block * block) {
+    int   seen[BLOCK];
+    int   count = 0;
+    float scores[BLOCK];
+    float max = item->max;
+    for (int i = 0; i < block->count; i++) {
+        seen[count] = i;
+        count += block->positions[i] >= item->span.first && block->positions[i] <= item->span.last;
+    }
+    for (int i = 0; i < count; i++) {
+        a->dot((int) a->columns, &scores[i], 0, block->k + (size_t) seen[i] * a->k->nb[1], 0, item->q, 0, 1);
+        scores[i] *= a->scale;
+        max = scores[i] > max ? scores[i] : max;
+    }
+    if (max > item->max) {
+        const float factor = expf(item->max - max);  // 0 the first time, when item->max is -infinity
+        scale_row(item->out, a->columns, factor);
+        item->sum *= factor;
+        item->max = max;
+    }
+    for (int i = 0; i < count; i++) {
+        const float p = expf(scores[i] - item->max);
+        add_row(item->out, value_row(a, block, seen[i]), a->columns, p);
+        item->sum += p;
+    }
+}
+
+// Items [begin, end) of one key/value head, counted by row and then by head; at most BATCH of them.
+static void attend(const struct attention * a, float * dst, int64_t kv_head, int64_t begin, int64_t end) {
+    struct item  items[BATCH];
+    struct block block;
+    const int64_t slots = a->k->ne[1];
+    int64_t first = slots, last = -1;  // slots that somebody may see
+    for (int64_t i = begin; i < end; i++) {
+        const int64_t row = i / a->group, head = kv_head * a->group + i % a->group;
+        struct item * item = &items[i - begin];
+        begin_item(a, item, row, head, dst + (row * a->q->ne[1] + head) * a->columns);
+        if (item->span.first <= item->span.last) {
+            first = item->span.first < first ? item->span.first : first;
+            last  = item->span.last > last ? item->span.last : last;
+        }
+    }
+    if (a->slot_positions) {
+        first = 0;
+        last  = slots - 1;
+    }
+    for (int64_t slot = first / BLOCK * BLOCK; slot < slots && slot <= last; slot += BLOCK) {
+        begin_block(a, &block, kv_head, slot);
+        for (int64_t i = begin; i < end; i++) {
+            add_block(a, &items[i - begin], &block);
+        }
+    }
+    for (int64_t i = begin; i < end; i++) {
+        end_item(a, &items[i - begin]);
     }
 }
 
 void pydflash_attention_cpu(struct ggml_tensor * dst, int ith, int nth, void * op) {
     (void) op;
     const struct attention a = read_node(dst);
-    const int64_t rows  = a.q->ne[2];
-    const int64_t heads = a.q->ne[1];
+    const int64_t per_head = a.q->ne[2] * a.group;
 
-    // Items are ordered by head, so that the rows of one head find its keys and values in the cache; consecutive items
-    // go to different threads because a causal row's cost grows with its position.
-    for (int64_t item = ith; item < rows * heads; item += nth) {
-        const int64_t head = item / rows;
-        const int64_t row  = item % rows;
-        attend(&a, row, head, (float *) dst->data + (row * heads + head) * a.columns);
+    int64_t begin, end;
+    pydflash_share(a.q->ne[2] * a.q->ne[1], ith, nth, &begin, &end);
+    while (begin < end) {
+        const int64_t kv_head = begin / per_head;
+        const int64_t index   = begin % per_head;
+        int64_t       count   = end - begin < BATCH ? end - begin : BATCH;
+        count = count < per_head - index ? count : per_head - index;
+        attend(&a, (float *) dst->data, kv_head, index, index + count);
+        begin += count;
     }
 }

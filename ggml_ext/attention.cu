@@ -1,17 +1,19 @@
-// attention on CUDA, split over the cache (flash-decoding). One block computes, for one key/value head, one chunk of the
-// cache and a group of query columns, the unnormalised output and its softmax statistics; a second kernel merges the
-// chunks in order. A column is one (row, query head) pair of the key/value head: with H / Hkv = 6, 16 rows make 96.
+// attention on CUDA, split over the cache (flash-decoding). One block computes, for one key/value head, one chunk of
+// the cache and a group of query columns, the unnormalised output and its softmax statistics; a second kernel merges
+// the chunks in order. A column is one (row, query head) pair of the key/value head: with H / Hkv = 6, 16 rows make
+// 96.
 //
-// The products are transposed, S^T = K Q^T and O^T = V^T P^T, so that cache slots and head dimensions are the M axis of
-// mma.m16n8k16 and the columns its N axis of 8: one row costs 8 columns, not 16, and each cached byte is dequantised from
-// shared memory straight into the A fragment of the warp that needs it. K and V tiles arrive by cp.async in their cached
-// format; K of the next tile travels during softmax and P V, V during Q K. The warps of a block divide the slots for
-// S^T (16 or 32 each) and the dimensions for O^T (32 each: one quantisation block). Shared memory holds Q and P in
-// fragment order; S^T and O^T live in registers.
+// The products are transposed, S^T = K Q^T and O^T = V^T P^T, so that cache slots and head dimensions are the M axis
+// of mma.m16n8k16 and the columns its N axis of 8: one row costs 8 columns, not 16, and each cached byte is
+// dequantised from shared memory straight into the A fragment of the warp that needs it. K and V tiles arrive by
+// cp.async in their cached format; K of the next tile travels during softmax and P V, V during Q K. The warps of a
+// block divide the slots for S^T (16 or 32 each) and the dimensions for O^T (32 each: one quantisation block). Shared
+// memory holds Q and P in fragment order; S^T and O^T live in registers.
 //
-// Exactness. Chunks and tiles are cut at fixed slots, an element of S^T or O^T is one chain of mma over ascending slots
-// or dimensions whatever the number of columns, row sums are gathered per 16 slots in a fixed order, and what a column does
-// not see enters as p = 0 against a finite v. So neither T, nor P, nor the other columns can change a bit.
+// Exactness. Chunks and tiles are cut at fixed slots, an element of S^T or O^T is one chain of mma over ascending
+// slots or dimensions whatever the number of columns, row sums are gathered per 16 slots in a fixed order, and what a
+// column does not see enters as p = 0 against a finite v. So neither T, nor P, nor the other columns can change a
+// bit.
 //
 // Bounds: device memory for one row; for 16 rows of 6 heads at D = 256 the tensor cores, 12.9 GFLOP for 32,768 slots.
 #include "attention.h"
@@ -42,7 +44,7 @@ struct job {
     float           scale_log2;  // scale * log2(e): the kernel works in powers of two
 };
 
-// ---- chunks: short where the cache is short, so that many SMs share it; long later, so that partial results stay few ----
+// ---- chunks: short at first, so that many SMs share a short cache; long later, so that partial results stay few ----
 
 constexpr int TIER1_SLOTS = 2048,  TIER1_CHUNK = 128;
 constexpr int TIER2_SLOTS = 32768, TIER2_CHUNK = 512;
@@ -72,7 +74,7 @@ struct tiling {
     static constexpr int THREADS = 32 * WARPS;
     static constexpr int COLUMNS = 8 * NT;
     static constexpr int SLOTS   = 16 * WARPS;         // per tile; must not depend on NT
-    static constexpr int MT      = NT >= 6 ? 2 : 1;    // with many columns a warp scores 32 slots x half the columns: fewer reads of Q
+    static constexpr int MT      = NT >= 6 ? 2 : 1;    // 16-slot tiles a warp scores; with 2, half the columns, to read Q less
     static constexpr int WM      = WARPS / MT;         // warps along the slots
     static constexpr int NTW     = NT / MT;            // column tiles per warp
     static constexpr int BLOCKS  = (NT >= 6 ? 256 : NT == 1 ? 768 : 512) / THREADS;  // per SM, as registers allow
@@ -83,7 +85,8 @@ struct tiling {
 
 constexpr int MAX_TILES = TIER3_CHUNK / tiling<64, 1>::SLOTS;
 
-// How a head's slice of a slot lies in memory and in a tile. The tile strides keep the fragment loads free of bank conflicts.
+// How a head's slice of a slot lies in memory and in a tile. The tile strides keep the fragment loads free of bank
+// conflicts.
 template <format F, int D>
 struct layout {
     static constexpr bool HALF   = F == format::F16 || F == format::BF16;
@@ -110,8 +113,8 @@ constexpr int v_stride(format f) {
          : f == format::Q4_0 ? layout<format::Q4_0, D>::V_STRIDE : layout<format::F16, D>::V_STRIDE;
 }
 
-// Calls function(tag<F>()) for the run-time format F: formats are told apart inside the kernel, outside its inner loops,
-// so that pairs of formats do not multiply the number of kernels.
+// Calls function(tag<F>()) for the run-time format F: formats are told apart inside the kernel, outside its inner
+// loops, so that pairs of formats do not multiply the number of kernels.
 template <format F> struct tag { static constexpr format value = F; };
 
 template <typename Function>
@@ -188,12 +191,14 @@ __device__ __forceinline__ uint32_t load32(const char * p) {
     if constexpr (ALIGNED) {
         return *reinterpret_cast<const uint32_t *>(p);
     } else {
-        return __byte_perm(*reinterpret_cast<const uint32_t *>(p - 2), *reinterpret_cast<const uint32_t *>(p + 2), 0x5432);
+        return __byte_perm(*reinterpret_cast<const uint32_t *>(p - 2), *reinterpret_cast<const uint32_t *>(p + 2),
+                           0x5432);
     }
 }
 
-// Lane t of a group of four takes 8 values of a 32-value block: 4t .. 4t+3 and 16+4t .. 16+4t+3. Quantised formats yield
-// each four in the order 0, 2, 1, 3, which Q follows (stage_queries). ODD: the block's number within a pair of blocks.
+// Lane t of a group of four takes 8 values of a 32-value block: 4t .. 4t+3 and 16+4t .. 16+4t+3. Quantised formats
+// yield each four in the order 0, 2, 1, 3, which Q follows (stage_queries). ODD: the block's number within a pair of
+// blocks.
 template <format F, bool ODD>
 __device__ __forceinline__ void load_k(uint32_t (&a)[4], const char * block, int t) {
     if constexpr (layout<F, 64>::HALF) {
@@ -294,8 +299,9 @@ struct columns {
     float gather[WARPS][COLUMNS];
 };
 
-// Q as f16 in B-fragment order: for column tile n and block b of 32 dimensions, lane (g, t) finds the 8 values of column g
-// that load_k gives lane t of K. A column is scaled by a power of two into [1, 2), so it cannot overflow; `factor` undoes it.
+// Q as f16 in B-fragment order: for column tile n and block b of 32 dimensions, lane (g, t) finds the 8 values of
+// column g that load_k gives lane t of K. A column is scaled by a power of two into [1, 2), so it cannot overflow;
+// `factor` undoes it.
 template <int D, int NT>
 __device__ __forceinline__ void stage_queries(const job & j, char * q_tile, columns<8 * NT, D / 32> & col) {
     constexpr int WARPS = D / 32, PARTS = D > 128 ? D / 128 : 1, BATCH = NT == 1 && D == 256 ? 1 : 2;
@@ -379,7 +385,8 @@ __device__ __forceinline__ void score(float (&s)[tiling<D, NT>::MT][tiling<D, NT
 
 // O^T += V^T P^T over the tile's slots, for the warp's 32 dimensions and all columns.
 template <format F, int D, int NT>
-__device__ __forceinline__ void add_values(float (&o)[2][NT][4], const char * v_tile, const char * p_tile, int warp, int lane) {
+__device__ __forceinline__ void add_values(float (&o)[2][NT][4], const char * v_tile, const char * p_tile, int warp,
+                                           int lane) {
     const uint2 * p = reinterpret_cast<const uint2 *>(p_tile) + lane;
 #pragma unroll 1
     for (int m = 0; m < tiling<D, NT>::WARPS; m++) {
@@ -742,7 +749,8 @@ int64_t cost(const job & j, int sm_count, int shared_limit) {
         return INT64_MAX;
     }
     const int64_t tiles   = divide_up(j.slots, S::SLOTS);
-    const int64_t longest = (j.slots > TIER2_SLOTS ? TIER3_CHUNK : j.slots > TIER1_SLOTS ? TIER2_CHUNK : TIER1_CHUNK) / S::SLOTS;
+    const int     chunk   = j.slots > TIER2_SLOTS ? TIER3_CHUNK : j.slots > TIER1_SLOTS ? TIER2_CHUNK : TIER1_CHUNK;
+    const int64_t longest = chunk / S::SLOTS;
     const int64_t all     = tiles * j.kv_heads * divide_up(wanted, S::COLUMNS) / sm_count;
     return (all > longest ? all : longest) * (2 + NT);
 }
@@ -751,7 +759,8 @@ int64_t cost(const job & j, int sm_count, int shared_limit) {
 template <int D>
 bool fits_size(const job & j, int shared_limit) {
     const auto piece = [](format f) {
-        return f == format::Q8_0 ? layout<format::Q8_0, D>::PIECE : f == format::Q4_0 ? layout<format::Q4_0, D>::PIECE : 16;
+        return f == format::Q8_0 ? layout<format::Q8_0, D>::PIECE
+             : f == format::Q4_0 ? layout<format::Q4_0, D>::PIECE : layout<format::F16, D>::PIECE;
     };
     return cost<D, 1>(j, 1, shared_limit) != INT64_MAX && j.k_stride % piece(j.k_format) == 0 &&
            j.v_stride % piece(j.v_format) == 0;
@@ -766,8 +775,9 @@ bool fits(const job & j, int head_size, int shared_limit) {
 template <int D, int NT>
 void launch_attend(const job & j, cudaStream_t stream) {
     using S = tiling<D, NT>;
-    const int  bytes = shared_bytes<D, NT>(j);
-    const dim3 grid((unsigned) (j.chunks * j.kv_heads), (unsigned) divide_up(j.rows * (j.heads / j.kv_heads), S::COLUMNS));
+    const int  bytes  = shared_bytes<D, NT>(j);
+    const int  wanted = j.rows * (j.heads / j.kv_heads);
+    const dim3 grid((unsigned) (j.chunks * j.kv_heads), (unsigned) divide_up(wanted, S::COLUMNS));
     cudaFuncSetAttribute(attend<D, NT>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     attend<D, NT><<<grid, S::THREADS, bytes, stream>>>(j);
 }
@@ -857,7 +867,8 @@ int shared_limit(int device) {
 bool supports(const ggml_tensor * node) {
     job j;
     int device = 0;
-    return read_node(node, &j) && cudaGetDevice(&device) == cudaSuccess && fits(j, (int) node->src[0]->ne[0], shared_limit(device));
+    return read_node(node, &j) && cudaGetDevice(&device) == cudaSuccess &&
+           fits(j, (int) node->src[0]->ne[0], shared_limit(device));
 }
 
 bool launch(pydflash_cuda * cuda, ggml_tensor * node) {

@@ -1,10 +1,10 @@
 // attention: softmax attention of a few query rows over a (quantised) key/value cache, exact in the width.
 //
-//   dst[t, h] = sum_s p[s] v[s, h'] / sum_s p[s],   p[s] = exp(scale * q[t, h] . k[s, h'])   over the slots s that row t sees
+//   dst[t, h] = sum_s p[s] v[s, h'] / sum_s p[s],   p[s] = exp(scale * q[t, h] . k[s, h']),   s: the slots row t sees
 //
 // h' = h / (H / Hkv) is the key/value head of query head h. There is no mask tensor: what a row sees follows from the
-// absolute positions. With qpos = positions[t] and kpos = slot_positions[s] (s itself without src[4]), row t sees slot s
-// iff kpos >= 0 and
+// absolute positions. With qpos = positions[t] and kpos = slot_positions[s] (s itself without src[4]), row t sees
+// slot s iff kpos >= 0 and
 //
 //   causal       kpos <= qpos   and, with a window W > 0,   qpos - kpos < W
 //   not causal   everything     or,  with a window W > 0,   |qpos - kpos| < W
@@ -12,19 +12,19 @@
 // A row with qpos < 0 is padding. The output of padding, and of a row that sees nothing, is zeros.
 //
 //   src[0]   q                (T, H, D) f32 contiguous; 1 <= T <= 16; D is 64, 128 or 256
-//   src[1]   k                (P, Hkv * D) f32, f16, bf16, q8_0 or q4_0: one row per cache slot; P % 32 == 0; rows may be
-//                             strided (the first P slots of a longer cache)
+//   src[1]   k                (P, Hkv * D) f32, f16, bf16, q8_0 or q4_0: one row per cache slot; P % 32 == 0; rows may
+//                             be strided (the first P slots of a longer cache)
 //   src[2]   v                (P, Hkv * D) as k; its type need not be k's
 //   src[3]   positions        (T,) int32
 //   src[4]   slot_positions   (P,) int32, the position each slot holds, negative = empty; optional
 //   params   [0] scale > 0 (float)   [1] causal: 0 or 1   [2] window, 0 = none   [3] Hkv
 //   result   (T, H, D) f32
 //
-// A row's result does not depend on T, on the other rows, on P, nor on the number of threads, bit for bit: slots that a
-// row does not see contribute exactly nothing to it, whatever bytes they hold. The CPU and CUDA results differ by rounding:
-// the CPU rounds q to the type that ggml's dot product with K's type wants (8 bits for quantised K), CUDA rounds q, p and
-// the dequantised K and V to f16. CUDA saturates cached V, and cached bf16 K, at the range of f16 (+-65504), and takes no
-// f32 cache.
+// A row's result does not depend on T, on the other rows, on P, nor on the number of threads, bit for bit: slots that
+// a row does not see contribute exactly nothing to it, whatever bytes they hold. The CPU and CUDA results differ by
+// rounding: the CPU rounds q to the type that ggml's dot product with K's type wants (8 bits for quantised K), CUDA
+// rounds q, p and the dequantised K and V to f16. CUDA saturates cached V, and cached bf16 K, at the range of f16
+// (+-65504), and takes no f32 cache.
 //
 // Source of the online softmax: Milakov & Gimelshein 2018 (arXiv:1805.02867); of the split over the cache:
 // flash-decoding (Dao et al. 2023).

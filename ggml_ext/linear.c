@@ -22,7 +22,8 @@ static const char * converted(const struct ggml_tensor * x, enum ggml_type type,
     }
     const ggml_from_float_t from_float = ggml_get_type_traits_cpu(type)->from_float;
     for (int64_t t = 0; t < x->ne[1]; t++) {
-        from_float((const float *) ((const char *) x->data + (size_t) t * x->nb[1]), buffer + (size_t) t * row_size, x->ne[0]);
+        const char * row = (const char *) x->data + (size_t) t * x->nb[1];
+        from_float((const float *) row, buffer + (size_t) t * row_size, x->ne[0]);
     }
     return buffer;
 }

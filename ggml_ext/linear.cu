@@ -41,7 +41,7 @@ struct plan {
     int        budget;                         // bytes of shared memory for the ring
     const char * packed;
     uint32_t * counters;                       // by the block that starts a tile; zero between products
-    float *    partials;                       // two slots a block: of a tile begun before it, of a tile it does not end
+    float *    partials;                       // two slots a block: a tile begun before it, a tile it does not end
     int        begin[MAX_BLOCKS + 1];          // block b computes units begin[b] .. begin[b + 1] - 1
 };
 static_assert(sizeof(plan) <= 4096, "the plan is passed by value");
@@ -91,7 +91,8 @@ struct position {
 // Distance of a row's chunk from the 16-byte boundary before it.
 template <typename F>
 __device__ __forceinline__ int misalignment(const target & w, int64_t row, int chunk) {
-    return F::ALIGNED ? 0 : ((uint32_t) (uintptr_t) w.data + (uint32_t) row * (uint32_t) w.row_bytes + chunk * F::BYTES) & 15;
+    const uint32_t address = (uint32_t) (uintptr_t) w.data + (uint32_t) row * (uint32_t) w.row_bytes + chunk * F::BYTES;
+    return F::ALIGNED ? 0 : address & 15;
 }
 
 // Enqueues the copies of one unit's weights. Rows and columns past the end become zero bytes, which are zero weights in
@@ -102,6 +103,7 @@ __device__ void copy_weights(uint8_t * stage, const target & w, position at, int
     constexpr int TOTAL  = TILE_ROWS<F> * PIECES;
 
     const int chunk_bytes = min(F::BYTES, (K - at.chunk * CHUNK) * F::BYTES / CHUNK);
+    // Unrolled no further: the compiler would keep every row's address in registers, and spill.
 #pragma unroll 3
     for (int first = 0; first < TOTAL; first += THREADS) {
         const int i = first + threadIdx.x;
@@ -134,14 +136,16 @@ __device__ void copy_panels(uint8_t * stage, const plan & p, int chunk) {
 // ---- arithmetic
 
 __device__ __forceinline__ void mma(float (&c)[4], uint2 low, uint2 high, uint2 b) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(low.x), "r"(high.x), "r"(low.y), "r"(high.y), "r"(b.x), "r"(b.y));
 }
 
 __device__ __forceinline__ void mma_tf32(float (&c)[4], uint32_t low0, uint32_t high0, uint32_t low1, uint32_t high1,
                                          float2 b) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(low0), "r"(high0), "r"(low1), "r"(high1), "r"(__float_as_uint(b.x)), "r"(__float_as_uint(b.y)));
 }
@@ -233,14 +237,15 @@ __device__ void multiply_chunk(const uint8_t * stage, const target & w, position
 // Writes product + residual for this warp's rows of a finished tile.
 template <typename F, int PANELS>
 __device__ void write_tile(const plan & p, const target & w, int tile, const sums<F, PANELS> & total) {
-    const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    const int     warp  = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    const int64_t first = (int64_t) tile * TILE_ROWS<F> + warp * F::M_TILES * 16 + lane / 4;
 #pragma unroll
     for (int m = 0; m < F::M_TILES; m++) {
 #pragma unroll
         for (int n = 0; n < PANELS; n++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const int64_t row    = (int64_t) tile * TILE_ROWS<F> + (warp * F::M_TILES + m) * 16 + i / 2 * 8 + lane / 4;
+                const int64_t row    = first + m * 16 + i / 2 * 8;
                 const int     column = n * PANEL_COLS + lane % 4 * 2 + i % 2;
                 if (row < w.rows && column < p.T) {
                     const float residual = w.residual ? w.residual[column * w.residual_stride + row] : 0.0f;
@@ -256,8 +261,8 @@ __device__ __forceinline__ float4 * slot_part(const plan & p, int slot, int m, i
     return (float4 *) (p.partials + (int64_t) slot * SLOT) + (m * PANELS + n) * THREADS + threadIdx.x;
 }
 
-// Adds the partial sums that blocks first..last left of a tile, in that order: the block that began the tile, then those
-// that went on with it.
+// Adds the partial sums that blocks first..last left of a tile, in that order: the block that began the tile, then
+// those that went on with it.
 template <typename F, int PANELS>
 __device__ void add_partials(const plan & p, int first, int last, sums<F, PANELS> & total) {
 #pragma unroll
@@ -342,6 +347,7 @@ __device__ bool combine(const plan & p, int tile_unit, sums<F, PANELS> & total) 
 template <typename F, int PANELS>
 __device__ void stream_units(const plan & p, int index, int begin, int end, uint8_t * ring) {
     constexpr int STAGE = STAGE_BYTES<F, PANELS>;
+    static_assert(2 * STAGE <= MIN_BUDGET, "a ring needs two stages");
 
     const target & w      = p.weights[index];
     const int      stages = min(MAX_STAGES, p.budget / STAGE);
@@ -495,8 +501,11 @@ int divide_units(plan & p, const int64_t (&unit_bytes)[PYDFLASH_LINEAR_MAX_WEIGH
 
 template <int PANELS>
 bool launch_multiply(pydflash_cuda * cuda, const plan & p, int blocks, const device_limits & limits) {
-    if (cudaFuncSetAttribute(multiply_kernel<PANELS>, cudaFuncAttributeMaxDynamicSharedMemorySize, p.budget) !=
-        cudaSuccess) {
+    if (limits.budget < MIN_BUDGET ||
+        cudaFuncSetAttribute(multiply_kernel<PANELS>, cudaFuncAttributeMaxDynamicSharedMemorySize, p.budget) !=
+            cudaSuccess ||
+        cudaFuncSetAttribute(multiply_kernel<PANELS>, cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared) != cudaSuccess) {
         return false;
     }
     cudaLaunchAttribute early = {};
@@ -551,7 +560,8 @@ size_t pydflash_linear_scratch_size(const pydflash_cuda * cuda) {
     return (size_t) std::min(2 * cuda->sm_count, MAX_BLOCKS) * 2 * SLOT * sizeof(float);
 }
 
-bool pydflash_linear_pack(pydflash_cuda * cuda, const float * x, int64_t x_stride, int64_t T, int64_t K, void * packed) {
+bool pydflash_linear_pack(pydflash_cuda * cuda, const float * x, int64_t x_stride, int64_t T, int64_t K,
+                          void * packed) {
     return valid_size(T, K) && aligned16(x, x_stride) && launch_pack(cuda, plain { x, x_stride }, T, K, packed);
 }
 

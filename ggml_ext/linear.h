@@ -12,8 +12,9 @@
 //   params       none
 //   result   (T, M) f32, contiguous
 //
-// The CPU rounds a row of x as ggml does for the same weight type (to 8 bits for the quantised types); CUDA rounds it to
-// f16, with one power-of-two scale for every 256 values. The two therefore agree to activation rounding, not to the bit.
+// The CPU rounds a row of x as ggml does for the same weight type (to 8 bits for the quantised types); CUDA rounds it
+// to f16, with one power-of-two scale for every 256 values. The two therefore agree up to that rounding, not to the
+// bit.
 #pragma once
 
 #include "ext.h"

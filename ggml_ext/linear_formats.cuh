@@ -28,8 +28,12 @@ constexpr int WARPS = 4;
 
 // ---- half2 arithmetic on 32-bit registers
 
-__device__ __forceinline__ __half2  as_half2(uint32_t bits) { union { uint32_t u; __half2 h; } v; v.u = bits; return v.h; }
-__device__ __forceinline__ uint32_t as_bits(__half2 value)  { union { uint32_t u; __half2 h; } v; v.h = value; return v.u; }
+__device__ __forceinline__ __half2 as_half2(uint32_t bits) {
+    return *(const __half2 *) &bits;
+}
+__device__ __forceinline__ uint32_t as_bits(__half2 value) {
+    return *(const uint32_t *) &value;
+}
 
 constexpr uint32_t HALF_1024      = 0x64006400;  // 1024
 constexpr uint32_t HALF_1024_LESS = 0xe400e400;  // -1024
@@ -48,7 +52,9 @@ __device__ __forceinline__ uint32_t twice_low(uint32_t v)  { return __byte_perm(
 __device__ __forceinline__ uint32_t twice_high(uint32_t v) { return __byte_perm(v, v, 0x3232); }
 
 // Bits of a where mask is set, of b elsewhere; one LOP3, as are (v & mask) | bits.
-__device__ __forceinline__ uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
+__device__ __forceinline__ uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
+    return (a & mask) | (b & ~mask);
+}
 
 // Bytes 0 and 2, and 1 and 3, of v & mask (mask repeats every 2 bytes) as the halves 1024 + byte.
 __device__ __forceinline__ uint32_t even_bytes(uint32_t v, uint32_t mask) { return (v & mask) | HALF_1024; }

@@ -24,7 +24,7 @@ constexpr int CHUNK        = 256;
 constexpr int PANEL_COLS   = 8;
 constexpr int LANES        = 32;
 constexpr int STEP_PAIR    = LANES * 16;                 // bytes of two steps
-constexpr int HALF_PANEL   = 4 * STEP_PAIR + 16;         // steps 0-7 or 8-15; 16 bytes of padding, see formats::q6_k
+constexpr int HALF_PANEL   = 4 * STEP_PAIR + 16;         // steps 0-7 or 8-15; 16 bytes of padding, see q6_k
 constexpr int SUMS_OFFSET  = 2 * HALF_PANEL;
 constexpr int SCALE_OFFSET = SUMS_OFFSET + LANES * 8;
 constexpr int PANEL_BYTES  = SCALE_OFFSET + PANEL_COLS * 4;
@@ -39,8 +39,8 @@ __host__ __device__ constexpr int64_t panel_bytes(int64_t T, int64_t K) { return
 
 #ifdef __CUDACC__
 
-// Lets the next kernel in the stream start while this one runs; it waits (wait_for_predecessor) before it reads anything
-// that this one writes. A no-op unless the next kernel was launched for it.
+// Lets the next kernel in the stream start while this one runs; it waits (wait_for_predecessor) before it reads what
+// this one writes. A no-op unless the next kernel was launched for it.
 __device__ __forceinline__ void release_successor() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -182,8 +182,8 @@ constexpr int NORM_WARPS = 32;
 
 // RMS norm: a block for every column, because the sum of squares runs over the row. The order of the sum depends on K
 // only.
-__global__ void __launch_bounds__(NORM_WARPS * LANES) pack_rms_norm_kernel(plain x, plain weight, float eps, int64_t T,
-                                                                           int64_t K, char * packed) {
+static __global__ void __launch_bounds__(NORM_WARPS * LANES)
+pack_rms_norm_kernel(plain x, plain weight, float eps, int64_t T, int64_t K, char * packed) {
     release_successor();
     __shared__ float of_warp[NORM_WARPS];
     const int column = blockIdx.x, warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from pydflash.backend import Arena
+from pydflash.backend import Arena, Backend
 from pydflash.errors import ConfigError, ContextFull, NothingPending, SessionClosed, ShapeError, StateError
 from pydflash.ggml_types import GGMLType
 from pydflash.graph import Graph
@@ -19,13 +19,37 @@ from pydflash.ops import EXACT_ROWS, argmax, copy_into, get_rows
 from pydflash.state import DeltaState, KVCache, StepInputs, cache_type, k_basis
 from pydflash.tensor import Tensor
 
-__all__ = ["Head", "Output", "Session"]
+__all__ = ["Head", "Output", "Proposal", "Session", "width_for"]
 
 Head = Literal["last", "all", "none"]
 """Rows that the LM head runs for."""
 
 _WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 _WIDE_GRAPHS_KEPT = 3  # prefill graphs are large and used in order of their spans
+
+
+def width_for(rows: int) -> int:
+    """The graph width that holds ``rows``: few distinct ones, so that graphs are reused."""
+    return next(w for w in _WIDTHS if w >= rows)
+
+
+class Proposal:
+    """Tokens that lie on the device: an anchor and what a draft proposes after it. ``len()`` counts both."""
+
+    def __init__(self, tensor: Tensor, count: int, backend: Backend) -> None:
+        self.tensor, self._count, self._backend = tensor, count, backend
+        self._ids: npt.NDArray[np.int32] | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def ids(self) -> npt.NDArray[np.int32]:
+        """(len,) int32, copied from the device when first asked for; valid until the draft's next proposal."""
+        if self._ids is None:
+            self._ids = np.empty(self._count, np.int32)
+            self._backend.read(self.tensor, self._ids)
+        return self._ids
 
 
 class Output:
@@ -116,7 +140,7 @@ class Session:
             if self.capture
             else None
         )
-        self._graphs: dict[tuple[int, int, Head, bool], _StepGraph] = {}
+        self._graphs: dict[tuple[int, int, Head, bool, int | None], _StepGraph] = {}
         self.length = self.pending = 0
         self.serial = 0  # counts steps, so that an Output knows whether it is still valid
         self._replay = 0  # rows of the last step that the next one replays into the delta-net state
@@ -132,13 +156,18 @@ class Session:
 
     # --- the protocol -----------------------------------------------------------------------------------------------
 
-    def forward(self, tokens: Sequence[int] | npt.NDArray[np.integer], logits: Head = "last") -> Output:
-        """Compute the next positions and leave them pending.
+    def forward(self, tokens: Sequence[int] | npt.NDArray[np.integer] | Proposal, logits: Head = "last") -> Output:
+        """Compute the next positions and leave them pending. A Proposal is read where it lies, on the device.
 
         ``logits``: the rows the LM head runs for: 'last', 'all' or 'none'. Raises ShapeError for an empty list or a token outside
         the vocabulary, ContextFull, StateError when rows are pending already.
         """
-        ids = self._check(tokens, logits)
+        self._check(len(tokens), logits)
+        if isinstance(tokens, Proposal):
+            output = self._step(np.zeros(len(tokens), np.int32), 0, logits, keep=True, proposal=tokens)
+            self.pending = len(tokens)
+            return output
+        ids = self._ids(tokens)
         if len(ids) <= EXACT_ROWS:
             output = self._step(ids, 0, logits, keep=True)
         else:
@@ -196,12 +225,23 @@ class Session:
         if self.closed:
             raise SessionClosed("this session was closed; open a new one")
 
-    def _check(self, tokens: Sequence[int] | npt.NDArray[np.integer], logits: Head) -> npt.NDArray[np.int32]:
+    def _check(self, count: int, logits: Head) -> None:
         self._check_open()
         if self.pending:
             raise StateError(f"{self.pending} positions are pending; commit(n) or commit(0) them before the next forward")
         if logits not in ("last", "all", "none"):
             raise ConfigError(f"logits is {logits!r}; valid values are 'last', 'all', 'none'")
+        self.check_room(count)
+
+    def check_room(self, count: int) -> None:
+        """ContextFull unless ``count`` more positions fit."""
+        if self.length + count > self.max_context:
+            raise ContextFull(
+                f"{self.length:,} of {self.max_context:,} positions are used and {count:,} more were asked for; "
+                f"open the session with max_context >= {self.length + count:,}"
+            )
+
+    def _ids(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
         ids = np.asarray(tokens)
         if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
             raise ShapeError(f"forward needs a non-empty list of token ids; found shape {ids.shape}, dtype {ids.dtype}")
@@ -209,11 +249,6 @@ class Session:
         if ids.min() < 0 or ids.max() >= vocab:
             bad = int(ids[(ids < 0) | (ids >= vocab)][0])
             raise ShapeError(f"token id {bad} is outside the vocabulary of {vocab} tokens")
-        if self.length + ids.size > self.max_context:
-            raise ContextFull(
-                f"{self.length:,} of {self.max_context:,} positions are used and {ids.size:,} more were asked for; "
-                f"open the session with max_context >= {self.length + ids.size:,}"
-            )
         return ids.astype(np.int32)
 
     # --- steps ------------------------------------------------------------------------------------------------------
@@ -241,12 +276,14 @@ class Session:
         output._argmax = output._logits.argmax(axis=1).astype(np.int32)
         return output
 
-    def _step(self, ids: npt.NDArray[np.int32], offset: int, head: Head, *, keep: bool) -> Output:
+    def _step(
+        self, ids: npt.NDArray[np.int32], offset: int, head: Head, *, keep: bool, proposal: Proposal | None = None
+    ) -> Output:
         """Run one graph for ``ids`` at position ``length + offset``."""
         count = len(ids)
-        width = next(w for w in _WIDTHS if w >= count)
+        width = width_for(count)
         start = self.length + offset
-        step = self._graph(width, self._span(width, start + count), head, keep)
+        step = self._graph(width, self._span(width, start + count), head, keep, proposal)
         block = np.empty(3 + 3 * width, np.int32)
         block[:3] = self._replay, count, count - 1
         tokens, positions, rows = block[3:].reshape(3, width)
@@ -270,20 +307,22 @@ class Session:
         unit = max(256, 1 << max(0, needed.bit_length() - 3))
         return min(-(-needed // unit) * unit, self.cache.capacity)
 
-    def _graph(self, width: int, span: int, head: Head, keep: bool) -> _StepGraph:
-        key = (width, span, head, keep)
+    def _graph(self, width: int, span: int, head: Head, keep: bool, proposal: Proposal | None) -> _StepGraph:
+        key = (width, span, head, keep, None if proposal is None else id(proposal.tensor))
         if key not in self._graphs:
             wide = [k for k in self._graphs if k[0] > EXACT_ROWS]
             if width > EXACT_ROWS and len(wide) >= _WIDE_GRAPHS_KEPT:
                 self._graphs.pop(wide[0]).graph.close()
-            self._graphs[key] = self._build(*key)
+            self._graphs[key] = self._build(width, span, head, keep, proposal)
         return self._graphs[key]
 
-    def _build(self, width: int, span: int, head: Head, keep: bool) -> _StepGraph:
+    def _build(self, width: int, span: int, head: Head, keep: bool, proposal: Proposal | None) -> _StepGraph:
         graph = Graph(self.model.backend)
         inputs = graph.input((3 + 3 * width,), GGMLType.I32)
         counts, row = inputs.slice(0, 0, 2), inputs.slice(0, 2, 3)
         tokens, positions, rows = (inputs.slice(0, 3 + i * width, 3 + (i + 1) * width) for i in range(3))
+        if proposal is not None:
+            tokens = proposal.tensor.within(graph).slice(0, 0, width)
         masked = width > EXACT_ROWS and self.model.config.attention_layers
         mask = graph.input((width, span), GGMLType.F16) if masked else None
         step = StepInputs(graph, positions, rows, counts, span, keep, mask)

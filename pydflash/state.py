@@ -217,3 +217,93 @@ class DeltaState:
 
     def close(self) -> None:
         self.arena.close()
+
+
+# --- the draft's context ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DraftInputs:
+    """The tensors of one draft graph. T rows of the block; ``rings`` says, per layer, which entry of the lists is its own.
+
+    positions (T,) int32: the block's own positions. ends (T,) int32: the last of them in every row, which is how far a full
+    layer's rows see. rows: per ring, (T,) int32, where block K/V are written. slots: per ring, rows of the table to attend over.
+    slot_positions: per ring, (slots,) int32 or None where slot s holds position s.
+    """
+
+    graph: Graph
+    positions: Tensor
+    ends: Tensor
+    rings: Sequence[int]
+    rows: Sequence[Tensor]
+    slots: Sequence[int]
+    slot_positions: Sequence[Tensor | None]
+
+
+class DraftGeometry(Protocol):
+    """What the draft's cache needs to know of a draft."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_size(self) -> int: ...
+    @property
+    def windows(self) -> Sequence[int]: ...
+    @property
+    def causal(self) -> Sequence[bool]: ...
+
+
+class DraftCache:
+    """K and V that target features inject, one ring per distinct window: sliding layers remember no more than they can see.
+
+    ``windows``: the distinct windows, 0 for full attention; ``capacities``: slots of each ring. A ring holds position p in slot
+    p % capacity; the ring of full layers is as long as the context, so that slot p is position p. Padding falls into a last row.
+    """
+
+    def __init__(self, backend: Backend, geometry: DraftGeometry, context: int) -> None:
+        """``context``: positions that a full layer must hold, the block included."""
+        self.geometry = geometry
+        self.windows = sorted(set(geometry.windows))
+        self.ring_of = [self.windows.index(w) for w in geometry.windows]
+        full = -(-context // 256) * 256
+        self.capacities = [min(full, -(-(w + ops.TAPE_ROWS) // 32) * 32) if w else full for w in self.windows]
+        width = geometry.kv_heads * geometry.head_size
+        specs: dict[str, tuple[Shape, GGMLType]] = {}
+        for layer in range(geometry.layers):
+            for side in "kv":
+                specs[f"{side}.{layer}"] = ((self.capacities[self.ring_of[layer]] + 1, width), GGMLType.F16)
+        self.arena = Arena(backend, specs, f"the draft's cache of {context:,} positions")
+
+    @property
+    def nbytes(self) -> int:
+        return self.arena.nbytes
+
+    def store(self, layer: int, k: Tensor, v: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v, (T, Hkv, D) each, to table rows; returns the layer's tables after it."""
+        graph = k.graph
+        assert graph is not None
+        width = k.shape[1] * k.shape[2]
+        k_table, v_table = (self.arena[f"{side}.{layer}"].within(graph) for side in "kv")
+        k_table = graph.effect(ops.set_rows(k_table, rows, k.reshape(k.shape[0], width)))
+        v_table = graph.effect(ops.set_rows(v_table, rows, v.reshape(v.shape[0], width)))
+        return k_table, v_table
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, inputs: DraftInputs) -> Tensor:
+        """Store the block's k and v and attend over [context | block]: q (T, H, D) to (T, H, D)."""
+        ring, window, causal = self.ring_of[layer], self.geometry.windows[layer], self.geometry.causal[layer]
+        k_table, v_table = self.store(layer, k, v, inputs.rows[ring])
+        slots = inputs.slots[ring]
+        k_view, v_view = k_table.slice(0, 0, slots), v_table.slice(0, 0, slots)
+        if window:
+            return ops.attention(
+                q, k_view, v_view, inputs.positions, self.geometry.kv_heads,
+                causal=causal, window=window, slot_positions=inputs.slot_positions[ring],
+            )  # fmt: skip
+        # A full layer sees the context and the whole block: everything up to the block's last row.
+        reach = inputs.positions if causal else inputs.ends
+        return ops.attention(q, k_view, v_view, reach, self.geometry.kv_heads)
+
+    def close(self) -> None:
+        self.arena.close()

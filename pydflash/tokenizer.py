@@ -250,9 +250,7 @@ class Decoder:
 
     def flush(self) -> str:
         """End the text: return U+FFFD for a character left incomplete, else nothing. The decoder can be used again."""
-        rest = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return rest
+        return self._utf8.decode(b"", final=True)
 
 
 def named_token_id(metadata: Mapping[str, Any], name: str) -> int | None:

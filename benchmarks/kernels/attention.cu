@@ -1,10 +1,10 @@
 // Checks and times the attention kernel on its own, without ggml's libraries.
 //
-//   nvcc -std=c++17 -arch=sm_90 -O3 -I ggml_ext -I GGML/include benchmarks/kernels/attention.cu -o attention && ./attention
+//   nvcc -std=c++17 -arch=sm_90 -O3 -I ggml_ext -I GGML/include benchmarks/kernels/attention.cu -o attention
 //
-// Every case is compared with a float64 computation over the same cached bytes, and bit for bit with itself: row by row,
-// under other splits over the device, and over longer caches. Slots that no row sees hold NaN and infinities. Prints one
-// line per case, then the timings; exits with the number of failed cases.
+// Every case is compared with a float64 computation over the same cached bytes, and bit for bit with itself: row by
+// row, under other splits over the device, and over longer caches. Slots that no row sees hold NaN and infinities.
+// Prints one line per case, then the timings; exits with the number of failed cases.
 #define PYDFLASH_STANDALONE
 #include <attention.cu>
 
@@ -108,7 +108,8 @@ static cache make_cache(format f, int slots, int columns, std::mt19937 & random)
 // ---- one case ----
 
 struct setup {
-    int    rows, heads, kv_heads, head_size, slots, length;  // length: positions in the sequence; more than slots in a ring
+    int    rows, heads, kv_heads, head_size, slots;
+    int    length;  // positions in the sequence; more than slots in a ring
     bool   causal;
     int    window;
     bool   ring;
@@ -194,7 +195,8 @@ static void expect(const setup & s, const float * q, const cache & k, const cach
 }
 
 static double relative_error(const setup & s, const std::vector<float> & q, const cache & k, const cache & v,
-                             const std::vector<int> & kpos, const std::vector<int> & positions, const std::vector<float> & out) {
+                             const std::vector<int> & kpos, const std::vector<int> & positions,
+                             const std::vector<float> & out) {
     const int           items = s.rows * s.heads, n_threads = 16;
     std::vector<double> differ(n_threads), total(n_threads);
     std::vector<std::thread> threads;
@@ -202,7 +204,8 @@ static double relative_error(const setup & s, const std::vector<float> & q, cons
         threads.emplace_back([&, thread] {
             std::vector<double> want(s.head_size);
             for (int item = thread; item < items; item += n_threads) {
-                expect(s, &q[(size_t) item * s.head_size], k, v, kpos, positions[item / s.heads], item % s.heads, want.data());
+                const int row = item / s.heads, head = item % s.heads;
+                expect(s, &q[(size_t) item * s.head_size], k, v, kpos, positions[row], head, want.data());
                 for (int d = 0; d < s.head_size; d++) {
                     const double e = out[(size_t) item * s.head_size + d] - want[d];
                     differ[thread] += e * e, total[thread] += want[d] * want[d];
@@ -218,13 +221,15 @@ static double relative_error(const setup & s, const std::vector<float> & q, cons
     return t > 0 ? std::sqrt(d / t) : std::sqrt(d);
 }
 
-// A row of the kernel rounds q, p and the dequantised K and V to 11 bits; errors average out over the slots.
-constexpr double TOLERANCE = 1e-3;
+// The kernel rounds q, p and the dequantised K and V to 11 bits; with scores of standard deviation 3, as here, that
+// is 3e-4 to 7e-4 over the cases. A misplaced fragment gives about 1.
+constexpr double TOLERANCE = 1.5e-3;
 
 static bool check(const setup & s, const machine & m, std::mt19937 & random) {
     constexpr int BEYOND = 2048;  // slots of the cache after the P that are given to the kernel
     const int     columns = s.kv_heads * s.head_size, row_size = s.heads * s.head_size;
-    cache k = make_cache(s.k, s.slots + BEYOND, columns, random), v = make_cache(s.v, s.slots + BEYOND, columns, random);
+    cache k = make_cache(s.k, s.slots + BEYOND, columns, random);
+    cache v = make_cache(s.v, s.slots + BEYOND, columns, random);
     std::vector<float> q((size_t) s.rows * row_size);
     std::normal_distribution<float> normal(0.0f, 3.0f);
     for (size_t i = 0; i < q.size(); i++) {
@@ -253,7 +258,8 @@ static bool check(const setup & s, const machine & m, std::mt19937 & random) {
     device_array<float>   d_q(q), d_out(q);
     device_array<uint8_t> d_k(k.bytes), d_v(v.bytes);
     device_array<int>     d_positions(positions), d_kpos(kpos);
-    const job j = make_job(s, d_q.data, d_k.data, d_v.data, d_positions.data, s.ring ? d_kpos.data : nullptr, d_out.data);
+    const job j = make_job(s, d_q.data, d_k.data, d_v.data, d_positions.data, s.ring ? d_kpos.data : nullptr,
+                           d_out.data);
 
     const std::vector<float> out = run(j, s.head_size, m);
     const double error = relative_error(s, q, k, v, kpos, positions, out);
@@ -276,9 +282,11 @@ static bool check(const setup & s, const machine & m, std::mt19937 & random) {
         }
     }
     const bool pass = error <= TOLERANCE && rows && splits && longer;
-    std::printf("%s T %2d H %2d/%d D %3d P %5d length %5d %s window %4d %s k %-4s v %-4s  error %.1e  rows %s splits %s P %s\n",
+    std::printf("%s T %2d H %2d/%d D %3d P %5d length %5d %s window %4d %s k %-4s v %-4s  error %.1e  "
+                "rows %s splits %s P %s\n",
                 pass ? "PASS" : "FAIL", s.rows, s.heads, s.kv_heads, s.head_size, s.slots, s.length,
-                s.causal ? "causal" : "full  ", s.window, s.ring ? "ring" : "line", NAMES[(int) s.k], NAMES[(int) s.v], error,
+                s.causal ? "causal" : "full  ", s.window, s.ring ? "ring" : "line", NAMES[(int) s.k], NAMES[(int) s.v],
+                error,
                 rows ? "=" : "DIFFER", splits ? "=" : "DIFFER", longer ? "=" : "DIFFER");
     return pass;
 }
@@ -387,7 +395,8 @@ static void time_case(setup s, int bucket, const machine & m) {
     std::sort(times.begin(), times.end());
     const double floor = 1e6 * length * (k_bytes + v_bytes) / BANDWIDTH;
     const double flops = 4.0 * s.rows * s.heads * s.head_size * length;
-    std::printf("T %2d H %2d/%d D %3d length %6d bucket %6d k %-4s v %-4s %8.1f us  (%.1f .. %.1f)  bytes floor %6.1f us  %4.0f TFLOP/s\n",
+    std::printf("T %2d H %2d/%d D %3d length %6d bucket %6d k %-4s v %-4s %8.1f us  (%.1f .. %.1f)  "
+                "bytes floor %6.1f us  %4.0f TFLOP/s\n",
                 s.rows, s.heads, s.kv_heads, s.head_size, length, bucket, NAMES[(int) s.k], NAMES[(int) s.v],
                 times[times.size() / 2], times.front(), times.back(), floor, flops / times[times.size() / 2] * 1e-6);
     CUDA(cudaEventDestroy(start));

@@ -79,7 +79,8 @@ static double weight_at(int type, const uint8_t * b, int e) {
         case GGML_TYPE_Q5_K: {
             int scale, minimum;
             k_scale(b + 4, e / 32, scale, minimum);
-            const int q = (b[48 + e / 64 * 32 + e % 32] >> (e / 32 % 2 * 4) & 15) | (b[16 + e % 32] >> (e / 32) & 1) << 4;
+            const int low = b[48 + e / 64 * 32 + e % 32] >> (e / 32 % 2 * 4) & 15;
+            const int q   = low | (b[16 + e % 32] >> (e / 32) & 1) << 4;
             return half_value(b) * scale * q - half_value(b + 2) * minimum;
         }
         case GGML_TYPE_Q6_K: {
@@ -134,7 +135,8 @@ __global__ void fill_random(uint8_t * data, int64_t blocks, format f, uint64_t s
     }
     for (int i = 0; i < 2; i++) {
         if (f.half_at[i] >= 0) {
-            const __half scale = __float2half(1e-3f + 1e-3f * (float) (mix(seed ^ (uint64_t) (block * 2 + i)) % 1000) / 1000.0f);
+            const uint32_t thousandths = mix(seed ^ (uint64_t) (block * 2 + i)) % 1000;
+            const __half   scale       = __float2half(1e-3f + 1e-6f * (float) thousandths);
             memcpy(b + f.half_at[i], &scale, 2);
         }
     }
@@ -208,8 +210,9 @@ static double row_error(const std::vector<float> & out, int64_t M, const std::ve
 }
 
 // reference[t][i] = sum_k x[t][k] W[weight_rows[i]][k] in float64.
-static std::vector<double> reference_product(const format & f, const uint8_t * device, const std::vector<int64_t> & weight_rows,
-                                             const std::vector<float> & x, int64_t T, int64_t K) {
+static std::vector<double> reference_product(const format & f, const uint8_t * device,
+                                             const std::vector<int64_t> & weight_rows, const std::vector<float> & x,
+                                             int64_t T, int64_t K) {
     std::vector<double>  result((size_t) T * weight_rows.size());
     std::vector<uint8_t> row((size_t) row_bytes(f, K));
     std::vector<double>  w((size_t) K);
@@ -229,8 +232,8 @@ static std::vector<double> reference_product(const format & f, const uint8_t * d
     return result;
 }
 
-// f16 activations are off by 2^-12 of a value at most, at random: the product is off by less than that.
-static constexpr double TOLERANCE = 3e-4;
+// Activations are rounded to 11 bits, and so are the weights of some formats: 2^-11 of each value at most.
+static constexpr double TOLERANCE = 2.0 / 2048.0;
 static int failures = 0;
 
 static void report(bool pass, const std::string & what, const std::string & detail) {
@@ -244,6 +247,11 @@ static std::string text(const char * pattern, double value) {
     return buffer;
 }
 
+static void report_widths(const std::string & what, const std::string & differing) {
+    report(differing.empty(), what, differing.empty() ? "bit-equal at every T" : "differs at T" + differing);
+}
+
+// About `most` of M rows, the first and the last among them.
 static std::vector<int64_t> every(int64_t M, int64_t most) {
     std::vector<int64_t> rows;
     const int64_t        step = M > most ? M / most : 1;
@@ -255,6 +263,12 @@ static std::vector<int64_t> every(int64_t M, int64_t most) {
     }
     return rows;
 }
+
+// Small products: the tiny model's, odd row counts, and (for formats with blocks of 32) rows that end inside a chunk.
+static const struct { int64_t M, K; } SMALL[] = {
+    { 48, 256 },    { 3072, 256 }, { 17, 512 }, { 48, 5120 },  { 515, 5120 },
+    { 1000, 2560 }, { 100, 96 },   { 77, 288 }, { 129, 1056 },
+};
 
 // The widths that are compared bit for bit with T = 16.
 static const int WIDTHS[] = { 1, 2, 7, 8, 9, 15 };
@@ -301,11 +315,14 @@ static void check_op(pydflash_cuda * cuda, const format & f, int64_t M, int64_t 
     std::string differing;
     for (int T : WIDTHS) {
         const std::vector<float> narrow = run(T);
-        if (narrow.size() != (size_t) (T * M) || memcmp(narrow.data(), wide.data(), narrow.size() * sizeof(float)) != 0) {
+        if (narrow.empty() || memcmp(narrow.data(), wide.data(), narrow.size() * sizeof(float)) != 0) {
             differing += " " + std::to_string(T);
         }
     }
-    report(differing.empty() && run(16) == wide, what, differing.empty() ? "bit-equal at every T, twice" : "differs at T" + differing);
+    if (run(16) != wide) {
+        differing += " 16, from run to run";
+    }
+    report_widths(what, differing);
     free_temporary();
 }
 
@@ -323,8 +340,9 @@ static void check_several(pydflash_cuda * cuda) {
     auto run = [&](int64_t T, std::vector<float> (&out)[3]) {
         pydflash_linear_weight weights[3] = {};
         for (int i = 0; i < 3; i++) {
-            weights[i] = { w[i], types[i], rows[i], row_bytes(format_of(types[i]), K), nullptr, rows[i], nullptr, rows[i] };
-            weights[i].out = i == 1 ? to_device(residual) : (float *) allocate(nullptr, (size_t) (16 * rows[i]) * sizeof(float));
+            const size_t size = (size_t) (16 * rows[i]) * sizeof(float);
+            float *      out  = i == 1 ? to_device(residual) : (float *) allocate(nullptr, size);
+            weights[i] = { w[i], types[i], rows[i], row_bytes(format_of(types[i]), K), out, rows[i], nullptr, rows[i] };
         }
         weights[1].residual = weights[1].out;
         void * packed  = allocate(nullptr, pydflash_linear_packed_size(T, K));
@@ -347,7 +365,8 @@ static void check_several(pydflash_cuda * cuda) {
             reference[r] += residual[r / sample.size() * (size_t) rows[i] + (size_t) sample[r % sample.size()]];
         }
         const double error = row_error(wide[i], rows[i], reference, sample, 16);
-        report(error < TOLERANCE, std::string("several weights, ") + format_of(types[i]).name, text("error %.2e", error));
+        const std::string what = std::string("several weights, ") + format_of(types[i]).name;
+        report(error < TOLERANCE, what, text("error %.2e", error));
     }
     std::string differing;
     for (int T : WIDTHS) {
@@ -359,7 +378,7 @@ static void check_several(pydflash_cuda * cuda) {
             }
         }
     }
-    report(differing.empty(), "several weights", differing.empty() ? "bit-equal at every T" : "differs at T" + differing);
+    report_widths("several weights", differing);
     free_temporary();
 }
 
@@ -406,10 +425,11 @@ static void check_packs(pydflash_cuda * cuda) {
             }
         }
         const std::vector<int64_t> rows = every(M, M);
-        const double error = row_error(wide, M, reference_product(f, w, rows, gate ? gated : normed, 16, K), rows, 16);
+        const std::vector<double> reference = reference_product(f, w, rows, gate ? gated : normed, 16, K);
+        const double error = row_error(wide, M, reference, rows, 16);
         const char * what  = gate ? "pack swiglu" : "pack rms_norm";
         report(error < TOLERANCE, what, text("error %.2e", error));
-        report(differing.empty(), what, differing.empty() ? "bit-equal at every T" : "differs at T" + differing);
+        report_widths(what, differing);
     }
     free_temporary();
 }
@@ -425,7 +445,8 @@ struct shape {
 static const shape SHAPES[] = {
     { "gate + up     Q4_K", 5120, { { GGML_TYPE_Q4_K, 17408 }, { GGML_TYPE_Q4_K, 17408 } } },
     { "qkv + z       Q5_K, Q4_K", 5120, { { GGML_TYPE_Q5_K, 10240 }, { GGML_TYPE_Q4_K, 6144 } } },
-    { "q + k + v     Q4_K, Q6_K", 5120, { { GGML_TYPE_Q4_K, 12288 }, { GGML_TYPE_Q4_K, 1024 }, { GGML_TYPE_Q6_K, 1024 } } },
+    { "q + k + v     Q4_K, Q6_K", 5120,
+      { { GGML_TYPE_Q4_K, 12288 }, { GGML_TYPE_Q4_K, 1024 }, { GGML_TYPE_Q6_K, 1024 } } },
     { "out           Q4_K", 6144, { { GGML_TYPE_Q4_K, 5120 } } },
     { "out           Q5_K", 6144, { { GGML_TYPE_Q5_K, 5120 } } },
     { "down          Q4_K", 17408, { { GGML_TYPE_Q4_K, 5120 } } },
@@ -475,7 +496,8 @@ static double copy_bandwidth(cudaStream_t stream) {
     CHECK(cudaMalloc(&from, size));
     CHECK(cudaMalloc(&to, size));
     CHECK(cudaMemset(from, 1, size));
-    const double time = replay_time(stream, [&] { CHECK(cudaMemcpyAsync(to, from, size, cudaMemcpyDeviceToDevice, stream)); });
+    const double time = replay_time(
+        stream, [&] { CHECK(cudaMemcpyAsync(to, from, size, cudaMemcpyDeviceToDevice, stream)); });
     CHECK(cudaFree(from));
     CHECK(cudaFree(to));
     return 2.0 * (double) size / time * 1e-3;  // GB/s
@@ -500,7 +522,8 @@ static void time_shape(pydflash_cuda * cuda, const shape & s, double bandwidth) 
             const format & f = format_of(s.weights[i].type);
             uint8_t * w = random_weight(f, s.weights[i].rows, s.K, (uint64_t) (c * 3 + i));
             temporary.push_back(w);
-            sets[(size_t) c].push_back({ w, f.type, s.weights[i].rows, row_bytes(f, s.K), out, s.weights[i].rows, nullptr, 0 });
+            const int64_t rows = s.weights[i].rows;
+            sets[(size_t) c].push_back({ w, f.type, rows, row_bytes(f, s.K), out, rows, nullptr, 0 });
         }
     }
     const std::vector<float> x = random_rows(16, s.K, 3);
@@ -544,27 +567,24 @@ int main(int argc, char ** argv) {
 
     const auto start = std::chrono::steady_clock::now();
     for (const format & f : FORMATS) {
-        for (const int64_t (&s)[2] : { { 48, 256 }, { 3072, 256 }, { 17, 512 }, { 48, 5120 }, { 515, 5120 }, { 1000, 2560 } }) {
-            check_op(&cuda, f, s[0], s[1], 256);
-        }
-        for (const int64_t (&s)[2] : { { 100, 96 }, { 77, 288 }, { 129, 1056 } }) {
-            if (f.block == 32) {
-                check_op(&cuda, f, s[0], s[1], 256);
+        for (const auto & size : SMALL) {
+            if (size.K % f.block == 0) {
+                check_op(&cuda, f, size.M, size.K, 256);
             }
         }
     }
     for (const shape & s : SHAPES) {
-        if (s.weights[0].rows < 100000) {
-            check_op(&cuda, format_of(s.weights[0].type), s.weights[0].rows, s.K, 48);
-        }
+        check_op(&cuda, format_of(s.weights[0].type), s.weights[0].rows, s.K, 48);
     }
     check_several(&cuda);
     check_packs(&cuda);
-    printf("checks: %d failures, %.1f s\n", failures, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+    printf("checks: %d failures, %.1f s\n", failures, elapsed.count());
 
     if (argc < 2 || strcmp(argv[1], "--check") != 0) {
         const double bandwidth = copy_bandwidth(cuda.stream);
-        printf("copy: %.0f GB/s\nfor each T: multiply alone | with the pack, GB/s of weights, share of the copy\n", bandwidth);
+        printf("copy: %.0f GB/s; for each T: multiply alone | with the pack, GB/s of weights, share of the copy\n",
+               bandwidth);
         for (const shape & s : SHAPES) {
             time_shape(&cuda, s, bandwidth);
         }

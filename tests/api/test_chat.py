@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -135,7 +136,8 @@ def test_text_parts_are_joined() -> None:
 def test_tool_call_arguments_as_json_text_become_a_mapping(wrap: Any) -> None:
     source = (
         "{% for call in messages[0].tool_calls %}{% set f = call.function if call.function is defined else call %}"
-        "{{ f.name }}:{% for k, v in f.arguments|items %}{{ k }}={{ v }};{% endfor %}{% endfor %}[{{ messages[0].content }}]"
+        "{{ f.name }}:{% for k, v in f.arguments|items %}{{ k }}={{ v }};{% endfor %}{% endfor %}"
+        "[{{ messages[0].content }}]"
     )
     for arguments in ('{"city": "Köln", "n": 2}', {"city": "Köln", "n": 2}):
         message = {"role": "assistant", "tool_calls": [wrap({"name": "f", "arguments": arguments})]}
@@ -194,10 +196,8 @@ ESCAPES = [
 @pytest.mark.parametrize("source", ESCAPES)
 def test_sandbox_escapes_reach_nothing(source: str) -> None:
     messages = [dict(USER)]
-    try:
+    with contextlib.suppress(TemplateError):
         assert render(source, messages) == ""  # an unsafe attribute that is only printed is undefined, which is empty
-    except TemplateError:
-        pass
     assert messages == [USER]
 
 
@@ -208,41 +208,48 @@ def test_using_an_unsafe_attribute_is_an_error_that_says_so() -> None:
         render("{{ 'x'.ljust(3) }}")
 
 
+def repeated(step: str) -> str:
+    return f"{{% set n = namespace(v='xx') %}}{{% for i in range(60) %}}{{% set n.v = {step} %}}{{% endfor %}}"
+
+
 BOMBS = {
     "range": "{% for i in range(100000000) %}{% endfor %}",
     "output": "{% for i in range(10000) %}{{ 'x' * 10000 }}{% endfor %}",
-    "times": "{{ 'x' * 1000000000 }}",
+    "times": "{{ ('x' * 1000000000)|length }}",
     "list": "{{ ([1] * 1000000000)|length }}",
     "power": "{{ 9 ** 999999999 }}",
     "squares": "{% set n = namespace(v=3) %}{% for i in range(60) %}{% set n.v = n.v * n.v %}{% endfor %}",
-    "plus": "{% set n = namespace(v='xx') %}{% for i in range(60) %}{% set n.v = n.v + n.v %}{% endfor %}",
-    "tilde": "{% set n = namespace(v='xx') %}{% for i in range(60) %}{% set n.v = n.v ~ n.v %}{% endfor %}",
-    "replace": "{% set n = namespace(v='xx') %}{% for i in range(60) %}{% set n.v = n.v.replace('x', n.v) %}{% endfor %}",
-    "filter": "{% set n = namespace(v='xx') %}{% for i in range(60) %}{% set n.v = n.v|replace('x', n.v) %}{% endfor %}",
-    "join": "{% set n = namespace(v='xx') %}{% for i in range(60) %}{% set n.v = n.v.join(n.v) %}{% endfor %}",
-    "join filter": "{% set n = namespace(v='xx') %}{% for i in range(60) %}{% set n.v = n.v|join(n.v) %}{% endfor %}",
-    "centre": "{{ 'x'.center(1000000000) }}",
-    "centre filter": "{{ 'x'|center(1000000000) }}",
-    "format": "{{ '{:1000000000}'.format(1) }}",
-    "nested format": "{{ '{:{}}'.format(1, 1000000000) }}",
-    "percent": "{{ '%1000000000d' % 1 }}",
-    "star": "{{ '%*d'|format(1000000000, 1) }}",
-    "indent": "{{ 'a\nb'|indent(1000000000) }}",
-    "json": "{{ [1]|tojson(indent=1000000000) }}",
+    "plus": repeated("n.v + n.v"),
+    "tilde": repeated("n.v ~ n.v"),
+    "replace": repeated("n.v.replace('x', n.v)"),
+    "filter": repeated("n.v|replace('x', n.v)"),
+    "join": repeated("n.v.join(n.v)"),
+    "join filter": repeated("n.v|join(n.v)"),
+    "centre": "{{ 'x'.center(1000000000)|length }}",
+    "centre filter": "{{ 'x'|center(1000000000)|length }}",
+    "format": "{{ '{:1000000000}'.format(1)|length }}",
+    "nested format": "{{ '{:{}}'.format(1, 1000000000)|length }}",
+    "percent": "{{ ('%1000000000d' % 1)|length }}",
+    "star": "{{ '%*d'|format(1000000000, 1)|length }}",
+    "indent": "{{ 'a\nb'|indent(1000000000)|length }}",
+    "json": "{{ [1]|tojson(indent=1000000000)|length }}",
     "endless": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
 }
 
 
 @pytest.mark.parametrize("source", BOMBS.values(), ids=BOMBS.keys())
-def test_runaway_sizes_are_stopped(source: str) -> None:
-    with pytest.raises(TemplateError):
+def test_runaway_sizes_are_stopped_before_they_are_made(source: str) -> None:
+    with pytest.raises(
+        TemplateError, match=r"would exceed|most allowed|allowed: 0 to|width above|unsafe|No filter|too big|recur"
+    ):
         render(source)
 
 
 @pytest.mark.parametrize(
     "source",
     [
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set r = range(9999)|list %}"
+        "{% for i in r %}{% for j in r %}{% for k in r %}{% endfor %}{% endfor %}{% endfor %}",
         "{% macro m(n) %}{% if n %}{{ m(n - 1) ~ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
         "{% for x in [60] recursive %}{{ loop([x - 1, x - 1]) if x else '' }}{% endfor %}",
     ],

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,8 @@ def slow_law(logits: npt.NDArray[np.float32], history: Sequence[int], params: Sa
     if params.min_p > 0:
         order = [i for i in order if math.exp(x[i] - x[order[0]]) >= params.min_p]
     weights = {i: math.exp((x[i] - x[order[0]]) / params.temperature) for i in order}
-    return {i: weight / sum(weights.values()) for i, weight in weights.items()}
+    total = sum(weights.values())
+    return {i: weight / total for i, weight in weights.items()}
 
 
 CHAINS: list[dict[str, Any]] = [
@@ -72,7 +74,7 @@ CHAINS: list[dict[str, Any]] = [
     {"temperature": 1.0, "frequency_penalty": 0.7, "presence_penalty": -0.4, "penalty_window": -1},
     {"temperature": 1.0, "repetition_penalty": 1.2, "presence_penalty": 1.5, "penalty_window": 3},
     {"temperature": 1.0, "repetition_penalty": 9.0, "penalty_window": 0},
-    {"temperature": 1.0, "logit_bias": {3: 4.5, 7: -math.inf, 11: -100.0}},
+    {"temperature": 1.0, "logit_bias": {3: 4.5, 7: -math.inf, 11: -50.0}},
     {"repetition_penalty": 2.0, "logit_bias": {5: 20.0}},
 ]
 
@@ -120,8 +122,8 @@ def test_ties_at_the_cut_keep_the_lower_ids() -> None:
 )
 @pytest.mark.parametrize("size", [40, 2000])
 def test_draws_follow_the_stated_probabilities(options: dict[str, Any], size: int) -> None:
-    """Chi-square with a fixed seed; the bound is the 99.99 % point by Wilson and Hilferty, so one seed in 10,000 fails."""
-    logits, draws = make_logits(size, seed=5, spread=1.5), 20_000
+    """Chi-square with a fixed seed; the bound is the 99.99 % point (Wilson-Hilferty): one seed in 10,000 fails."""
+    logits, draws = make_logits(size, seed=5, spread=1.5), 10_000
     sampler = Sampler(SamplingParams(seed=1234, **options), size)
     ids, p = sampler.probabilities(logits, [1, 2, 3])
     counts = np.bincount([sampler.draw(logits, [1, 2, 3]) for _ in range(draws)], minlength=size)
@@ -226,7 +228,9 @@ def test_a_mask_limits_every_kind_of_draw_and_sees_the_history() -> None:
         mask[[10, 15_000, 19_999]] = True
         return mask if history else None
 
-    for options in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 20}, {"temperature": 1.0, "top_p": 0.9999}):
+    chains: list[dict[str, Any]] = [{}, {"temperature": 1.0}]
+    chains += [{"temperature": 1.0, "top_k": 20}, {"temperature": 1.0, "top_p": 0.9999}]
+    for options in chains:
         sampler = Sampler(SamplingParams(seed=1, **options), 20_000, mask_fn=allow_three)
         assert {sampler.draw(logits, [4]) for _ in range(50)} <= {10, 15_000, 19_999}
         ids, p = sampler.probabilities(logits, [])
@@ -239,7 +243,7 @@ def test_a_mask_of_the_wrong_kind_or_without_tokens_is_refused() -> None:
     logits = make_logits(8)
     for mask in (np.ones(7, bool), np.ones(8, np.float32)):
         with pytest.raises(ShapeError, match=r"mask_fn returned .*; expected bool of shape \(8,\)"):
-            Sampler(SamplingParams(), 8, mask_fn=lambda history, mask=mask: mask).draw(logits, [])
+            Sampler(SamplingParams(), 8, mask_fn=partial(lambda mask, history: mask, mask)).draw(logits, [])
     with pytest.raises(ConfigError, match="leave no token"):
         Sampler(SamplingParams(), 8, mask_fn=lambda history: np.zeros(8, bool)).draw(logits, [])
 

@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.floating[Any]]
+Array = npt.NDArray[Any]
 Rows = Callable[[Array], Array]  # maps (rows, kv_heads, head_dim) to the same shape
 
 

@@ -287,5 +287,7 @@ def plain_values(slot: Slot, rng: np.random.Generator) -> npt.NDArray[np.float32
     elif slot.kind == "dt":
         values = 1 + 0.5 * rng.standard_normal(slot.shape)
     else:
-        values = rng.uniform(-0.5, 0.5, slot.shape)
+        # Wide enough for SiLU to act as a rectifier, so that queries and keys point into the same half of space.
+        # Were their product near zero, the norm that follows would magnify every rounding error.
+        values = rng.uniform(-2, 2, slot.shape)
     return values.astype(np.float32)

@@ -25,12 +25,12 @@ LARGEST_FILE = 300_000  # bytes; longer ones are generated tables
 # Packages of other projects, character tables, and files whose text is not meant to be sensible Python.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "encodings", "pydoc_data", "data", "cjkencodings", "__pycache__"}
 SKIPPED_PREFIXES = ("bad", "_sysconfigdata", "test_unicode", "test_codec")
-KEYS = (
-    "amber basil cedar coral crane delta ebony ember fable fjord flint glade grove hazel heron indigo ivory jade "
-    "juniper kestrel lagoon larch lilac lotus maple marble meadow nectar nutmeg ocean olive onyx opal orchid otter "
-    "pearl pepper plum poppy quartz raven river saffron sage scarlet sierra slate sparrow spruce thistle tulip velvet "
-    "violet walnut willow zephyr"
-).split()
+KEYS = """
+amber basil cedar coral crane delta ebony ember fable fjord flint glade grove hazel heron indigo ivory jade juniper
+kestrel lagoon larch lilac lotus maple marble meadow nectar nutmeg ocean olive onyx opal orchid otter pearl pepper
+plum poppy quartz raven river saffron sage scarlet sierra slate sparrow spruce thistle tulip velvet violet walnut
+willow zephyr
+""".split()
 
 
 @dataclass(frozen=True)
@@ -96,33 +96,22 @@ def recall(key: str, code: int | str) -> str:
 
 def recall_exercise(rng: np.random.Generator, lines: list[str], characters: int) -> str:
     """Source text of about `characters` with 2 to 6 codes planted in it and asked for later, at random distances."""
-    start = int(rng.integers(max(1, len(lines) - characters // 40)))
-    body, size = [], 0
+    start = int(rng.integers(max(1, len(lines) - characters // 40)))  # about 40 characters a line
+    body: list[str] = []
+    size = 0
     while size < characters and start < len(lines):
         body.append(lines[start])
         size += len(lines[start])
         start += 1
-    inserts = []
+    inserts: list[tuple[int, int, str]] = []  # (line, 0 to remember or 1 to recall, text)
     for key in rng.choice(KEYS, size=int(rng.integers(2, 7)), replace=False):
         code = int(rng.integers(1000, 10_000))
         first = int(rng.integers(len(body) + 1))
-        inserts.append((first, remember(key, code)))
-        inserts += [(int(at), recall(key, code)) for at in rng.integers(first, len(body) + 1, size=2)]
-    for at, line in sorted(inserts, key=lambda insert: insert[0], reverse=True):
+        inserts.append((first, 0, remember(key, code)))
+        inserts += [(int(at), 1, recall(key, code)) for at in rng.integers(first, len(body) + 1, size=2)]
+    for at, _, line in sorted(inserts, reverse=True):  # backwards, so that earlier places stay valid
         body.insert(at, line)
-    return _order_recalls("".join(body))
-
-
-def _order_recalls(text: str) -> str:
-    """Drop a recall line that ended up above its remember line (both were inserted at the same place)."""
-    known: set[str] = set()
-    kept = []
-    for line in text.splitlines(keepends=True):
-        if line.startswith("# remember: "):
-            known.add(line.split()[5])
-        if not line.startswith("# recall: ") or line.split()[5] in known:
-            kept.append(line)
-    return "".join(kept)
+    return "".join(body)
 
 
 # ------------------------------------------------------------------------------------------------------ batches
@@ -140,14 +129,13 @@ class Mixture:
 
     def windows(self, rng: np.random.Generator, batch: int, length: int) -> Ids:
         """(batch, length + 1) token ids: inputs and, shifted by one, labels."""
-        kind = rng.random(batch)
-        rows = []
-        for draw in kind:
-            if draw < self.recall_share:
-                rows.append(self._exercise(rng, length + 1))
-            else:
-                rows.append(window(rng, self.chat if draw < self.recall_share + self.chat_share else self.source, length + 1))
-        return np.stack(rows)
+        return np.stack([self._window(rng, length + 1) for _ in range(batch)])
+
+    def _window(self, rng: np.random.Generator, length: int) -> Ids:
+        kind = rng.random()
+        if kind < self.recall_share:
+            return self._exercise(rng, length)
+        return window(rng, self.chat if kind < self.recall_share + self.chat_share else self.source, length)
 
     def _exercise(self, rng: np.random.Generator, length: int) -> Ids:
         ids: list[int] = []

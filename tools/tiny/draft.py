@@ -1,8 +1,8 @@
 """The tiny DFlash draft and its training (DFlash, arXiv:2602.06036, sections 3 and 4).
 
-The draft proposes a block of 16 tokens in one forward pass. Row 0 is the last known token (the anchor), rows 1 to 15 are
-mask tokens; row i predicts the token at its own position. Its context are hidden states of the target, projected once
-and injected as keys and values into every layer. Embedding and LM head are the target's, frozen.
+The draft proposes a block of 16 tokens in one forward pass. Row 0 is the last known token (the anchor), rows 1 to 15
+are mask tokens; row i predicts the token at its own position. Its context are hidden states of the target, projected
+once and injected as keys and values into every layer. Embedding and LM head are the target's, frozen.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class Draft(nn.Module):
         return self.hidden_norm(self.fc(taps))
 
     def forward(self, target: Qwen3_5ForCausalLM, anchor: Tensor, start: Tensor, h_ctx: Tensor) -> Tensor:
-        """Logits (B, A, block, vocab) of the blocks that begin with token `anchor` (B, A) at position `start` (B, A)."""
+        """Logits (B, A, block, vocab) of blocks that begin with token `anchor` (B, A) at position `start` (B, A)."""
         rows = torch.arange(self.config.block, device=anchor.device)
         ids = torch.full((*anchor.shape, self.config.block), self.config.mask_token_id, device=anchor.device)
         ids[..., 0] = anchor
@@ -184,12 +184,21 @@ def draw_anchors(rng: np.random.Generator, batch: int, count: int, first: int, l
 
 
 def train_draft(
-    draft: Draft, target: Qwen3_5ForCausalLM, pools: list[Pool], *, seconds: float, max_steps: int, batch: int,
-    anchors: int, seed: int, log: Log,
+    draft: Draft,
+    target: Qwen3_5ForCausalLM,
+    pools: list[Pool],
+    *,
+    seconds: float,
+    max_steps: int,
+    batch: int,
+    anchors: int,
+    seed: int,
+    log: Log,
 ) -> dict[str, float]:
     """Train on text of `pools`, drawn in proportion to their rows.
 
-    Anchors lie where the rest of the block is text that the target wrote. Runs until `seconds` or `max_steps` are used; returns totals.
+    Anchors lie where the rest of the block is text that the target wrote. Runs until `seconds` or `max_steps` are
+    used; returns totals.
     """
     device, rng, config = pools[0].ids.device, np.random.default_rng(seed), draft.config
     share = np.array([len(pool.ids) for pool in pools]) / sum(len(pool.ids) for pool in pools)
@@ -215,8 +224,11 @@ def train_draft(
             accuracy_sum, loss_sum, step = accuracy_sum + accuracy, loss_sum + float(loss.detach()), step + 1
             since += 1
             if step % 50 == 0 or step == 1:
-                log(f"draft step {step}: loss {loss_sum / since:.3f}, row accuracy {float(accuracy_sum[0]) / since:.3f} .. "
-                    f"{float(accuracy_sum[-1]) / since:.3f}, expected length {expected_length(accuracy_sum / since):.2f}")
+                rows_right = accuracy_sum / since
+                log(
+                    f"draft step {step}: loss {loss_sum / since:.3f}, row accuracy {float(rows_right[0]):.3f} .. "
+                    f"{float(rows_right[-1]):.3f}, expected length {expected_length(rows_right):.2f}"
+                )
                 accuracy_sum, loss_sum, since = torch.zeros_like(accuracy_sum), 0.0, 0
     draft.eval()
     return {"steps": step, "blocks": step * batch * anchors, "seconds": time.monotonic() - start_time}

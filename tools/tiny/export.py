@@ -117,8 +117,11 @@ def delta_net_entries(config: Qwen3_5TextConfig, source: str, name: str) -> list
         tiled(source + "dt_bias", name + "ssm_dt.bias", "F32", heads),
         Entry(source + "A_log", name + "ssm_a", "F32", lambda x: -np.exp(x[heads]), lambda x: np.log(-x[back])),
         Entry(
-            source + "conv1d.weight", name + "ssm_conv1d.weight", "F32",
-            lambda x: x[:, 0].take(channels, 0), lambda x: x.take(np.argsort(channels), 0)[:, None],
+            source + "conv1d.weight",
+            name + "ssm_conv1d.weight",
+            "F32",
+            lambda x: x[:, 0].take(channels, 0),
+            lambda x: x.take(np.argsort(channels), 0)[:, None],
         ),
         Entry(source + "norm.weight", name + "ssm_norm.weight"),
     ]
@@ -126,7 +129,8 @@ def delta_net_entries(config: Qwen3_5TextConfig, source: str, name: str) -> list
 
 def target_metadata(config: Qwen3_5TextConfig, vocabulary: Vocabulary) -> dict[str, Value]:
     rope = config.rope_parameters
-    assert isinstance(rope, dict) and config.layer_types is not None
+    assert isinstance(rope, dict)
+    assert config.layer_types is not None
     keys: dict[str, Value] = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
@@ -165,10 +169,17 @@ def draft_entries(config: DraftConfig) -> list[Entry]:
         Entry("norm.weight", "output_norm.weight"),
     ]
     names = {
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
-        "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-        "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "gate_proj": "ffn_gate",
+        "up_proj": "ffn_up",
+        "down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
     }
     for n in range(len(config.sliding)):
         for source, name in names.items():
@@ -231,6 +242,10 @@ def tokenizer_metadata(vocabulary: Vocabulary) -> dict[str, Value]:
     }
 
 
+def chunks_of(raw: kquants.Bytes) -> Callable[[], list[memoryview]]:
+    return lambda: [memoryview(np.ascontiguousarray(raw).reshape(-1))]
+
+
 def write_model(path: Path, model: nn.Module, entries: list[Entry], metadata: dict[str, Value]) -> dict[str, object]:
     """Write `model` to `path` and load the rounded weights back into it. Returns size, tensor count and errors.
 
@@ -246,9 +261,10 @@ def write_model(path: Path, model: nn.Module, entries: list[Entry], metadata: di
         values = entry.encode(state[entry.source]).astype(np.float32)
         raw = kquants.quantize(values, entry.kind)
         back = kquants.dequantize(raw, entry.kind)
-        change.setdefault(entry.kind, []).append(float(np.linalg.norm(back - values) / (np.linalg.norm(values) + 1e-12)))
+        error = np.linalg.norm(back - values) / (np.linalg.norm(values) + 1e-12)
+        change.setdefault(entry.kind, []).append(float(error))
         rounded[entry.source] = torch.from_numpy(np.ascontiguousarray(entry.decode(back), dtype=np.float32))
-        tensors.append(Tensor(entry.name, values.shape, TYPES[entry.kind.lower()], lambda raw=raw: [memoryview(raw).cast("B")]))
+        tensors.append(Tensor(entry.name, values.shape, TYPES[entry.kind.lower()], chunks_of(raw)))
     size = write_gguf(path, metadata, tensors)
     model.load_state_dict(rounded)
     rounding = {kind: float(np.mean(values)) for kind, values in sorted(change.items())}

@@ -40,12 +40,14 @@ class Optimizer:
                 self.groups.setdefault(parameter.shape, []).append(parameter)
             else:
                 others.append(parameter)
-        self.momentum = {shape: torch.zeros_like(torch.stack([p.detach() for p in group])) for shape, group in self.groups.items()}
+        self.momentum = {shape: g[0].detach().new_zeros((len(g), *shape)) for shape, g in self.groups.items()}
         self.matrix_lr, self.other_lr, self.weight_decay = matrix_lr, other_lr, weight_decay
         decayed, kept = [p for p in others if p.ndim == 2], [p for p in others if p.ndim != 2]
         self.adam = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": 0.01}, {"params": kept, "weight_decay": 0.0}],
-            lr=other_lr, betas=(0.9, 0.95), eps=1e-10,
+            lr=other_lr,
+            betas=(0.9, 0.95),
+            eps=1e-10,
         )
         self.parameters = [*others, *(p for group in self.groups.values() for p in group)]
 

@@ -93,9 +93,10 @@ def shifted_conv(
     taps = weight.shape[-1]
     padded = F.pad(x.to(weight.dtype), (taps - 1, 0))
     length = x.shape[-1]
-    out = sum(padded[..., tap : tap + length] * weight[:, tap, None] for tap in range(taps))
-    assert isinstance(out, Tensor) and bias is None and activation in (None, "silu")
-    return (F.silu(out) if activation else out).to(x.dtype)
+    out = torch.zeros_like(x, dtype=weight.dtype) if bias is None else bias[:, None].expand(x.shape)
+    for tap in range(taps):
+        out = out + padded[..., tap : tap + length] * weight[:, tap, None]
+    return (F.silu(out) if activation == "silu" else out).to(x.dtype)
 
 
 @contextmanager
@@ -132,8 +133,15 @@ def cosine_with_warmup(progress: float) -> float:
 
 
 def train_target(
-    model: hf.Qwen3_5ForCausalLM, mixture: Mixture, *, seconds: float, max_steps: int, batch: int, length: int,
-    seed: int, log: Log,
+    model: hf.Qwen3_5ForCausalLM,
+    mixture: Mixture,
+    *,
+    seconds: float,
+    max_steps: int,
+    batch: int,
+    length: int,
+    seed: int,
+    log: Log,
 ) -> dict[str, float]:
     """Train on next-token cross entropy until `seconds` of wall time or `max_steps` are used; returns totals."""
     device = next(model.parameters()).device

@@ -33,7 +33,7 @@ class Settings:
     every_nth_file: int = 1
     recall_share: float = 0.15
     chat_share: float = 0.05
-    target_batch: int = 64
+    target_batch: int = 32
     target_length: int = 1024
     draft_batch: int = 48
     draft_anchors: int = 128
@@ -51,9 +51,21 @@ class Settings:
 
 
 SMOKE = replace(
-    Settings(), every_nth_file=12, target_batch=2, target_length=192, draft_batch=2, draft_anchors=8,
-    pools=((4, 24, 40), (2, 96, 24)), eval_batch=2, eval_rounds=1, eval_prompts=3, eval_tokens=24, run_tokens=24,
-    max_target_steps=12, max_draft_steps=8,
+    Settings(),
+    every_nth_file=25,
+    target_batch=2,
+    target_length=128,
+    draft_batch=2,
+    draft_anchors=4,
+    pools=((4, 24, 32), (2, 80, 32)),
+    eval_batch=2,
+    eval_rounds=1,
+    eval_prompts=2,
+    eval_tokens=8,
+    run_prompts=2,
+    run_tokens=8,
+    max_target_steps=4,
+    max_draft_steps=4,
 )
 
 
@@ -110,8 +122,12 @@ def evaluate_target(model: Qwen3_5ForCausalLM, text: Text, settings: Settings) -
     """Held-out loss and the share of recall prompts answered, in float32."""
     torch.set_float32_matmul_precision("highest")
     loss = target.held_out_loss(
-        model, text.held_out, text.vocabulary.byte_lengths(),
-        batch=settings.eval_batch, length=settings.target_length, rounds=settings.eval_rounds,
+        model,
+        text.held_out,
+        text.vocabulary.byte_lengths(),
+        batch=settings.eval_batch,
+        length=settings.target_length,
+        rounds=settings.eval_rounds,
     )
     recalls = text.recalls[:: 1 if settings.every_nth_file == 1 else 10]
     questions = [text.vocabulary.encode(str(r["prompt"])) for r in recalls]
@@ -119,7 +135,9 @@ def evaluate_target(model: Qwen3_5ForCausalLM, text: Text, settings: Settings) -
     return {**loss, "recall": target.recall_accuracy(model, questions, answers)}
 
 
-def make_target(text: Text, settings: Settings, seconds: float, device: torch.device, out: Path, journal: Journal) -> Qwen3_5ForCausalLM:
+def make_target(
+    text: Text, settings: Settings, seconds: float, device: torch.device, out: Path, journal: Journal
+) -> Qwen3_5ForCausalLM:
     """Train, measure and write the target; returns it with the rounded weights of the file."""
     model = target.build_target(settings.vocab_size, device)
     check = torch.from_numpy(text.held_out[:200])[None].to(device)
@@ -129,12 +147,20 @@ def make_target(text: Text, settings: Settings, seconds: float, device: torch.de
     )
     torch.set_float32_matmul_precision("high")
     totals = target.train_target(
-        model, text.mixture, seconds=seconds, max_steps=settings.max_target_steps, batch=settings.target_batch,
-        length=settings.target_length, seed=settings.seed, log=journal.line,
+        model,
+        text.mixture,
+        seconds=seconds,
+        max_steps=settings.max_target_steps,
+        batch=settings.target_batch,
+        length=settings.target_length,
+        seed=settings.seed,
+        log=journal.line,
     )
     journal.record(target_training=totals, target_trained=evaluate_target(model, text, settings))
     written = export.write_model(
-        out / "tiny-target.gguf", model, export.target_entries(model.config),
+        out / "tiny-target.gguf",
+        model,
+        export.target_entries(model.config),
         export.target_metadata(model.config, text.vocabulary),
     )
     journal.record(target_file=written, target_rounded=evaluate_target(model, text, settings))
@@ -144,7 +170,9 @@ def make_target(text: Text, settings: Settings, seconds: float, device: torch.de
 
 
 # ---------------------------------------------------------------------------------------------------------- draft
-def write_pools(model: Qwen3_5ForCausalLM, text: Text, settings: Settings, seconds: float, journal: Journal) -> list[Pool]:
+def write_pools(
+    model: Qwen3_5ForCausalLM, text: Text, settings: Settings, seconds: float, journal: Journal
+) -> list[Pool]:
     """Text written by the target after training prompts: what the draft will have to predict."""
     device = next(model.parameters()).device
     rng = np.random.default_rng(settings.seed + 1)
@@ -153,7 +181,11 @@ def write_pools(model: Qwen3_5ForCausalLM, text: Text, settings: Settings, secon
         prompts = torch.from_numpy(text.mixture.windows(rng, rows, prompt_length - 1)).to(device)
         temperature = torch.from_numpy(rng.random(rows) < settings.sampled_share).to(device) * 0.7
         ids: Tensor = target.continue_greedily(
-            model, prompts, new_tokens, temperature=temperature, seconds=seconds / len(settings.pools),
+            model,
+            prompts,
+            new_tokens,
+            temperature=temperature,
+            seconds=seconds / len(settings.pools),
             seed=settings.seed + n,
         )
         pools.append(Pool(ids, prompt_length))
@@ -175,25 +207,37 @@ def make_draft(
     pools = write_pools(model, text, settings, seconds / 3, journal)
     torch.set_float32_matmul_precision("high")
     totals = train_draft(
-        draft, model, pools, seconds=seconds - (time.monotonic() - start), max_steps=settings.max_draft_steps,
-        batch=settings.draft_batch, anchors=settings.draft_anchors, seed=settings.seed + 2, log=journal.line,
+        draft,
+        model,
+        pools,
+        seconds=seconds - (time.monotonic() - start),
+        max_steps=settings.max_draft_steps,
+        batch=settings.draft_batch,
+        anchors=settings.draft_anchors,
+        seed=settings.seed + 2,
+        log=journal.line,
     )
     torch.set_float32_matmul_precision("highest")
     prompts = text.prompt_ids(0, settings.eval_prompts)
     half = speculate.speculate(model, draft, prompts[: max(1, len(prompts) // 2)], settings.eval_tokens)
     journal.record(
-        draft_parameters=sum(p.numel() for p in draft.parameters()), draft_training=totals,
+        draft_parameters=sum(p.numel() for p in draft.parameters()),
+        draft_training=totals,
         acceptance_length_trained=speculate.acceptance_length(half),
     )
     written = export.write_model(
-        out / "tiny-draft.gguf", draft, export.draft_entries(config),
+        out / "tiny-draft.gguf",
+        draft,
+        export.draft_entries(config),
         export.draft_metadata(config, text.vocabulary, model.config.max_position_embeddings),
     )
     runs = speculate.speculate(model, draft, prompts, settings.eval_tokens)
     histogram = np.bincount([n for run in runs for n in run.lengths], minlength=config.block + 1)[1:].tolist()
     journal.record(
-        draft_file=written, acceptance_length_rounded_same_prompts=speculate.acceptance_length(runs[: len(half)]),
-        acceptance_length=speculate.acceptance_length(runs), accepted_histogram=histogram,
+        draft_file=written,
+        acceptance_length_rounded_same_prompts=speculate.acceptance_length(runs[: len(half)]),
+        acceptance_length=speculate.acceptance_length(runs),
+        accepted_histogram=histogram,
     )
     return draft
 
@@ -211,7 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
     parser.add_argument("--minutes-target", type=float, default=4.0, help="wall time for training the target")
-    parser.add_argument("--minutes-draft", type=float, default=3.0, help="wall time for the draft and its training text")
+    parser.add_argument("--minutes-draft", type=float, default=3.0, help="the same for the draft and its text")
     parser.add_argument("--target-steps", type=int, help="stop the target after this many steps")
     parser.add_argument("--draft-steps", type=int, help="stop the draft after this many steps")
     parser.add_argument("--seed", type=int, default=Settings.seed)
@@ -231,8 +275,12 @@ def main() -> None:
     torch.manual_seed(settings.seed)
     journal = Journal(args.out / "train_log.json")
     journal.record(
-        settings=asdict(settings), minutes_target=args.minutes_target, minutes_draft=args.minutes_draft,
-        python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__,
+        settings=asdict(settings),
+        minutes_target=args.minutes_target,
+        minutes_draft=args.minutes_draft,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     )
     text = prepare_text(args.corpus, settings, args.out, journal)

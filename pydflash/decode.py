@@ -1,0 +1,260 @@
+"""Decoding: one token a step, or a proposed block a step. Both are generators of ``Step`` with the same signature.
+
+Speculation changes no output. A proposal is verified in one forward; a proposed token is kept iff it is the token that the
+target itself draws at that row, given everything before it. With a greedy sampler the text is therefore the autoregressive one;
+with any other sampler every token is one draw from the target's own law.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from pydflash.draft import DraftSession
+from pydflash.errors import ConfigError, ShapeError
+from pydflash.sampling import Sampler
+from pydflash.session import Output, Proposal, Session
+
+__all__ = ["Stats", "Step", "Width", "autoregressive", "speculative"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Tokens that one step decided. ``accepted`` of them were proposed; the last one never is (the bonus token)."""
+
+    tokens: tuple[int, ...]
+    accepted: int = 0
+    drafted: int = 0
+
+
+@dataclass
+class Stats:
+    """What a generation cost. Times are seconds of wall clock.
+
+    ``steps``: target forwards after the prompt. ``drafted``, ``accepted``: proposed tokens and those kept.
+    ``accepted_per_position[i]``: how often proposal i was kept, ``drafted_per_position[i]`` how often it was made.
+    ``trace``: accepted tokens of each step. ``fallback``: why speculation did not run for some or all steps, or None.
+    """
+
+    prompt_tokens: int = 0
+    tokens: int = 0
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    accepted_per_position: list[int] = field(default_factory=list)
+    drafted_per_position: list[int] = field(default_factory=list)
+    trace: list[int] = field(default_factory=list)
+    prefill_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    accept_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    fallback: str | None = None
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens per verify, the bonus token counted: 1 to block_size. 0 before the first."""
+        return (self.accepted + self.steps) / self.steps if self.steps else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Proposed tokens that were kept, 0 to 1."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens after the first per second of decoding."""
+        return (self.tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds > 0 else 0.0
+
+    def record(self, drafted: int, accepted: int) -> None:
+        """One verify of ``drafted`` proposals, of which the first ``accepted`` were kept."""
+        self.steps += 1
+        self.drafted += drafted
+        self.accepted += accepted
+        self.trace.append(accepted)
+        for counts, upto in ((self.drafted_per_position, drafted), (self.accepted_per_position, accepted)):
+            counts.extend([0] * (drafted - len(counts)))
+            for i in range(upto):
+                counts[i] += 1
+
+
+class Width:
+    """How many tokens to propose: ``draft_max``, or the count that has paid best so far (``adaptive``).
+
+    Adaptive: expected tokens of a proposal of n follow from the measured acceptance rate per position, its cost from the measured
+    seconds of steps of that width; the n with the most tokens per second wins. Untried widths are tried once.
+    """
+
+    CANDIDATES = (3, 7, 15)
+
+    def __init__(self, draft_max: int, adaptive: bool = False) -> None:
+        if draft_max < 1:
+            raise ConfigError(f"draft_max is {draft_max}; it must be at least 1")
+        self.draft_max, self.adaptive = draft_max, adaptive
+        self._candidates = [n for n in self.CANDIDATES if n < draft_max] + [draft_max]
+        self._seconds: dict[int, float] = {}
+
+    def choose(self, stats: Stats) -> int:
+        if not self.adaptive:
+            return self.draft_max
+        untried = [n for n in self._candidates if n not in self._seconds]
+        if untried:
+            return untried[-1]
+        return max(self._candidates, key=lambda n: self._expected(n, stats) / self._seconds[n])
+
+    def measured(self, n: int, seconds: float) -> None:
+        """A step that proposed ``n`` took ``seconds``; the first of a width built its graph and does not count."""
+        if n in self._candidates:
+            before = self._seconds.get(n)
+            self._seconds[n] = seconds if before is None else min(before * 1.02, 0.9 * before + 0.1 * seconds)
+
+    @staticmethod
+    def _expected(n: int, stats: Stats) -> float:
+        kept = [(a + 1) / (d + 2) for a, d in zip(stats.accepted_per_position, stats.drafted_per_position)]
+        return 1.0 + sum(kept[:n])
+
+
+def autoregressive(
+    session: Session,
+    prompt: Sequence[int],
+    sampler: Sampler,
+    *,
+    max_tokens: int | None = None,
+    stop_ids: frozenset[int] = frozenset(),
+    stats: Stats | None = None,
+) -> Iterator[Step]:
+    """Generate after ``prompt``, one token a step, until ``max_tokens``, a token of ``stop_ids`` or a full context.
+
+    The last token yielded is not in the session yet; everything before it is. Raises ShapeError for an empty prompt, ContextFull
+    when the prompt does not fit.
+    """
+    stats = stats if stats is not None else Stats()
+    history = list(prompt)
+    token = _prefill(session, None, prompt, sampler, history, stats)
+    while True:
+        yield Step((token,))
+        if _finished(session, stats, token, max_tokens, stop_ids):
+            return
+        begin = time.perf_counter()
+        output = session.forward([token])
+        token = _draw(output, 0, sampler, history)
+        session.commit(1)
+        history.append(token)
+        stats.record(0, 0)
+        stats.tokens += 1
+        stats.verify_seconds += time.perf_counter() - begin
+        stats.decode_seconds += time.perf_counter() - begin
+
+
+def speculative(
+    session: Session,
+    draft: DraftSession,
+    prompt: Sequence[int],
+    sampler: Sampler,
+    *,
+    max_tokens: int | None = None,
+    stop_ids: frozenset[int] = frozenset(),
+    stats: Stats | None = None,
+    draft_max: int | None = None,
+    adaptive: bool = False,
+) -> Iterator[Step]:
+    """Generate after ``prompt``, a proposed block a step; the same tokens as ``autoregressive`` with the same sampler.
+
+    propose -> verify -> accept -> commit. ``draft_max`` limits a proposal (default: block_size - 1); ``adaptive`` chooses its
+    length from live acceptance and measured cost. Generation is cut exactly at ``max_tokens`` or a token of ``stop_ids``, in the
+    middle of a block too; the session then holds everything but the last token.
+    """
+    stats = stats if stats is not None else Stats()
+    width = Width(min(draft_max or draft.block - 1, draft.block - 1), adaptive)
+    history = list(prompt)
+    anchor = _prefill(session, draft, prompt, sampler, history, stats)
+    tokens, accepted, drafted = [anchor], 0, 0
+    while True:
+        yield Step(tuple(tokens), accepted, drafted)
+        if _finished(session, stats, anchor, max_tokens, stop_ids):
+            return
+        begin = time.perf_counter()
+        drafted = min(width.choose(stats), session.max_context - session.length - 1)
+        if max_tokens is not None:
+            drafted = min(drafted, max_tokens - stats.tokens)
+        if drafted < 1:
+            stats.fallback = "the context has room for one more token only"
+            draft.flush()
+        proposal = draft.propose(anchor, drafted) if drafted >= 1 else None
+        proposed = time.perf_counter()
+        output = session.forward(proposal or [anchor], "all")
+        tokens = _accept(proposal, output, sampler, history)
+        verified = time.perf_counter()
+        tokens = _cut(tokens, max_tokens, stats.tokens, stop_ids)
+        accepted, anchor = len(tokens) - 1, tokens[-1]
+        session.commit(len(tokens))
+        draft.keep(len(tokens))
+        history += tokens
+        stats.tokens += len(tokens)
+        stats.record(drafted, accepted)
+        end = time.perf_counter()
+        width.measured(drafted, end - begin)
+        stats.draft_seconds += proposed - begin
+        stats.verify_seconds += verified - proposed
+        stats.accept_seconds += end - verified
+        stats.decode_seconds += end - begin
+
+
+def _prefill(
+    session: Session, draft: DraftSession | None, prompt: Sequence[int], sampler: Sampler, history: list[int], stats: Stats
+) -> int:
+    """Forward the prompt chunk by chunk, hand its features to the draft, and draw the first token."""
+    if not len(prompt):
+        raise ShapeError("the prompt is empty; give at least one token")
+    session.check_room(len(prompt))
+    begin = time.perf_counter()
+    for start in range(0, len(prompt), session.chunk):
+        chunk = prompt[start : start + session.chunk]
+        last = start + len(chunk) == len(prompt)
+        output = session.forward(chunk, "last" if last else "none")
+        session.commit(len(chunk))
+        if draft is not None:
+            draft.keep(len(chunk))
+            if not last:
+                draft.flush()
+    token = _draw(output, 0, sampler, history)
+    history.append(token)
+    stats.prompt_tokens += len(prompt)
+    stats.tokens += 1
+    stats.prefill_seconds += time.perf_counter() - begin
+    return token
+
+
+def _draw(output: Output, row: int, sampler: Sampler, history: Sequence[int]) -> int:
+    """The target's own token at ``row``, after ``history``."""
+    return sampler.draw(output.logits[row], history) if sampler.needs_logits else int(output.argmax[row])
+
+
+def _accept(proposal: Proposal | None, output: Output, sampler: Sampler, history: list[int]) -> list[int]:
+    """The target's tokens row by row, as long as the proposal agrees; the last one is the bonus token."""
+    proposed = [] if proposal is None else proposal.ids[1:].tolist()
+    tokens: list[int] = []
+    for row in range(len(proposed) + 1):
+        tokens.append(_draw(output, row, sampler, history + tokens if sampler.needs_logits else ()))
+        if row == len(proposed) or tokens[-1] != proposed[row]:
+            break
+    return tokens
+
+
+def _cut(tokens: list[int], max_tokens: int | None, before: int, stop_ids: frozenset[int]) -> list[int]:
+    """``tokens`` up to the limit, and up to the first of ``stop_ids``, which is kept."""
+    if max_tokens is not None:
+        tokens = tokens[: max_tokens - before]
+    end = next((i for i, token in enumerate(tokens) if token in stop_ids), len(tokens) - 1)
+    return tokens[: end + 1]
+
+
+def _finished(session: Session, stats: Stats, token: int, max_tokens: int | None, stop_ids: frozenset[int]) -> bool:
+    if max_tokens is not None and stats.tokens >= max_tokens:
+        return True
+    return token in stop_ids or session.length >= session.max_context

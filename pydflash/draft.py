@@ -1,0 +1,295 @@
+"""A loaded draft, and the session that proposes with it beside a target session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pydflash import ops
+from pydflash.backend import Arena
+from pydflash.errors import ConfigError, DraftMismatch, SessionClosed, ShapeError, StateError
+from pydflash.ggml_types import GGMLType
+from pydflash.gguf import GGUFFile
+from pydflash.graph import Graph
+from pydflash.models import Model
+from pydflash.models.dflash import DFlash, DraftConfig, tensor_names
+from pydflash.session import Proposal, Session, width_for
+from pydflash.state import DraftCache, DraftInputs
+from pydflash.tensor import Tensor
+from pydflash.weights import Progress, Weights, find_tensors
+
+__all__ = ["Draft", "DraftSession", "load_draft"]
+
+
+class Draft:
+    """A loaded draft: immutable weights on its target's device. ``close()`` (or ``with``) frees them."""
+
+    def __init__(self, file: GGUFFile, target: Model, config: DraftConfig, weights: Weights, network: DFlash) -> None:
+        self.file, self.target, self.config, self.weights, self.network = file, target, config, weights, network
+        self.path = file.path
+
+    def close(self) -> None:
+        """Free the weights. Safe to call twice."""
+        self.weights.close()
+        self.file.close()
+
+    def __enter__(self) -> Draft:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def load_draft(
+    path: str | Path, target: Model, progress: Progress | None = None, *, causal: bool | None = None
+) -> Draft:
+    """Load a DFlash draft (GGUF) for ``target``, in llama.cpp's layout or the other one in the wild.
+
+    ``causal`` overrides whether rows of a block see only earlier rows. Raises LoadError; DraftMismatch when it does not fit the
+    target, naming both values.
+    """
+    file = GGUFFile.open(path)
+    try:
+        config = DraftConfig.read(file, causal)
+        config.check_target(file.path, target.config.layers, target.config.hidden, target.config.vocab)
+        _check_vocabulary(file, target)
+        names = tensor_names(file, config.tensors())
+        infos = find_tensors(file, {names[name]: shape for name, shape in config.tensors().items()})
+        weights = Weights(file, infos, target.backend, progress)
+        return Draft(file, target, config, weights, DFlash(config, weights, names))
+    except BaseException:
+        file.close()
+        raise
+
+
+def _check_vocabulary(file: GGUFFile, target: Model) -> None:
+    """A draft that embeds its target's tokenizer must have been made for this vocabulary."""
+    tokens = file.metadata.count("tokenizer.ggml.tokens") if "tokenizer.ggml.tokens" in file.metadata else None
+    vocab = target.config.vocab
+    if tokens is not None and tokens != vocab:
+        raise DraftMismatch(f"{file.path}: the draft's vocabulary holds {tokens} tokens, the target's {vocab}")
+
+
+class DraftSession:
+    """Proposes blocks for a target session opened with ``capture=draft.config.taps``.
+
+    ``keep(n)`` tells it that the first n rows of the target's last forward were committed; ``propose(anchor)`` then fills the
+    block that starts at the target's length. ``length``: positions whose features were injected or kept.
+    """
+
+    def __init__(self, draft: Draft, target: Session) -> None:
+        """Raises ConfigError when the target session does not capture the draft's layers."""
+        if target.capture != draft.config.taps:
+            raise ConfigError(
+                f"the target session captures layers {list(target.capture)}, the draft needs {list(draft.config.taps)}; "
+                "open it with capture=draft.config.taps"
+            )
+        self.draft, self.target = draft, target
+        self.block = draft.config.block_size
+        backend = draft.target.backend
+        self.cache = DraftCache(backend, draft.config, target.max_context + self.block)
+        self._proposal = Arena(backend, {"tokens": ((ops.EXACT_ROWS,), GGMLType.I32)}, "a proposal")
+        self._graphs: dict[tuple[Any, ...], _DraftGraph] = {}
+        self._held = [np.full(c, -1, np.int32) for c in self.cache.capacities]  # position that each slot holds
+        self.length = 0
+        self._last: _DraftGraph | None = None
+        self._kept = 0  # rows of the target's features that the next proposal injects
+        self.closed = False
+
+    # --- the context ------------------------------------------------------------------------------------------------
+
+    def keep(self, n: int) -> None:
+        """The first ``n`` rows of the target's last forward were committed: their features become context.
+
+        At most 16 rows wait for the next proposal, which injects them in the same graph; more are injected now.
+        Raises StateError when earlier rows still wait, or the target has not committed them.
+        """
+        self._check_open()
+        if self.length + n != self.target.length:
+            raise StateError(
+                f"keep({n}): the draft holds {self.length} positions and the target {self.target.length}; "
+                "call keep once after every commit, with its count"
+            )
+        if self._kept:
+            raise StateError(f"keep({n}): {self._kept} rows kept before still wait; call flush() before the target's next forward")
+        if n > ops.EXACT_ROWS:
+            self._inject(n, self.length)
+        else:
+            self._kept = n
+        self.length += n
+
+    def flush(self) -> None:
+        """Inject rows that wait, without proposing: before a target forward that no proposal precedes."""
+        if self._kept:
+            self._inject(self._kept, self.length - self._kept)
+            self._kept = 0
+
+    def reset(self) -> None:
+        """Back to an empty context, together with the target's reset."""
+        self._check_open()
+        for held in self._held:
+            held.fill(-1)
+        self.length = self._kept = 0
+
+    # --- proposals --------------------------------------------------------------------------------------------------
+
+    def propose(self, anchor: int, count: int | None = None) -> Proposal:
+        """Propose ``count`` tokens (default: the whole block) after ``anchor``, the last token, not yet forwarded.
+
+        The result is what ``Session.forward`` takes: 1 + count tokens on the device. Raises StateError when the draft's context is
+        not the target's, ShapeError for a token outside the vocabulary or a count outside 1..block_size - 1.
+        """
+        self._check_open()
+        limit = self.block - 1
+        count = limit if count is None else count
+        if not 1 <= count <= limit:
+            raise ShapeError(f"propose: count is {count}; this draft proposes 1..{limit}")
+        if not 0 <= anchor < self.draft.target.config.vocab:
+            raise ShapeError(f"propose: token id {anchor} is outside the vocabulary of {self.draft.target.config.vocab} tokens")
+        if self.length != self.target.length or self.target.pending:
+            raise StateError(
+                f"propose: the draft holds {self.length} positions, the target {self.target.length} and {self.target.pending} pending; "
+                "commit and keep first"
+            )
+        start = self.length
+        graph = self._graph("propose", self._full_span(start + self.block))
+        graph.write(self._block_inputs(anchor, start, graph.spans))
+        graph.graph.run()
+        self._kept, self._last = 0, graph
+        return Proposal(self._proposal["tokens"], count + 1, self.draft.target.backend)
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        """(block_size, vocab) logits of the last proposal; row 0, the anchor's, means nothing. StateError before the first."""
+        if self._last is None or self._last.logits is None:
+            raise StateError("logits: nothing was proposed yet")
+        out = np.empty(self._last.logits.shape, np.float32)
+        self.draft.target.backend.read(self._last.logits, out)
+        return out
+
+    def close(self) -> None:
+        """Free the context and the graphs. Safe to call twice."""
+        if not self.closed:
+            for graph in self._graphs.values():
+                graph.graph.close()
+            self.cache.close()
+            self._proposal.close()
+            self.closed = True
+
+    def __enter__(self) -> DraftSession:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # --- inputs -----------------------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise SessionClosed("this draft session was closed; open a new one")
+
+    def _slots(self, ring: int, positions: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """Table rows of positions; negative positions and those that later ones overwrite fall into the padding row."""
+        capacity = self.cache.capacities[ring]
+        lost = (positions < 0) | (positions <= positions.max(initial=-1) - capacity)
+        return np.where(lost, capacity, positions % capacity).astype(np.int32)
+
+    def _inject_inputs(self, count: int, start: int, width: int) -> list[npt.NDArray[np.int32]]:
+        """Positions, then table rows per ring, of ``count`` feature rows from position ``start``."""
+        positions = np.full(width, -1, np.int32)
+        positions[:count] = np.arange(start, start + count)
+        rows = [self._slots(ring, positions) for ring in range(len(self._held))]
+        for held, ring_rows in zip(self._held, rows):
+            real = ring_rows < len(held)
+            held[ring_rows[real]] = positions[real]
+        return [positions, *rows]
+
+    def _block_inputs(self, anchor: int, start: int, spans: list[int]) -> npt.NDArray[np.int32]:
+        """All inputs of a propose graph, in the order in which it slices them."""
+        injected = self._inject_inputs(self._kept, start - self._kept, ops.EXACT_ROWS)
+        tokens = np.full(self.block, self.draft.config.mask_token_id, np.int32)
+        tokens[0] = anchor
+        positions = np.arange(start, start + self.block, dtype=np.int32)
+        parts = [*injected, tokens, positions, np.full(self.block, positions[-1], np.int32)]
+        rows = [self._slots(ring, positions) for ring in range(len(self._held))]
+        parts += rows
+        for ring, window in enumerate(self.cache.windows):
+            if window:
+                held = self._held[ring].copy()
+                held[rows[ring]] = positions
+                parts.append(held)
+        return np.concatenate(parts)
+
+    def _inject(self, count: int, start: int) -> None:
+        width = width_for(count)
+        graph = self._graph("inject", width)
+        graph.write(np.concatenate(self._inject_inputs(count, start, width)))
+        graph.graph.run()
+
+    # --- graphs -----------------------------------------------------------------------------------------------------
+
+    def _full_span(self, needed: int) -> int:
+        """Slots of the full ring that a graph spans: a power of two, so that graphs are few."""
+        return max(256, 1 << (needed - 1).bit_length())
+
+    def _graph(self, kind: str, size: int) -> _DraftGraph:
+        key = (kind, size)
+        if key not in self._graphs:
+            self._graphs[key] = self._build_inject(size) if kind == "inject" else self._build_propose(size)
+        return self._graphs[key]
+
+    def _injection(self, graph: Graph, inputs: Tensor, width: int) -> int:
+        """Nodes that inject ``width`` feature rows; returns how many input words they take."""
+        rings = len(self._held)
+        words = [inputs.slice(0, i * width, (i + 1) * width) for i in range(1 + rings)]
+        taps, hidden = len(self.draft.config.taps), self.draft.config.hidden
+        features = self.target.features.within(graph).slice(0, 0, width).reshape(width, taps * hidden)
+        rows = [words[1 + ring] for ring in self.cache.ring_of]
+        self.draft.network.inject(features, words[0], rows, self.cache)
+        return (1 + rings) * width
+
+    def _build_inject(self, width: int) -> _DraftGraph:
+        graph = Graph(self.draft.target.backend)
+        inputs = graph.input(((1 + len(self._held)) * width,), GGMLType.I32)
+        self._injection(graph, inputs, width)
+        graph.finish()
+        return _DraftGraph(graph, inputs, [])
+
+    def _build_propose(self, full_span: int) -> _DraftGraph:
+        graph, T, rings = Graph(self.draft.target.backend), self.block, len(self._held)
+        spans = [c if w else min(c, full_span) for c, w in zip(self.cache.capacities, self.cache.windows)]
+        ring_words = [span if window else 0 for span, window in zip(spans, self.cache.windows)]
+        total = (1 + rings) * ops.EXACT_ROWS + (3 + rings) * T + sum(ring_words)
+        inputs = graph.input((total,), GGMLType.I32)
+        at = self._injection(graph, inputs, ops.EXACT_ROWS)
+
+        def take(words: int) -> Tensor:
+            nonlocal at
+            at += words
+            return inputs.slice(0, at - words, at)
+
+        tokens, positions, ends = take(T), take(T), take(T)
+        rows = [take(T) for _ in range(rings)]
+        held = [take(words) if words else None for words in ring_words]
+        block = DraftInputs(graph, positions, ends, self.cache.ring_of, rows, spans, held)
+        network = self.draft.target.network
+        x = self.draft.network.propose(ops.get_rows(network.token_embd, tokens), block, self.cache)
+        logits = graph.output(network.output(x))  # the target's head
+        ids = ops.argmax(logits)
+        proposal = self._proposal["tokens"].within(graph)
+        graph.effect(ops.copy_into(proposal.slice(0, 0, 1), tokens.slice(0, 0, 1)))
+        graph.effect(ops.copy_into(proposal.slice(0, 1, T), ids.slice(0, 1, T)))
+        graph.finish()
+        return _DraftGraph(graph, inputs, spans, logits)
+
+
+class _DraftGraph:
+    """A persistent graph with one block of int32 inputs."""
+
+    def __init__(self, graph: Graph, inputs: Tensor, spans: list[int], logits: Tensor | None = None) -> None:
+        self.graph, self.inputs, self.spans, self.logits = graph, inputs, spans, logits
+
+    def write(self, values: npt.NDArray[np.int32]) -> None:
+        self.graph.backend.write(self.inputs, values)
