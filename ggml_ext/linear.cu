@@ -571,6 +571,18 @@ bool pydflash_linear_pack_swiglu(pydflash_cuda * cuda, const float * gate, int64
            launch_pack(cuda, swiglu { { gate, gate_stride }, { up, up_stride } }, T, K, packed);
 }
 
+bool pydflash_linear_pack_gated_norm(pydflash_cuda * cuda, const float * o, const float * z, const float * weight,
+                                     float eps, int64_t T, int64_t K, void * packed) {
+    return valid_size(T, K) && K % CHUNK == 0 && aligned16(o, K) && aligned16(z, K) && aligned16(weight, 0) &&
+           launch_pack(cuda, gated_norm { { o, K }, { z, K }, { weight, 0 }, eps }, T, K, packed);
+}
+
+bool pydflash_linear_pack_sigmoid_gate(pydflash_cuda * cuda, const float * o, const float * gate, int64_t row_stride,
+                                       int64_t head_stride, int head, int64_t T, int64_t K, void * packed) {
+    return valid_size(T, K) && head % 8 == 0 && aligned16(o, K) && aligned16(gate, row_stride) && head_stride % 4 == 0 &&
+           launch_pack(cuda, sigmoid_gate { { o, K }, gate, row_stride, head_stride, head }, T, K, packed);
+}
+
 bool pydflash_linear_pack_rms_norm(pydflash_cuda * cuda, const float * x, int64_t x_stride, const float * weight,
                                    float eps, int64_t T, int64_t K, void * packed) {
     if (!valid_size(T, K) || !aligned16(x, x_stride) || !aligned16(weight, 0)) {

@@ -41,6 +41,14 @@ bool pydflash_linear_pack_rms_norm(struct pydflash_cuda * cuda, const float * x,
 bool pydflash_linear_pack_swiglu(struct pydflash_cuda * cuda, const float * gate, int64_t gate_stride, const float * up,
                                  int64_t up_stride, int64_t T, int64_t K, void * packed);
 
+// silu(z) * weight * (o / rms of each head of 128), K % 256 == 0; o * sigmoid(gate), the gate of head h of row t at
+// gate + t * row_stride + h * head_stride, heads of `head` values.
+bool pydflash_linear_pack_gated_norm(struct pydflash_cuda * cuda, const float * o, const float * z, const float * weight,
+                                     float eps, int64_t T, int64_t K, void * packed);
+bool pydflash_linear_pack_sigmoid_gate(struct pydflash_cuda * cuda, const float * o, const float * gate,
+                                       int64_t row_stride, int64_t head_stride, int head, int64_t T, int64_t K,
+                                       void * packed);
+
 // Multiplies 1 to 4 weights of K columns with packed activations, in one launch. A packed buffer may be multiplied any
 // number of times, one multiply after the other.
 bool pydflash_linear_multiply(struct pydflash_cuda * cuda, void * packed, int64_t T, int64_t K,

@@ -95,6 +95,54 @@ struct rms_norm {
     }
 };
 
+// The gated norm of a delta-net's output: RMS norm of each head of 128, times weight, times silu(z). The 16 lanes that
+// share a head add up its squares; K must be whole chunks, so that no lane is missing.
+struct gated_norm {
+    static constexpr int HEAD = 128;
+
+    plain o, z, weight;
+    float eps;
+
+    __device__ void load(int row, int64_t k, float (&v)[8]) const {
+        float w[8], gate[8], sum = 0.0f;
+        o.load(row, k, v);
+        z.load(row, k, gate);
+        weight.load(0, k % HEAD, w);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            sum = fmaf(v[i], v[i], sum);
+        }
+#pragma unroll
+        for (int other = HEAD / 16; other > 0; other /= 2) {
+            sum += __shfl_xor_sync(0xffffffffu, sum, other);
+        }
+        const float factor = 1.0f / sqrtf(sum / HEAD + eps);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            v[i] = v[i] * factor * w[i] * (gate[i] / (1.0f + expf(-gate[i])));
+        }
+    }
+};
+
+// Attention's output times sigmoid(gate), the gate lying between the query heads: head h of row t starts at
+// gate + t * row_stride + h * head_stride.
+struct sigmoid_gate {
+    plain         o;
+    const float * gate;
+    int64_t       row_stride, head_stride;
+    int           head;  // values per head, a multiple of 8
+
+    __device__ void load(int row, int64_t k, float (&v)[8]) const {
+        float g[8];
+        o.load(row, k, v);
+        plain{ gate + k / head * head_stride, row_stride }.load(row, k % head, g);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            v[i] = v[i] / (1.0f + expf(-g[i]));
+        }
+    }
+};
+
 // The power of two that brings a magnitude into [128, 256), and its inverse, both normal numbers.
 __device__ __forceinline__ void chunk_scale(float magnitude, float & scale, float & inverse) {
     const int exponent = max((int) (__float_as_uint(magnitude) >> 23) - 127, -119);

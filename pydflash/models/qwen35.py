@@ -197,13 +197,12 @@ class GatedDeltaNet:
     def __call__(self, x: Tensor, step: StepInputs, _cache: KVCache, delta: DeltaState) -> Tensor:
         c, T = self.config, x.shape[0]
         Hv, S = c.v_heads, c.state_size
+        qkv, z, alpha, beta = self.attn_qkv(x), self.attn_gate(x), self.ssm_alpha(x), self.ssm_beta(x)
         inputs = ops.delta_inputs(
-            self.attn_qkv(x), self.ssm_alpha(x), self.ssm_beta(x), self.ssm_conv1d, self.ssm_a, self.ssm_dt,
-            delta.window(self.layer), step.counts, keep=step.keep,
-        )  # (16 + T, q | k | v | g | beta)  # fmt: skip
+            qkv, alpha, beta, self.ssm_conv1d, self.ssm_a, self.ssm_dt, delta.window(self.layer), step.counts, keep=step.keep
+        )  # (16 + T, q | k | v | g | beta)
         o = ops.delta_rule(inputs, delta.state(self.layer), step.counts, k_heads=c.k_heads, eps=c.eps, keep=step.keep)
-        z = self.attn_gate(x).reshape(T, Hv, S)
-        o = ops.rms_norm(o.reshape(T, Hv, S), self.ssm_norm, c.eps) * ops.silu(z)
+        o = ops.rms_norm(o.reshape(T, Hv, S), self.ssm_norm, c.eps) * ops.silu(z.reshape(T, Hv, S))
         return self.ssm_out(o.reshape(T, Hv * S))
 
 
