@@ -112,7 +112,8 @@ struct block {
 };
 
 static const char * head_slice(const struct ggml_tensor * cache, int64_t kv_head, int64_t columns, int64_t slot) {
-    return (const char *) cache->data + (size_t) slot * cache->nb[1] + (size_t) kv_head * ggml_row_size(cache->type, columns);
+    const size_t head = ggml_row_size(cache->type, columns);
+    return (const char *) cache->data + (size_t) slot * cache->nb[1] + (size_t) kv_head * head;
 }
 
 static void begin_block(const struct attention * a, struct block * block, int64_t kv_head, int64_t slot) {

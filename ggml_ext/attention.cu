@@ -74,7 +74,7 @@ struct tiling {
     static constexpr int THREADS = 32 * WARPS;
     static constexpr int COLUMNS = 8 * NT;
     static constexpr int SLOTS   = 16 * WARPS;         // per tile; must not depend on NT
-    static constexpr int MT      = NT >= 6 ? 2 : 1;    // 16-slot tiles a warp scores; with 2, half the columns, to read Q less
+    static constexpr int MT      = NT >= 6 ? 2 : 1;    // 16-slot tiles a warp scores; 2: half the columns, Q read less
     static constexpr int WM      = WARPS / MT;         // warps along the slots
     static constexpr int NTW     = NT / MT;            // column tiles per warp
     static constexpr int BLOCKS  = (NT >= 6 ? 256 : NT == 1 ? 768 : 512) / THREADS;  // per SM, as registers allow

@@ -442,6 +442,7 @@ struct stream_visitor {
 template <int PANELS>
 __global__ void __launch_bounds__(THREADS, 2) multiply_kernel(const __grid_constant__ plan p) {
     extern __shared__ __align__(128) uint8_t ring[];
+    release_successor();
     for (int i = 0; i < p.n_weights; i++) {
         const int begin = max(p.begin[blockIdx.x], p.first_unit[i]);
         const int end   = min(p.begin[blockIdx.x + 1], p.first_unit[i + 1]);
@@ -499,27 +500,33 @@ int divide_units(plan & p, const int64_t (&unit_bytes)[PYDFLASH_LINEAR_MAX_WEIGH
     return blocks;
 }
 
-template <int PANELS>
-bool launch_multiply(pydflash_cuda * cuda, const plan & p, int blocks, const device_limits & limits) {
-    if (limits.budget < MIN_BUDGET ||
-        cudaFuncSetAttribute(multiply_kernel<PANELS>, cudaFuncAttributeMaxDynamicSharedMemorySize, p.budget) !=
-            cudaSuccess ||
-        cudaFuncSetAttribute(multiply_kernel<PANELS>, cudaFuncAttributePreferredSharedMemoryCarveout,
-                             cudaSharedmemCarveoutMaxShared) != cudaSuccess) {
-        return false;
-    }
+// Launches a kernel that may start while the one before it still runs; it waits (wait_for_predecessor) before it reads
+// or writes what earlier kernels touch. Without programmatic dependent launch it starts after the one before.
+template <typename... Parameters, typename... Arguments>
+bool launch_early(pydflash_cuda * cuda, const device_limits & limits, void (*kernel)(Parameters...), int blocks,
+                  int threads, int shared_bytes, const Arguments &... arguments) {
     cudaLaunchAttribute early = {};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
 
     cudaLaunchConfig_t config = {};
     config.gridDim          = dim3((unsigned) blocks);
-    config.blockDim         = dim3(THREADS);
-    config.dynamicSmemBytes = (size_t) p.budget;
+    config.blockDim         = dim3((unsigned) threads);
+    config.dynamicSmemBytes = (size_t) shared_bytes;
     config.stream           = cuda->stream;
     config.attrs            = &early;
     config.numAttrs         = limits.early_launch ? 1 : 0;
-    return cudaLaunchKernelEx(&config, multiply_kernel<PANELS>, p) == cudaSuccess;
+    return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...) == cudaSuccess;
+}
+
+template <int PANELS>
+bool launch_multiply(pydflash_cuda * cuda, const plan & p, int blocks, const device_limits & limits) {
+    return limits.budget >= MIN_BUDGET &&
+           cudaFuncSetAttribute(multiply_kernel<PANELS>, cudaFuncAttributeMaxDynamicSharedMemorySize, p.budget) ==
+               cudaSuccess &&
+           cudaFuncSetAttribute(multiply_kernel<PANELS>, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                cudaSharedmemCarveoutMaxShared) == cudaSuccess &&
+           launch_early(cuda, limits, multiply_kernel<PANELS>, blocks, THREADS, p.budget, p);
 }
 
 bool valid_size(int64_t T, int64_t K) {
@@ -532,10 +539,10 @@ bool aligned16(const void * pointer, int64_t stride) {
 
 template <typename Source>
 bool launch_pack(pydflash_cuda * cuda, const Source & source, int64_t T, int64_t K, void * packed) {
-    const int64_t items = chunks(K) * panels(T) * PANEL_COLS;
-    const dim3    grid((unsigned) ((items + PACK_WARPS - 1) / PACK_WARPS));
-    pack_kernel<<<grid, PACK_WARPS * LANES, 0, cuda->stream>>>(source, T, K, (char *) packed);
-    return cudaPeekAtLastError() == cudaSuccess;
+    const int64_t items  = chunks(K) * panels(T) * PANEL_COLS;
+    const int     blocks = (int) ((items + PACK_WARPS - 1) / PACK_WARPS);
+    return launch_early(cuda, device_limits(cuda->device), pack_kernel<Source>, blocks, PACK_WARPS * LANES, 0, source, T,
+                        K, (char *) packed);
 }
 
 }  // namespace
@@ -588,9 +595,8 @@ bool pydflash_linear_pack_rms_norm(pydflash_cuda * cuda, const float * x, int64_
     if (!valid_size(T, K) || !aligned16(x, x_stride) || !aligned16(weight, 0)) {
         return false;
     }
-    pack_rms_norm_kernel<<<panels(T) * PANEL_COLS, NORM_WARPS * LANES, 0, cuda->stream>>>(
-        plain { x, x_stride }, plain { weight, 0 }, eps, T, K, (char *) packed);
-    return cudaPeekAtLastError() == cudaSuccess;
+    return launch_early(cuda, device_limits(cuda->device), pack_rms_norm_kernel, panels(T) * PANEL_COLS,
+                        NORM_WARPS * LANES, 0, plain { x, x_stride }, plain { weight, 0 }, eps, T, K, (char *) packed);
 }
 
 bool pydflash_linear_multiply(pydflash_cuda * cuda, void * packed, int64_t T, int64_t K,

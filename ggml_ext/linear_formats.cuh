@@ -24,7 +24,7 @@
 
 namespace pydflash_linear {
 
-constexpr int WARPS = 4;
+constexpr int WARPS = 8;
 
 // ---- half2 arithmetic on 32-bit registers
 
@@ -129,7 +129,7 @@ struct k_scales {
 // ---- the formats
 
 struct q4_k : common {
-    static constexpr int  BYTES = 144, STRIDE = 144, M_TILES = 2;
+    static constexpr int  BYTES = 144, STRIDE = 144, M_TILES = 1;
     static constexpr bool FLOAT_SCALE = true, MINIMUM = true;
 
     struct row {
@@ -161,7 +161,7 @@ struct q4_k : common {
 };
 
 struct q5_k : common {
-    static constexpr int  BYTES = 176, STRIDE = 176, M_TILES = 2;
+    static constexpr int  BYTES = 176, STRIDE = 176, M_TILES = 1;
     static constexpr bool FLOAT_SCALE = true, MINIMUM = true;
 
     struct row {
@@ -204,7 +204,7 @@ struct q5_k : common {
 // 8 j + 0..7 of lanes 2 n and 2 n + 1; the padding between the halves of a panel keeps j = 0 and j = 1 on other banks.
 // Chunks are 210 bytes, so rows start on any even byte.
 struct q6_k : common {
-    static constexpr int  BYTES = 210, STRIDE = 224, M_TILES = 2;
+    static constexpr int  BYTES = 210, STRIDE = 224, M_TILES = 1;
     static constexpr bool FLOAT_SCALE = true, ALIGNED = false;
 
     // Rows 224 bytes apart would share 8 banks; every second one moves on by 16 bytes.
@@ -247,7 +247,7 @@ struct q6_k : common {
 
 // Eight blocks of 34 bytes; lane t takes blocks 2 t and 2 t + 1.
 struct q8_0 : common {
-    static constexpr int  BYTES = 272, STRIDE = 304, M_TILES = 1;
+    static constexpr int  BYTES = 272, STRIDE = 304, M_TILES = 1, WARPS = 4;
     static constexpr bool ALIGNED = false;
 
     struct row {
@@ -277,7 +277,7 @@ struct q8_0 : common {
 
 // Eight blocks of 18 bytes; lane t takes blocks 2 t and 2 t + 1.
 struct q4_0 : common {
-    static constexpr int  BYTES = 144, STRIDE = 176, M_TILES = 2;
+    static constexpr int  BYTES = 144, STRIDE = 176, M_TILES = 1;
     static constexpr bool ALIGNED = false;
 
     struct row {
@@ -311,7 +311,7 @@ struct q4_0 : common {
 
 // Lane t reads 128 bytes; 16 bytes of padding after each 128 keep the four lanes of a row on other banks.
 struct f16 : common {
-    static constexpr int BYTES = 512, STRIDE = 576, M_TILES = 1;
+    static constexpr int BYTES = 512, STRIDE = 576, M_TILES = 1, WARPS = 4;
 
     __host__ __device__ static constexpr int piece_offset(int piece) { return piece * 16 + piece / 8 * 16; }
 

@@ -216,6 +216,7 @@ constexpr int PACK_WARPS = 8;
 template <typename Source>
 __global__ void __launch_bounds__(PACK_WARPS * LANES) pack_kernel(Source source, int64_t T, int64_t K, char * packed) {
     release_successor();
+    wait_for_predecessor();
     const int64_t item = (int64_t) blockIdx.x * PACK_WARPS + threadIdx.x / LANES;
     const int     cols = panels(T) * PANEL_COLS;
     if (item < chunks(K) * cols) {
@@ -233,6 +234,7 @@ constexpr int NORM_WARPS = 32;
 static __global__ void __launch_bounds__(NORM_WARPS * LANES)
 pack_rms_norm_kernel(plain x, plain weight, float eps, int64_t T, int64_t K, char * packed) {
     release_successor();
+    wait_for_predecessor();
     __shared__ float of_warp[NORM_WARPS];
     const int column = blockIdx.x, warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
 

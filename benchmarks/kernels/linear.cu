@@ -287,6 +287,7 @@ static void check_op(pydflash_cuda * cuda, const format & f, int64_t M, int64_t 
     auto run = [&](int64_t T) {
         node.data = allocate(nullptr, (size_t) (T * M) * sizeof(float));
         CHECK(cudaMemset(node.data, 0xff, (size_t) (T * M) * sizeof(float)));
+        CHECK(cudaDeviceSynchronize());  // the memset runs in another stream
         const int64_t ne[3][2] = { { K, T }, { K, M }, { M, T } };
         ggml_tensor * tensors[3] = { &xt, &wt, &node };
         for (int i = 0; i < 3; i++) {
