@@ -56,6 +56,11 @@ class GGMLType(IntEnum):
         """Bytes of one block."""
         return _SIZES[self][1]
 
+    @property
+    def is_weight(self) -> bool:
+        """Whether ggml multiplies with matrices of this type; the others are integers, doubles and activation formats."""
+        return self not in _NOT_WEIGHTS
+
     def nbytes(self, elements: int) -> int:
         """Bytes of ``elements`` packed elements, which must be whole blocks (``ValueError`` otherwise)."""
         blocks, rest = divmod(elements, self.block_size)
@@ -63,6 +68,8 @@ class GGMLType(IntEnum):
             raise ValueError(f"{elements} elements are not whole {self.name} blocks of {self.block_size}")
         return blocks * self.type_size
 
+
+_NOT_WEIGHTS = frozenset(GGMLType[name] for name in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"))
 
 # (elements, bytes) of one block. The bytes are those of ggml's block structs: scales first, then packed quants.
 _SIZES: dict[GGMLType, tuple[int, int]] = {

@@ -78,6 +78,7 @@ def _custom(
 
 def get_rows(table: Tensor, rows: Tensor) -> Tensor:
     """``table[rows]`` as f32: (N, C) of any dtype and (T,) int32 to (T, C)."""
+    _require(rows.dtype == GGMLType.I32, f"get_rows: {rows!r} are not i32")
     _require(len(table.shape) == 2 and len(rows.shape) == 1, f"get_rows: {table!r} is not a matrix or {rows!r} not a vector")
     shape = (rows.shape[0], table.shape[1])
     return rows.derive(lib.ggml_get_rows(rows.context, table.c, rows.c), shape, GGMLType.F32)
@@ -88,6 +89,10 @@ def set_rows(table: Tensor, rows: Tensor, values: Tensor) -> Tensor:
 
     (N, C), (T,) int32 and (T, C) f32.
     """
+    _require(
+        rows.dtype == GGMLType.I32 and values.dtype == GGMLType.F32,
+        f"set_rows: {rows!r} are not i32 or {values!r} not f32",
+    )
     _require(
         len(table.shape) == 2 and values.shape == (*rows.shape, table.shape[1]),
         f"set_rows: {values!r} does not fill {rows!r} rows of {table!r}",
@@ -141,6 +146,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         len(x.shape) == 2 and len(weight.shape) == 2 and x.shape[1] == weight.shape[1],
         f"linear: {x!r} and weight {weight!r} do not fit",
     )
+    _require(x.dtype == GGMLType.F32 and weight.dtype.is_weight, f"linear: no product of {x!r} with weight {weight!r}")
     shape = (x.shape[0], weight.shape[0])
     if x.shape[0] <= EXACT_ROWS:
         product = _custom(lib.PYDFLASH_OP_LINEAR, [x.contiguous(), weight], shape)
@@ -197,12 +203,11 @@ def attention(
     ``k_cache``, ``v_cache``: (P, Hkv*D), each of its own dtype. A row at position p sees slots with position <= p (all when not
     ``causal``), within ``window`` positions unless 0. Slot s holds position s, or ``slot_positions[s]`` (negative: empty).
     """
-    rows, heads, size = q.shape
+    _check_attention("attention", q, k_cache, v_cache, kv_heads)
+    rows, _, size = q.shape
     _require(rows <= EXACT_ROWS, f"attention: {rows} rows; at most {EXACT_ROWS}")
-    _require(
-        k_cache.shape == v_cache.shape and k_cache.shape[1] == kv_heads * size and heads % kv_heads == 0,
-        f"attention: q {q!r} does not fit K {k_cache!r}, V {v_cache!r} of {kv_heads} heads",
-    )
+    _require(k_cache.shape[0] % 32 == 0, f"attention: {k_cache.shape[0]} cache slots are not a multiple of 32")
+    _require(positions.shape == (rows,) and window >= 0, f"attention: positions {positions!r} for {rows} rows, window {window}")
     operands = [q.contiguous(), k_cache, v_cache, positions]
     if slot_positions is not None:
         _require(slot_positions.shape == k_cache.shape[:1], f"attention: {slot_positions!r} does not cover {k_cache!r}")
@@ -212,6 +217,7 @@ def attention(
 
 def attention_prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor, kv_heads: int) -> Tensor:
     """Softmax attention of any number of rows by ggml's flash attention: q (T, H, D), mask (T, P) f16 added to the scores."""
+    _check_attention("attention_prefill", q, k_cache, v_cache, kv_heads)
     rows, heads, size = q.shape
     slots = k_cache.shape[0]
     _require(mask.shape == (rows, slots), f"attention_prefill: mask {mask!r} is not ({rows}, {slots})")
@@ -219,6 +225,15 @@ def attention_prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor,
     node = lib.ggml_flash_attn_ext(q.context, q.permute(1, 0, 2).c, k, v, mask.c, size**-0.5, 0.0, 0.0)
     lib.ggml_prec_set_acc(node, _PRECISION_F32)
     return q.derive(node, (rows, heads, size))
+
+
+def _check_attention(op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_heads: int) -> None:
+    """What both attentions ask of q (T, H, D) and of a cache (P, Hkv*D)."""
+    _require(len(q.shape) == 3 and q.shape[2] in (64, 128, 256), f"{op}: q {q!r} is not (T, H, D) with D 64, 128 or 256")
+    _require(
+        k_cache.shape == v_cache.shape == (k_cache.shape[0], kv_heads * q.shape[2]) and q.shape[1] % kv_heads == 0,
+        f"{op}: q {q!r} does not fit K {k_cache!r}, V {v_cache!r} of {kv_heads} heads",
+    )
 
 
 def _heads(cache: Tensor, kv_heads: int, like: Tensor) -> Any:
@@ -271,6 +286,9 @@ def delta_rule(inputs: Tensor, state: Tensor, counts: Tensor, *, k_heads: int, e
     _require(
         state.shape == (heads, size, size) and inputs.shape[1] == (2 * k_heads + heads) * size + 2 * heads,
         f"delta_rule: inputs {inputs!r} do not fit state {state!r} and {k_heads} k-heads",
+    )
+    _require(
+        heads % k_heads == 0 and counts.shape == (2,), f"delta_rule: {k_heads} k-heads for {heads} heads, or counts {counts!r}"
     )
     _require(size % 32 == 0 and size <= 256, f"delta_rule: head size {size} is not a multiple of 32 up to 256")
     return _custom(

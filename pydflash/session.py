@@ -19,12 +19,14 @@ from pydflash.ops import EXACT_ROWS, argmax, copy_into, get_rows
 from pydflash.state import DeltaState, KVCache, StepInputs, cache_type, k_basis
 from pydflash.tensor import Tensor
 
-__all__ = ["Head", "Output", "Proposal", "Session", "width_for"]
+__all__ = ["CHUNKS", "Head", "Output", "Proposal", "Session", "width_for"]
 
 Head = Literal["last", "all", "none"]
 """Rows that the LM head runs for."""
 
 _WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+CHUNKS = tuple(width for width in _WIDTHS if width > EXACT_ROWS)
+"""Valid values of ``chunk``."""
 _WIDE_GRAPHS_KEPT = 3  # prefill graphs are large and used in order of their spans
 
 
@@ -56,7 +58,7 @@ class Output:
     """What a forward computed for the rows it was asked for; valid until the session's next forward.
 
     ``logits``: (rows, vocab) float32, copied from the device when first asked for. ``argmax``: (rows,) int32, the most likely
-    token of each row, the first of equals.
+    token of each row; which of equal ones is the device's choice, the same at every width.
     """
 
     def __init__(self, session: Session, graph: _StepGraph | None, first: int, rows: int) -> None:
@@ -128,8 +130,8 @@ class Session:
         config, backend = model.config, model.backend
         if not 1 <= max_context <= 1 << 24:
             raise ConfigError(f"max_context is {max_context}; it must lie in 1..{1 << 24}")
-        if chunk not in _WIDTHS or chunk <= EXACT_ROWS:
-            raise ConfigError(f"chunk is {chunk}; valid values are {', '.join(str(w) for w in _WIDTHS if w > EXACT_ROWS)}")
+        if chunk not in CHUNKS:
+            raise ConfigError(f"chunk is {chunk}; valid values are {', '.join(map(str, CHUNKS))}")
         k_type, v_type = cache_type(cache_k, "cache_k"), cache_type(cache_v, "cache_v")
         basis = k_basis(k_type, config.head_size, k_rotation, environment)
         self.model, self.max_context, self.chunk, self.capture = model, max_context, chunk, tuple(capture)

@@ -35,7 +35,7 @@ class Linear:
 def find_tensors(file: GGUFFile, expected: Mapping[str, Shape]) -> dict[str, TensorInfo]:
     """The file's entries for ``expected`` (name to row-major shape).
 
-    Raises MissingTensor, or LoadError when a shape differs or a vector is not f32.
+    Raises MissingTensor, or LoadError when a shape differs, a vector is not f32, or ggml has no product with a type.
     """
     found: dict[str, TensorInfo] = {}
     for name, shape in expected.items():
@@ -46,6 +46,8 @@ def find_tensors(file: GGUFFile, expected: Mapping[str, Shape]) -> dict[str, Ten
             raise LoadError(f"{file.path}: tensor {name!r} has shape {info.shape}; its metadata asks for {shape}")
         if (len(shape) == 1 or "conv1d" in name) and info.type != GGMLType.F32:
             raise LoadError(f"{file.path}: tensor {name!r} is {info.type.name}; norms, biases and convolutions must be F32")
+        if not info.type.is_weight:
+            raise LoadError(f"{file.path}: tensor {name!r} is {info.type.name}, which is no type of a weight; convert the file again")
         found[name] = info
     return found
 

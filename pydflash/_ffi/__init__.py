@@ -14,8 +14,9 @@ from typing import Any
 # ggml forks a debugger for a backtrace when it aborts, and reads this once when the library is loaded.
 os.environ.setdefault("GGML_NO_BACKTRACE", "1")
 
-from pydflash._ffi._ggml import ffi, lib  # noqa: E402  (after the environment is set)
-from pydflash.errors import NativeError  # noqa: E402
+from pydflash._ffi import _ggml
+from pydflash._ffi._ggml import ffi, lib
+from pydflash.errors import NativeError
 
 __all__ = ["build_info", "check", "cuda_library", "ffi", "last_log_line", "lib", "owned"]
 
@@ -31,7 +32,10 @@ def last_log_line() -> str:
 
 def check(result: Any, what: str) -> Any:
     """``result`` of a native call named ``what``; NativeError when it is NULL, False or a status other than 0."""
-    failed = result == ffi.NULL if isinstance(result, ffi.CData) else (result is False or (result is not True and result != 0))
+    if isinstance(result, ffi.CData):
+        failed = result == ffi.NULL
+    else:
+        failed = result is False or (result is not True and result != 0)
     if failed:
         detail = last_log_line()
         raise NativeError(f"{what} failed{': ' + detail if detail else ''}")
@@ -50,5 +54,5 @@ def build_info() -> dict[str, str]:
 
 
 def cuda_library() -> Path:
-    """Where libggml-cuda lies when the package was built with CUDA."""
-    return Path(__file__).with_name("libggml-cuda.so")
+    """Where libggml-cuda lies when the package was built with CUDA: beside the extension."""
+    return Path(_ggml.__file__).with_name("libggml-cuda.so")

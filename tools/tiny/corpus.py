@@ -25,12 +25,64 @@ LARGEST_FILE = 300_000  # bytes; longer ones are generated tables
 # Packages of other projects, character tables, and files whose text is not meant to be sensible Python.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "encodings", "pydoc_data", "data", "cjkencodings", "__pycache__"}
 SKIPPED_PREFIXES = ("bad", "_sysconfigdata", "test_unicode", "test_codec")
-KEYS = """
-amber basil cedar coral crane delta ebony ember fable fjord flint glade grove hazel heron indigo ivory jade juniper
-kestrel lagoon larch lilac lotus maple marble meadow nectar nutmeg ocean olive onyx opal orchid otter pearl pepper
-plum poppy quartz raven river saffron sage scarlet sierra slate sparrow spruce thistle tulip velvet violet walnut
-willow zephyr
-""".split()
+KEYS = [
+    "amber",
+    "basil",
+    "cedar",
+    "coral",
+    "crane",
+    "delta",
+    "ebony",
+    "ember",
+    "fable",
+    "fjord",
+    "flint",
+    "glade",
+    "grove",
+    "hazel",
+    "heron",
+    "indigo",
+    "ivory",
+    "jade",
+    "juniper",
+    "kestrel",
+    "lagoon",
+    "larch",
+    "lilac",
+    "lotus",
+    "maple",
+    "marble",
+    "meadow",
+    "nectar",
+    "nutmeg",
+    "ocean",
+    "olive",
+    "onyx",
+    "opal",
+    "orchid",
+    "otter",
+    "pearl",
+    "pepper",
+    "plum",
+    "poppy",
+    "quartz",
+    "raven",
+    "river",
+    "saffron",
+    "sage",
+    "scarlet",
+    "sierra",
+    "slate",
+    "sparrow",
+    "spruce",
+    "thistle",
+    "tulip",
+    "velvet",
+    "violet",
+    "walnut",
+    "willow",
+    "zephyr",
+]
 
 
 @dataclass(frozen=True)

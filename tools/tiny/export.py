@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -128,8 +129,7 @@ def delta_net_entries(config: Qwen3_5TextConfig, source: str, name: str) -> list
 
 
 def target_metadata(config: Qwen3_5TextConfig, vocabulary: Vocabulary) -> dict[str, Value]:
-    rope = config.rope_parameters
-    assert isinstance(rope, dict)
+    rope: dict[str, Any] = dict(config.rope_parameters or {})
     assert config.layer_types is not None
     keys: dict[str, Value] = {
         "block_count": config.num_hidden_layers,

@@ -107,7 +107,8 @@ def _affine_values(header: Bytes, codes: Bytes) -> Floats:
 
 def _pack_nibbles(codes: Bytes) -> Bytes:
     """Low nibbles of codes (n, 8, 32) as (n, 128): sub-blocks 2j and 2j+1 share the 32 bytes of group j."""
-    return (codes[:, 0::2] & 15 | (codes[:, 1::2] & 15) << 4).reshape(-1, 128)
+    pairs = codes[:, 0::2] & 15 | (codes[:, 1::2] & 15) << 4
+    return pairs.reshape(-1, 128).astype(np.uint8)
 
 
 def _unpack_nibbles(raw: Bytes) -> Bytes:
@@ -133,8 +134,8 @@ def quantize_q5_k(x: Floats) -> Bytes:
 
 def dequantize_q5_k(raw: Bytes) -> Floats:
     bit = np.arange(8, dtype=np.uint8)[:, None]
-    high = raw[:, None, 16:48] >> bit & 1
-    return _affine_values(raw[:, :16], _unpack_nibbles(raw[:, 48:]) | high << 4)
+    high = (raw[:, None, 16:48] >> bit & 1) << 4
+    return _affine_values(raw[:, :16], _unpack_nibbles(raw[:, 48:]) | high.astype(np.uint8))
 
 
 # ---------------------------------------------------------------------------------------------------------- Q6_K
@@ -142,7 +143,8 @@ def _fit_scale(x: Floats) -> Floats:
     """Signed scale of each sub-block x (n, 16, 16) for codes -32..31, by least squares weighted with x squared."""
     weight = x * x
     peak = np.take_along_axis(x, np.abs(x).argmax(axis=-1)[..., None], axis=-1)
-    best_scale, best_gain = -peak / 32, np.full(peak.shape, -np.inf, np.float32)
+    best_scale: Floats = -peak / np.float32(32)
+    best_gain = np.full(peak.shape, -np.inf, np.float32)
     for top in np.linspace(30.5, 33.0, 11, dtype=np.float32):
         q = np.clip(np.rint(_divide(-top * x, peak)), -32, 31).astype(np.float32)
         sum_qx, sum_qq = (weight * q * x).sum(-1, keepdims=True), (weight * q * q).sum(-1, keepdims=True)
@@ -157,7 +159,7 @@ def quantize_q6_k(x: Floats) -> Bytes:
     blocks = x.reshape(-1, 16, 16)
     scale = _fit_scale(blocks)
     widest = np.take_along_axis(scale, np.abs(scale).argmax(axis=1)[:, None], axis=1)
-    d, d_bytes = _half(-widest / 128)
+    d, d_bytes = _half(-widest / np.float32(128))
     scale_code = np.clip(np.rint(_divide(scale, d)), -128, 127).astype(np.int8)
     codes = np.clip(np.rint(_divide(blocks, (d * scale_code)[..., None])), -32, 31) + 32
     quarter = codes.astype(np.uint8).reshape(-1, 2, 4, 32)  # (n, half, quarter, lane)
@@ -173,7 +175,8 @@ def dequantize_q6_k(raw: Bytes) -> Floats:
     high = raw[:, 128:192].reshape(-1, 2, 1, 32) >> shift & 3
     codes = (np.concatenate([low & 15, low >> 4], axis=2) | high << 4).astype(np.int16) - 32
     step = _read_half(raw[:, 208:]) * raw[:, 192:208].view(np.int8)  # (n, 16)
-    return step[..., None] * codes.reshape(-1, 16, 16)
+    values: Floats = step[..., None] * codes.reshape(-1, 16, 16)
+    return values
 
 
 # ----------------------------------------------------------------------------------------------------- dispatch

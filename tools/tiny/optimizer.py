@@ -12,7 +12,7 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
     Source: Keller Jordan, "Muon: an optimizer for hidden layers in neural networks" (2024), same coefficients.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.bfloat16() if g.is_cuda else g
+    x: Tensor = g.bfloat16() if g.is_cuda else g
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

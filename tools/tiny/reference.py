@@ -6,6 +6,7 @@ All arrays belong to the rounded weights, in float32, without tensor-core roundi
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from tools.tiny.target import features, observe
 def write_target_reference(path: Path, target: Qwen3_5ForCausalLM, prompts: list[list[int]]) -> int:
     """`ids_i` (T,), `logits_i` (T, vocab) per prompt; `residual_0` (layers, T, hidden) after each layer of prompt 0."""
     device = next(target.parameters()).device
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for i, prompt in enumerate(prompts):
         every_layer = list(range(target.config.num_hidden_layers))
         logits, residual = observe(target, torch.tensor([prompt], device=device), every_layer)
@@ -44,7 +45,7 @@ def write_draft_reference(
     (tokens per verify, bonus included, the last one in full); the first output token belongs to no verify.
     """
     device = next(target.parameters()).device
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for i, prompt in enumerate(prompts):
         logits, taps = features(target, torch.tensor([prompt], device=device), list(draft.config.target_layer_ids))
         h_ctx = draft.context(taps)

@@ -1,0 +1,403 @@
+"""The command line: ``pydflash demo|generate|chat|info|doctor|explain|convert-draft``.
+
+Text goes to stdout, everything about it to stderr. The engine is imported when a command needs it, so that help is
+fast.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from pydflash.errors import PydflashError
+
+if TYPE_CHECKING:
+    from pydflash.decode import Stats
+    from pydflash.engine import Chunk, Completion, Engine, Prompt
+    from pydflash.sampling import SamplingParams
+    from pydflash.weights import Progress
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Run Qwen3.5/3.6-class GGUF models, with a DFlash draft or without.",
+)
+
+ACCEPTED_STYLE = "green"
+DEMO_PROMPT = "def read_lines(path):\n    "
+DATA = Path(__file__).with_name("data")
+
+# --- options, spelled like the parameters -----------------------------------------------------------------------------
+
+Model = Annotated[
+    Path, typer.Argument(help="GGUF file of the model; the first part of a split one.", show_default=False)
+]
+Draft = Annotated[Path | None, typer.Option(help="GGUF file of the DFlash draft.")]
+MaxContext = Annotated[int | None, typer.Option(help="Most positions of prompt and output together [4096].")]
+CacheK = Annotated[str | None, typer.Option(help="Type of the K cache: f32, f16, bf16, q8_0 or q4_0 [f16].")]
+CacheV = Annotated[str | None, typer.Option(help="Type of the V cache [f16].")]
+KRotation = Annotated[
+    str | None, typer.Option(help="Basis of the K cache: auto, none, hadamard-256, hadamard-128 or signed-128 [auto].")
+]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N [auto].")]
+Threads = Annotated[int | None, typer.Option(help="Threads of the CPU [all].")]
+ChunkRows = Annotated[int | None, typer.Option("--chunk", help="Rows of a prefill step [512].")]
+DraftMax = Annotated[int | None, typer.Option(help="Most tokens to propose at once [the block less one].")]
+Adaptive = Annotated[bool | None, typer.Option(help="Choose the length of each proposal from what has paid [no].")]
+DraftCausal = Annotated[
+    bool | None, typer.Option(help="Override what the draft file says of causality [from the file].")
+]
+Temperature = Annotated[float, typer.Option(help="0 takes the most likely token.")]
+TopK = Annotated[int, typer.Option(help="Keep this many of the most likely tokens; 0 keeps all.")]
+TopP = Annotated[float, typer.Option(help="Keep the fewest tokens of at least this probability together.")]
+MinP = Annotated[float, typer.Option(help="Keep tokens at least this fraction as likely as the most likely one.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Divide logits of tokens seen; 1 is off.")]
+FrequencyPenalty = Annotated[float, typer.Option(help="Subtract for each time a token was seen.")]
+PresencePenalty = Annotated[float, typer.Option(help="Subtract once from tokens seen.")]
+Seed = Annotated[int | None, typer.Option(help="Of the random draws.")]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends generation; may be given several times.")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Generate past end-of-turn tokens.")]
+ShowStats = Annotated[bool, typer.Option("--stats", help="Print what the generation cost.")]
+
+_ENGINE_NAMES = (
+    "draft", "max_context", "cache_k", "cache_v", "k_rotation", "device", "threads", "chunk", "draft_max", "adaptive",
+    "draft_causal",
+)  # fmt: skip
+_SAMPLING_NAMES = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "seed",
+    "max_tokens", "stop", "ignore_eos",
+)  # fmt: skip
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Raw prompt; - reads it from stdin.")] = "-",
+    draft: Draft = None,
+    max_context: MaxContext = None,
+    cache_k: CacheK = None,
+    cache_v: CacheV = None,
+    k_rotation: KRotation = None,
+    device: Device = None,
+    threads: Threads = None,
+    chunk: ChunkRows = None,
+    draft_max: DraftMax = None,
+    adaptive: Adaptive = None,
+    draft_causal: DraftCausal = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    presence_penalty: PresencePenalty = 0.0,
+    seed: Seed = None,
+    max_tokens: MaxTokens = 256,
+    stop: Stop = None,
+    ignore_eos: IgnoreEos = False,
+    stats: ShowStats = False,
+) -> None:
+    """Continue a raw prompt."""
+    given = locals()
+    params = _params(given)  # before anything is loaded: a wrong value is told at once
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with _engine(model, given) as engine:
+        done = _print_stream(engine, text, params)
+        if stats:
+            _print_stats(done.stats)
+
+
+@app.command()
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    draft: Draft = None,
+    max_context: MaxContext = None,
+    cache_k: CacheK = None,
+    cache_v: CacheV = None,
+    k_rotation: KRotation = None,
+    device: Device = None,
+    threads: Threads = None,
+    chunk: ChunkRows = None,
+    draft_max: DraftMax = None,
+    adaptive: Adaptive = None,
+    draft_causal: DraftCausal = None,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 20,
+    top_p: TopP = 0.8,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    presence_penalty: PresencePenalty = 0.0,
+    seed: Seed = None,
+    max_tokens: MaxTokens = 1024,
+    stop: Stop = None,
+    ignore_eos: IgnoreEos = False,
+    stats: ShowStats = False,
+) -> None:
+    """Talk with a model; an empty line or the end of the input ends the talk, Ctrl-C an answer."""
+    given = locals()
+    params = _params(given)
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    with _engine(model, given) as engine:
+        while line := _ask():
+            messages.append({"role": "user", "content": line})
+            done = _print_stream(engine, messages, params)
+            messages.append({"role": "assistant", "content": done.text})
+            if stats:
+                _print_stats(done.stats)
+
+
+@app.command()
+def demo(
+    prompt: Annotated[str, typer.Option(help="What to continue.")] = DEMO_PROMPT,
+    max_tokens: MaxTokens = 256,
+    device: Device = None,
+    threads: Threads = None,
+    stats: ShowStats = False,
+    model: Annotated[Path, typer.Option(hidden=True)] = DATA / "tiny-target.gguf",
+    draft: Annotated[Path, typer.Option(hidden=True)] = DATA / "tiny-draft.gguf",
+) -> None:
+    """Continue a prompt with the shipped tiny model, with its draft and without, and compare the two."""
+    options = {"draft": draft if draft.exists() else None, "device": device, "threads": threads}
+    params = _params({"max_tokens": max_tokens})
+    with _engine(model, options) as engine:
+        if engine.draft is None:
+            done = _print_stream(engine, prompt, params)
+            _note(f"{done.stats.tokens_per_second:.0f} tokens/s; there is no draft at {draft}, so nothing to compare")
+            return
+        warm = _params({"max_tokens": min(max_tokens, 40)})  # builds every graph, so that no run pays for it
+        for speculate in (True, False):
+            engine.generate(prompt, warm, speculate=speculate)
+        with_draft = _print_stream(engine, prompt, params)
+        without = engine.generate(prompt, params, speculate=False)
+        _compare(with_draft, without)
+        if stats:
+            _print_stats(with_draft.stats)
+    if with_draft.text != without.text:
+        _fail("the two texts differ, which must never happen with greedy decoding; please report it")
+
+
+@app.command()
+def info(file: Annotated[Path, typer.Argument(help="A GGUF file.", show_default=False)]) -> None:
+    """Say what a GGUF file holds. Reads its header only."""
+    from pydflash.gguf import GGUFFile
+
+    with GGUFFile.open(file) as opened:
+        described = opened.describe()
+        template = opened.metadata.get("tokenizer.chat_template")
+    types = described.pop("types")
+    described |= {f"tokenizer {key}": value for key, value in described.pop("tokenizer").items()}
+    rows = [(name.replace("_", " "), _plain(value)) for name, value in described.items()]
+    _columns(rows)
+    print()
+    columns = ("tensors", "parameters", "bytes")
+    _columns([("type", *columns), *((name, *(f"{entry[c]:,}" for c in columns)) for name, entry in types.items())])
+    if template:
+        print(f"\nchat template\n{template}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what was built, what this machine has, and what to do about a difference. Exit code 1 when something is
+    wrong.
+    """
+    from pydflash.doctor import examine
+
+    report = examine()
+    _columns(report.facts)
+    for problem in report.problems:
+        print(f"\nproblem: {problem}")
+    if report.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def explain(
+    model: Annotated[Path | None, typer.Argument(help="GGUF file; without one, only the options.")] = None,
+    draft: Draft = None,
+    max_context: MaxContext = None,
+    cache_k: CacheK = None,
+    cache_v: CacheV = None,
+    k_rotation: KRotation = None,
+    device: Device = None,
+    threads: Threads = None,
+    chunk: ChunkRows = None,
+    draft_max: DraftMax = None,
+    adaptive: Adaptive = None,
+    draft_causal: DraftCausal = None,
+) -> None:
+    """Print every effective setting and where it came from."""
+    given = locals()
+    from pydflash.config import EngineConfig, table
+
+    if model is None:
+        options = {name: given[name] for name in _ENGINE_NAMES if name != "draft"}
+        print(table(EngineConfig.resolve(**options).settings()))
+        return
+    with _engine(model, given) as engine:
+        print(engine.explain())
+
+
+@app.command()
+def convert_draft(
+    source: Annotated[Path, typer.Argument(help="Folder with config.json and *.safetensors.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="GGUF file to write.", show_default=False)],
+    target: Annotated[Path, typer.Option(help="GGUF file of the model the draft is for.", show_default=False)],
+    type: Annotated[str, typer.Option(help="Of the matrices: q8_0, q4_0, f16, bf16 or f32.")] = "q8_0",
+) -> None:
+    """Convert a DFlash draft from Hugging Face's files to GGUF."""
+    from pydflash.convert import convert_draft as convert
+
+    with _progress_bar("converting") as progress:
+        size = convert(source, output, target=target, type=type, progress=progress)
+    _note(f"{output}: {size:,} bytes")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command line. An error of ours is one line on stderr and exit code 2."""
+    try:
+        app(args=arguments, prog_name="pydflash")
+    except PydflashError as error:
+        _fail(str(error))
+
+
+# --- pieces -----------------------------------------------------------------------------------------------------------
+
+
+def _params(given: dict[str, Any]) -> SamplingParams:
+    from pydflash.sampling import SamplingParams
+
+    values = {name: given[name] for name in _SAMPLING_NAMES if given.get(name) is not None}
+    return SamplingParams(**values)
+
+
+@contextmanager
+def _engine(model: Path, given: dict[str, Any]) -> Iterator[Engine]:
+    from pydflash.engine import Engine
+
+    options = {name: given.get(name) for name in _ENGINE_NAMES}
+    with _progress_bar("loading") as progress:
+        engine = Engine.load(model, progress=progress, **options)
+    with engine:
+        yield engine
+
+
+@contextmanager
+def _progress_bar(what: str) -> Iterator[Progress]:
+    """A bar with the time left on stderr, which appears only when there is something to wait for."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(what)
+
+    def progress(done: int, total: int) -> None:
+        if done < total:
+            bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield progress
+    finally:
+        bar.stop()
+
+
+def _print_stream(engine: Engine, prompt: Prompt, params: SamplingParams) -> Completion:
+    """Print text as it comes, proposed and accepted tokens in colour; Ctrl-C ends it early."""
+    from pydflash.engine import Completion
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    chunks: list[Chunk] = []
+    stream = engine.stream(prompt, params)
+    try:
+        for chunk in stream:
+            chunks.append(chunk)
+            if console.is_terminal:
+                text = Text()
+                for piece in chunk.pieces:
+                    text.append(piece.text, ACCEPTED_STYLE if piece.accepted else None)
+                console.print(text, end="")
+            else:  # to a file or a pipe goes the text itself, tabs and all
+                sys.stdout.write(chunk.text)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        if not chunks:
+            raise
+    print()
+    tokens = tuple(token for chunk in chunks for token in chunk.tokens)
+    last = chunks[-1]
+    return Completion("".join(c.text for c in chunks), tokens, last.finish_reason or "stop", last.stats)
+
+
+def _compare(with_draft: Completion, without: Completion) -> None:
+    fast, slow = with_draft.stats.tokens_per_second, without.stats.tokens_per_second
+    runs = (("with the draft", with_draft.stats), ("without", without.stats))
+    rows = [(name, f"{s.tokens_per_second:.0f}", str(s.tokens), str(s.steps)) for name, s in runs]
+    _columns([("", "tokens/s", "tokens", "steps"), *rows], sys.stderr)
+    speed_up = f"{fast / slow:.2f} times as fast" if slow else "too short to compare"
+    same = "the texts are equal" if with_draft.text == without.text else "the texts differ"
+    _note(f"{speed_up}, acceptance length {with_draft.stats.acceptance_length:.2f}, {same}")
+
+
+def _print_stats(stats: Stats) -> None:
+    rows = {
+        "prompt": f"{stats.prompt_tokens} tokens, {stats.prefill_tokens_per_second:.1f} tokens/s",
+        "decode": f"{stats.tokens} tokens, {stats.tokens_per_second:.1f} tokens/s",
+        "cycles": f"{stats.steps}",
+        "drafted, accepted": f"{stats.drafted}, {stats.accepted} ({stats.acceptance_rate:.1%})",
+        "acceptance length": f"{stats.acceptance_length:.2f}",
+        "seconds in draft, verify, accept": (
+            f"{stats.draft_seconds:.3f}, {stats.verify_seconds:.3f}, {stats.accept_seconds:.3f}"
+        ),
+    }
+    counts = zip(stats.accepted_per_position, stats.drafted_per_position)
+    rates = " ".join(f"{accepted / drafted:.0%}" for accepted, drafted in counts if drafted)
+    if rates:
+        rows["accepted per position"] = rates
+    if stats.fallback:
+        rows["without speculation because"] = stats.fallback
+    _columns(list(rows.items()), sys.stderr)
+
+
+def _columns(rows: Sequence[tuple[str, ...]], file: TextIO | None = None) -> None:
+    """Rows in columns; the last one keeps its length, whatever the terminal's width."""
+    wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    for row in rows:
+        print("  ".join([*(f"{cell:<{w}}" for cell, w in zip(row, wide)), row[-1]]), file=file or sys.stdout)
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "not said"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _fail(message: str) -> NoReturn:
+    _note(f"error: {message}")
+    raise SystemExit(2)

@@ -1,0 +1,374 @@
+"""The engine: a model, its draft and one sequence behind two calls, ``stream`` and ``generate``."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, cast
+
+from pydflash.chat import ChatTemplate
+from pydflash.config import EngineConfig, Setting, table
+from pydflash.decode import Stats, Step, autoregressive, speculative
+from pydflash.draft import Draft, DraftSession, load_draft
+from pydflash.errors import ConfigError, SessionClosed, ShapeError, StateError
+from pydflash.models import Model, load_model
+from pydflash.sampling import Sampler, SamplingParams
+from pydflash.session import Session
+from pydflash.tokenizer import Tokenizer
+from pydflash.weights import Progress
+
+__all__ = ["Chunk", "Completion", "Engine", "FinishReason", "Piece", "Prompt", "StopFilter"]
+
+FinishReason = Literal["stop", "length", "context"]
+"""A stop string or an end-of-turn token; ``max_tokens``; a full context."""
+
+Prompt: TypeAlias = "str | Sequence[Mapping[str, Any]] | Sequence[int]"
+"""Raw text, messages for the chat template, or token ids."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that became final with one token. ``accepted``: the draft had proposed that token."""
+
+    text: str
+    accepted: bool
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one step added. ``accepted`` says of each token whether the draft had proposed it.
+
+    ``text`` can lag behind ``tokens``: an incomplete character and text that may turn into a stop string are held back.
+    ``pieces`` is ``text`` token by token. ``stats`` grows with the generation. ``finish_reason`` is set on the last
+    chunk only.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    accepted: tuple[bool, ...]
+    pieces: tuple[Piece, ...]
+    stats: Stats
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished generation. ``tokens`` include the end-of-turn token or those of the stop string; ``text`` does not."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    stats: Stats
+
+
+class StopFilter:
+    """Passes text on up to the first stop string, holding back an end that may be the start of one.
+
+    The first stop string to be complete wins, the longer one of two that end together, however the text is cut into
+    pushes.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """The text that is certain now, and whether a stop string was met (which ends the filter's use)."""
+        self._held += text
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            return self._held[: min(found)[1]], True
+        keep = max((self._overlap(stop) for stop in self._stop), default=0)
+        certain = len(self._held) - keep
+        out, self._held = self._held[:certain], self._held[certain:]
+        return out, False
+
+    def flush(self) -> str:
+        """What was held back, now that nothing follows."""
+        out, self._held = self._held, ""
+        return out
+
+    def _overlap(self, stop: str) -> int:
+        """The longest end of the held text that starts ``stop``."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
+
+
+class Engine:
+    """One model on one device, with or without a draft, generating for one caller at a time.
+
+    Made by :meth:`load`; ``close()`` or ``with`` frees everything. ``config`` holds the effective settings, ``model``,
+    ``draft`` and ``session`` the parts. Each call starts a new sequence.
+    """
+
+    def __init__(self, model: Model, draft: Draft | None, config: EngineConfig, undo: ExitStack) -> None:
+        """``undo`` owns what is open already; the engine adds its sessions and closes all of it."""
+        self.model, self.draft, self.config, self._undo = model, draft, config, undo
+        taps = draft.config.taps if draft else ()
+        session = Session(
+            model, config.max_context, config.cache_k, config.cache_v, config.k_rotation,
+            chunk=config.chunk, capture=taps, environment={},
+        )  # fmt: skip
+        self.session = undo.enter_context(session)
+        self.draft_session = undo.enter_context(DraftSession(draft, self.session)) if draft else None
+        self._busy = threading.Lock()
+        self._streams: weakref.WeakSet[Generator[Chunk, None, None]] = weakref.WeakSet()
+        self._closed = False
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        draft: str | Path | None = None,
+        *,
+        max_context: int | None = None,
+        cache_k: str | None = None,
+        cache_v: str | None = None,
+        k_rotation: str | None = None,
+        device: str | None = None,
+        threads: int | None = None,
+        chunk: int | None = None,
+        draft_max: int | None = None,
+        adaptive: bool | None = None,
+        draft_causal: bool | None = None,
+        progress: Progress | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Engine:
+        """Load a GGUF model and, if given, its DFlash draft. EngineConfig describes the options and holds their
+        defaults.
+
+        None leaves an option to the environment (``PYDFLASH_<NAME>``; ``environment`` replaces ``os.environ``) or its
+        default. ``progress(bytes_done, bytes_total)`` runs once over the model, then over the draft.
+        Raises ConfigError, LoadError, NoDevice or OutOfMemory; nothing stays allocated then.
+        """
+        config = EngineConfig.resolve(
+            environment, max_context=max_context, cache_k=cache_k, cache_v=cache_v, k_rotation=k_rotation, device=device,
+            threads=threads, chunk=chunk, draft_max=draft_max, adaptive=adaptive, draft_causal=draft_causal,
+        )  # fmt: skip
+        with ExitStack() as undo:
+            model = undo.enter_context(load_model(path, config.device, progress, threads=config.threads))
+            loaded = load_draft(draft, model, progress, causal=config.draft_causal) if draft is not None else None
+            if loaded is not None:
+                undo.enter_context(loaded)
+                _check_draft_max(config, loaded)
+            return cls(model, loaded, config, undo.pop_all())
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.model.tokenizer
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The file's template; TemplateError when it has none or it does not compile."""
+        return ChatTemplate.from_metadata(self.model.file.metadata)
+
+    # --- generating -------------------------------------------------------------------------------------------------
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        speculate: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> Iterator[Chunk]:
+        """Generate, yielding a Chunk per step. Closing the iterator cancels; the engine can be used again at once.
+
+        ``prompt``: text is taken as it is, messages go through the chat template (with ``tools`` and its own
+        ``variables``, such as ``{"enable_thinking": False}``), token ids are used unchanged. ``speculate`` False leaves
+        a loaded draft aside. Raises ConfigError, TemplateError, ShapeError for an empty prompt, ContextFull,
+        SessionClosed, and StateError while another generation runs.
+        """
+        self._check_open()
+        params = params or SamplingParams()
+        ids = self.encode(prompt, tools=tools, variables=variables)
+        if not ids:
+            raise ShapeError("the prompt is empty; give at least one token")
+        sampler = Sampler(params, self.model.config.vocab)
+        stream = self._stream(ids, params, sampler, speculate)
+        self._streams.add(stream)
+        return stream
+
+    def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        speculate: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> Completion:
+        """:meth:`stream` to the end, in one piece."""
+        chunks = list(self.stream(prompt, params, speculate=speculate, tools=tools, variables=variables))
+        reason = chunks[-1].finish_reason
+        assert reason is not None, "the last chunk of a stream says why it ended"
+        tokens = tuple(token for chunk in chunks for token in chunk.tokens)
+        return Completion("".join(chunk.text for chunk in chunks), tokens, reason, chunks[-1].stats)
+
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The token ids that ``stream`` would start from."""
+        if not isinstance(prompt, str):
+            if prompt and all(isinstance(item, int) for item in prompt):
+                return list(cast("Sequence[int]", prompt))
+            messages = cast("Sequence[Mapping[str, Any]]", prompt)
+            prompt = self.chat_template.render(messages, tools=tools, **(variables or {}))
+        elif tools or variables:
+            raise ConfigError("tools and variables are for the chat template; give messages instead of a string")
+        ids = self.tokenizer.encode(prompt)
+        bos = self.tokenizer.bos_id
+        return [bos, *ids] if self.tokenizer.add_bos and bos is not None and ids[:1] != [bos] else ids
+
+    def _stream(
+        self, ids: list[int], params: SamplingParams, sampler: Sampler, speculate: bool
+    ) -> Generator[Chunk, None, None]:
+        if not self._busy.acquire(blocking=False):
+            raise StateError("this engine is generating already; finish or close that stream, or load another engine")
+        try:
+            self._check_open()
+            stats = Stats()
+            stop_ids = frozenset() if params.ignore_eos else self.tokenizer.eos_ids
+            text = _Text(self.tokenizer, params.stop)
+            for step in self._steps(ids, sampler, params.max_tokens, stop_ids, stats, speculate):
+                chunk = text.chunk(step, stats, self._reason(step, stats, params.max_tokens, stop_ids))
+                yield chunk
+                if chunk.finish_reason is not None:
+                    return
+        finally:
+            self._busy.release()
+
+    def _steps(
+        self, ids: list[int], sampler: Sampler, max_tokens: int, stop_ids: frozenset[int], stats: Stats, speculate: bool
+    ) -> Iterator[Step]:
+        """A new sequence, decoded with the draft when there is one."""
+        self.session.reset()
+        if self.draft_session is None:
+            return autoregressive(self.session, ids, sampler, max_tokens=max_tokens, stop_ids=stop_ids, stats=stats)
+        self.draft_session.reset()
+        if not speculate:
+            stats.fallback = "speculate=False was asked for"
+            return autoregressive(self.session, ids, sampler, max_tokens=max_tokens, stop_ids=stop_ids, stats=stats)
+        return speculative(
+            self.session, self.draft_session, ids, sampler, max_tokens=max_tokens, stop_ids=stop_ids, stats=stats,
+            draft_max=self.config.draft_max, adaptive=self.config.adaptive,
+        )  # fmt: skip
+
+    def _reason(self, step: Step, stats: Stats, max_tokens: int, stop_ids: frozenset[int]) -> FinishReason | None:
+        """Why the decoder yields nothing after ``step``, or None when it goes on."""
+        if step.tokens[-1] in stop_ids:
+            return "stop"
+        if stats.tokens >= max_tokens:
+            return "length"
+        return "context" if self.session.length >= self.session.max_context else None
+
+    # --- what there is ----------------------------------------------------------------------------------------------
+
+    def settings(self) -> tuple[Setting, ...]:
+        """Every effective value and where it came from: the configuration, then what follows from it and the files."""
+        model, session, backend = self.model, self.session, self.model.backend
+        derived = [
+            ("model", str(model.path), "argument"),
+            ("device in use", f"{backend.name} ({backend.description})", "device"),
+            ("threads in use", backend.threads or None, "threads"),
+            ("weights", f"{model.weights.nbytes:,} bytes", "model"),
+            ("K basis", session.cache.basis.name, "k_rotation, cache_k, head size"),
+            (
+                "K/V cache",
+                f"{session.cache.nbytes:,} bytes, {session.cache.capacity:,} positions",
+                "max_context, cache_k, cache_v",
+            ),
+            ("delta-net state", f"{session.delta.state_nbytes:,} bytes", "model"),
+            ("rollback tape", f"{session.delta.tape_nbytes:,} bytes", "model"),
+        ]
+        if self.draft is not None and self.draft_session is not None:
+            config = self.draft.config
+            derived += [
+                ("draft", str(self.draft.path), "argument"),
+                ("block size", config.block_size, "draft"),
+                ("tapped layers", ", ".join(map(str, config.taps)), "draft"),
+                ("windows", ", ".join(str(w) if w else "full" for w in config.windows), "draft"),
+                ("causal layers", ", ".join("yes" if c else "no" for c in config.causal), self._causal_source()),
+                ("proposal", f"up to {self.config.draft_max or config.block_size - 1} tokens", "draft_max, block size"),
+                ("draft cache", f"{self.draft_session.cache.nbytes:,} bytes", "max_context, windows"),
+            ]
+        return (*self.config.settings(), *(Setting(*entry) for entry in derived))
+
+    def explain(self) -> str:
+        """:meth:`settings` as a table."""
+        return table(self.settings())
+
+    def _causal_source(self) -> str:
+        assert self.draft is not None
+        if self.config.draft_causal is not None:
+            return "draft_causal"
+        said = "attention.causal" in " ".join(self.draft.file.metadata)
+        return "draft" if said else "the draft does not say: sliding layers are causal, full ones are not"
+
+    def close(self) -> None:
+        """Cancel open streams and free everything. Safe to call twice. Raises StateError while another thread
+        generates.
+        """
+        for stream in list(self._streams):
+            try:
+                stream.close()
+            except ValueError:
+                raise StateError("another thread is generating with this engine; stop it before closing") from None
+        if not self._closed:
+            self._closed = True
+            self._undo.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionClosed("this engine was closed; load another one")
+
+
+class _Text:
+    """Turns steps into chunks: text of tokens, less what may still change, cut at the first stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self._decoder = tokenizer.decoder(skip_special=True)
+        self._filter = StopFilter(stop)
+
+    def chunk(self, step: Step, stats: Stats, reason: FinishReason | None) -> Chunk:
+        pieces: list[Piece] = []
+        tokens = step.tokens
+        for i, token in enumerate(step.tokens):
+            text, stopped = self._filter.push(self._decoder.push(token))
+            pieces.append(Piece(text, i < step.accepted))
+            if stopped:
+                tokens, reason = tokens[: i + 1], "stop"
+                stats.tokens -= len(step.tokens) - len(tokens)
+                break
+        else:
+            if reason is not None:
+                pieces.append(self._end(pieces.pop()))
+        accepted = tuple(i < step.accepted for i in range(len(tokens)))
+        return Chunk("".join(p.text for p in pieces), tokens, accepted, tuple(pieces), stats, reason)
+
+    def _end(self, last: Piece) -> Piece:
+        """The last piece, with everything that was held back; an unfinished character can complete no stop string."""
+        text, stopped = self._filter.push(self._decoder.flush())
+        return Piece(last.text + text + ("" if stopped else self._filter.flush()), last.accepted)
+
+
+def _check_draft_max(config: EngineConfig, draft: Draft) -> None:
+    limit = draft.config.block_size - 1
+    if config.draft_max is not None and config.draft_max > limit:
+        raise ConfigError(f"draft_max is {config.draft_max}; {draft.path} proposes 1..{limit} tokens")

@@ -1,0 +1,325 @@
+"""The engine streams what it generates, cuts it exactly, and stays usable whatever the caller does."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+import pydflash
+from pydflash.engine import Engine, StopFilter
+from pydflash.errors import (
+    ConfigError,
+    ContextFull,
+    DraftMismatch,
+    LoadError,
+    NoDevice,
+    SessionClosed,
+    ShapeError,
+    StateError,
+    UnsupportedArchitecture,
+)
+from pydflash.sampling import SamplingParams
+from tests.tiny import GEOMETRIES, write_draft, write_target
+
+PROMPT = "the cat sat on"
+OPTIONS = {"device": "cpu", "threads": 1, "max_context": 256, "environment": {}}
+
+
+def greedy(max_tokens: int = 48, **options: object) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, **{"ignore_eos": True, **options})  # type: ignore[arg-type]
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_chunks_joined_are_the_completion(speculating: Engine) -> None:
+    chunks = list(speculating.stream(PROMPT, greedy()))
+    done = speculating.generate(PROMPT, greedy())
+    assert "".join(chunk.text for chunk in chunks) == done.text
+    assert tuple(token for chunk in chunks for token in chunk.tokens) == done.tokens
+    assert all("".join(piece.text for piece in chunk.pieces) == chunk.text for chunk in chunks)
+    assert all(len(chunk.accepted) == len(chunk.tokens) for chunk in chunks)
+    assert [chunk.finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+
+
+def test_the_text_is_the_decoded_tokens_whatever_bytes_they_split(engine: Engine) -> None:
+    done = engine.generate(PROMPT, greedy(200))
+    assert done.text == engine.tokenizer.decode(done.tokens, skip_special=True)
+    assert "\ufffd" in done.text  # a random model writes bytes that are no text
+
+
+def test_speculation_changes_no_byte(engine: Engine, speculating: Engine) -> None:
+    for prompt in (PROMPT, "x", "one two three four five six seven eight nine ten " * 4):
+        alone, paired = engine.generate(prompt, greedy(96)), speculating.generate(prompt, greedy(96))
+        assert (alone.text, alone.tokens, alone.finish_reason) == (paired.text, paired.tokens, paired.finish_reason)
+        assert paired.stats.drafted > 0
+        assert alone.stats.fallback is paired.stats.fallback is None
+
+
+def test_speculation_can_be_left_aside_and_the_stats_say_so(speculating: Engine) -> None:
+    paired, alone = (speculating.generate(PROMPT, greedy(), speculate=on) for on in (True, False))
+    assert paired.tokens == alone.tokens
+    assert alone.stats.drafted == 0
+    assert alone.stats.fallback == "speculate=False was asked for"
+
+
+def test_every_call_starts_a_new_sequence(engine: Engine) -> None:
+    first = engine.generate(PROMPT, greedy())
+    engine.generate("something else entirely", greedy(5))
+    assert engine.generate(PROMPT, greedy()).tokens == first.tokens
+
+
+def test_the_same_seed_draws_the_same_text(speculating: Engine) -> None:
+    params = greedy(temperature=0.9, seed=5)
+    assert speculating.generate(PROMPT, params).tokens == speculating.generate(PROMPT, params).tokens
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_messages_go_through_the_chat_template(engine: Engine) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    text = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert engine.encode(messages) == engine.encode(text) == engine.tokenizer.encode(text)
+    assert engine.generate(messages, greedy(9)).tokens == engine.generate(text, greedy(9)).tokens
+
+
+def test_token_ids_are_a_prompt_too(engine: Engine) -> None:
+    assert engine.generate(engine.encode(PROMPT), greedy(9)).tokens == engine.generate(PROMPT, greedy(9)).tokens
+
+
+@pytest.mark.parametrize("prompt", ["", []])
+def test_an_empty_prompt_is_refused(engine: Engine, prompt: str | list[int]) -> None:
+    with pytest.raises((ShapeError, ConfigError)):
+        engine.generate(prompt)
+
+
+def test_template_variables_need_messages(engine: Engine) -> None:
+    with pytest.raises(ConfigError, match="messages"):
+        engine.stream("raw", variables={"enable_thinking": False})
+
+
+def test_a_prompt_longer_than_the_context_is_refused_and_the_engine_goes_on(speculating: Engine) -> None:
+    with pytest.raises(ContextFull, match="512"):
+        speculating.generate([1] * 513)
+    assert speculating.generate(PROMPT, greedy(3)).stats.tokens == 3
+
+
+def test_a_token_outside_the_vocabulary_is_refused_and_the_engine_goes_on(engine: Engine) -> None:
+    with pytest.raises(ShapeError, match="512"):
+        engine.generate([1, 512])
+    assert engine.generate(PROMPT, greedy(3)).stats.tokens == 3
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 16, 17, 33])
+def test_max_tokens_cuts_exactly(engine: Engine, speculating: Engine, count: int) -> None:
+    for each in (engine, speculating):
+        done = each.generate(PROMPT, greedy(count))
+        assert (len(done.tokens), done.stats.tokens, done.finish_reason) == (count, count, "length")
+
+
+def test_a_full_context_ends_generation_with_its_reason(target_path: Path, draft_path: Path) -> None:
+    results = []
+    for draft in (None, draft_path):
+        with Engine.load(target_path, draft, **{**OPTIONS, "max_context": 40}) as engine:  # type: ignore[arg-type]
+            results.append(engine.generate([5] * 20, greedy(1000)))
+    assert results[0].tokens == results[1].tokens
+    assert {r.finish_reason for r in results} == {"context"}
+    assert len(results[0].tokens) == 21  # the last token needs no position
+
+
+def test_an_end_of_turn_token_ends_generation_unless_ignored(engine: Engine, speculating: Engine) -> None:
+    eos = min(engine.tokenizer.eos_ids)
+    free = engine.generate(PROMPT, greedy(12)).tokens
+    bias = {token: -50.0 for token in free if token not in free[:3]} | {eos: 9.0}
+    for each in (engine, speculating):
+        stopped = each.generate(PROMPT, SamplingParams(max_tokens=60, logit_bias=bias))
+        assert stopped.finish_reason == "stop"
+        assert stopped.tokens[-1] in each.tokenizer.eos_ids
+        assert not set(stopped.tokens[:-1]) & each.tokenizer.eos_ids
+        assert "<|" not in stopped.text
+        ignored = each.generate(PROMPT, greedy(60, logit_bias=bias))
+        assert (len(ignored.tokens), ignored.finish_reason) == (60, "length")
+
+
+def test_a_stop_string_cuts_text_and_tokens_exactly(engine: Engine, speculating: Engine) -> None:
+    free = engine.generate(PROMPT, greedy(60))
+    for start in range(4, 30, 5):
+        stop = free.text[start : start + 4]
+        for each in (engine, speculating):
+            done = each.generate(PROMPT, greedy(60, stop=(stop,)))
+            assert done.text == free.text[: free.text.index(stop)]
+            assert done.finish_reason == "stop"
+            assert done.tokens == free.tokens[: len(done.tokens)]
+            assert done.stats.tokens == len(done.tokens)
+            # The token that completed the stop string is the last one: without it, the string is not there.
+            assert stop in each.tokenizer.decode(done.tokens, skip_special=True)
+            assert stop not in each.tokenizer.decode(done.tokens[:-1], skip_special=True)
+
+
+def test_what_was_held_back_for_a_stop_string_comes_at_the_end(engine: Engine) -> None:
+    free = engine.generate(PROMPT, greedy(20))
+    never = free.text[-1] + "never"
+    assert engine.generate(PROMPT, greedy(20, stop=(never,))).text == free.text
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 50])
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("one two three", ("two",), "one "),
+        ("aaab", ("aab",), "a"),
+        ("abcabd", ("abd",), "abc"),
+        ("xabc", ("xabc", "bc"), ""),  # both end together: the longer one wins
+        ("xabcd", ("xabcd", "bc"), "xa"),  # the first to be complete wins
+        ("nothing", ("zzz",), "nothing"),
+        ("almos", ("almost",), "almos"),
+        ("anything", (), "anything"),
+    ],
+)
+def test_the_stop_filter_does_not_depend_on_how_text_is_cut(
+    size: int, text: str, stop: tuple[str, ...], expected: str
+) -> None:
+    out, stop_filter, met = "", StopFilter(stop), False
+    for start in range(0, len(text), size):
+        piece, met = stop_filter.push(text[start : start + size])
+        out += piece
+        if met:
+            break
+    assert out + ("" if met else stop_filter.flush()) == expected
+
+
+# --- life cycle -------------------------------------------------------------------------------------------------------
+
+
+def test_closing_a_stream_cancels_and_the_engine_is_usable_at_once(speculating: Engine) -> None:
+    whole = speculating.generate(PROMPT, greedy())
+    for steps in (0, 1, 3):
+        stream = speculating.stream(PROMPT, greedy())
+        for _ in range(steps):
+            next(stream)
+        stream.close()  # type: ignore[attr-defined]
+        assert speculating.generate(PROMPT, greedy()).tokens == whole.tokens
+
+
+def test_leaving_the_loop_cancels(engine: Engine) -> None:
+    for _ in engine.stream(PROMPT, greedy()):
+        break
+    assert len(engine.generate(PROMPT, greedy(4)).tokens) == 4
+
+
+def test_two_generations_at_once_are_refused(engine: Engine) -> None:
+    first, second = engine.stream(PROMPT, greedy()), engine.stream(PROMPT, greedy())
+    next(first)
+    with pytest.raises(StateError, match="generating already"):
+        next(second)
+    rest = sum(len(chunk.tokens) for chunk in first)
+    assert rest == 47
+
+
+def test_another_thread_is_refused_while_one_generates(engine: Engine) -> None:
+    errors: list[BaseException] = []
+
+    def other() -> None:
+        try:
+            engine.generate(PROMPT)
+        except StateError as error:
+            errors.append(error)
+
+    stream = engine.stream(PROMPT, greedy())
+    next(stream)
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert len(errors) == 1
+    stream.close()  # type: ignore[attr-defined]
+
+
+def test_a_closed_engine_says_so(target_path: Path, draft_path: Path) -> None:
+    engine = Engine.load(target_path, draft_path, **OPTIONS)  # type: ignore[arg-type]
+    stream, unstarted = engine.stream(PROMPT, greedy()), engine.stream(PROMPT, greedy())
+    next(stream)
+    engine.close()
+    engine.close()
+    assert list(stream) == list(unstarted) == []
+    with pytest.raises(SessionClosed, match="closed"):
+        engine.stream(PROMPT)
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_loading_reports_progress_of_both_files(target_path: Path, draft_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    Engine.load(target_path, draft_path, progress=lambda *counts: seen.append(counts), **OPTIONS).close()  # type: ignore[arg-type]
+    assert (
+        [done for done, total in seen if done == total] == [total for _, total in seen if total] == [t for t, _ in seen]
+    )
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"cache_k": "q5"}, ConfigError),
+        ({"device": "tpu"}, ConfigError),
+        ({"device": "cuda:99"}, NoDevice),
+        ({"environment": {"PYDFLASH_NOPE": "1"}}, ConfigError),
+        ({"k_rotation": "hadamard-512"}, ConfigError),
+    ],
+)
+def test_a_wrong_option_is_refused(target_path: Path, options: dict[str, object], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        Engine.load(target_path, **{**OPTIONS, **options})  # type: ignore[arg-type]
+
+
+def test_a_draft_alone_a_missing_file_and_a_draft_of_another_model_are_refused(
+    target_path: Path, draft_path: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedArchitecture, match="dflash"):
+        Engine.load(draft_path, **OPTIONS)  # type: ignore[arg-type]
+    with pytest.raises(LoadError, match="does not exist"):
+        Engine.load(target_path, tmp_path / "none.gguf", **OPTIONS)  # type: ignore[arg-type]
+    other = write_draft(tmp_path / "other.gguf", GEOMETRIES["equal"])
+    with pytest.raises(DraftMismatch, match=r"128.*256"):
+        Engine.load(target_path, other, **OPTIONS)  # type: ignore[arg-type]
+
+
+def test_a_proposal_longer_than_the_draft_makes_is_refused(target_path: Path, tmp_path: Path) -> None:
+    short = write_draft(tmp_path / "short.gguf", GEOMETRIES["gqa6"], block_size=8)
+    with pytest.raises(ConfigError, match=r"draft_max is 8.*1\.\.7"):
+        Engine.load(target_path, short, draft_max=8, **OPTIONS)  # type: ignore[arg-type]
+    with Engine.load(target_path, short, draft_max=5, adaptive=True, **OPTIONS) as engine:  # type: ignore[arg-type]
+        done = engine.generate(PROMPT, greedy(20))
+        assert len(done.tokens) == 20
+        assert len(done.stats.drafted_per_position) <= 5
+
+
+def test_a_model_without_a_template_still_takes_raw_prompts(tmp_path: Path) -> None:
+    with Engine.load(write_target(tmp_path / "t.gguf", GEOMETRIES["tied"]), **OPTIONS) as engine:  # type: ignore[arg-type]
+        assert len(engine.generate(PROMPT, greedy(3)).tokens) == 3
+
+
+def test_explain_gives_every_effective_value_and_its_source(target_path: Path, draft_path: Path) -> None:
+    options = {**OPTIONS, "environment": {"PYDFLASH_CACHE_V": "q8_0"}}
+    with Engine.load(target_path, draft_path, cache_k="q4_0", **options) as engine:  # type: ignore[arg-type]
+        settings = {s.name: (s.value, s.source) for s in engine.settings()}
+        text = engine.explain()
+    assert settings["cache_k"] == ("q4_0", "argument")
+    assert settings["cache_v"] == ("q8_0", "environment (PYDFLASH_CACHE_V)")
+    assert settings["K basis"][0] == "hadamard-256"
+    assert settings["block size"] == (16, "draft")
+    assert len(text.splitlines()) == len(settings)
+
+
+def test_the_public_names_resolve() -> None:
+    for name in pydflash.__all__:
+        assert getattr(pydflash, name) is not None
+    assert set(pydflash.__all__) <= set(dir(pydflash))
+    with pytest.raises(AttributeError, match="nothing"):
+        pydflash.nothing  # noqa: B018

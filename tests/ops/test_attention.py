@@ -1,0 +1,210 @@
+"""attention: softmax attention over a cache of any K/V types, exact in the width, blind to what a row does not see."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from pydflash import ops
+from pydflash.backend import Backend
+from pydflash.errors import ShapeError
+from pydflash.ggml_types import GGMLType
+from pydflash.graph import Graph
+from pydflash.tensor import Tensor
+from tests.helpers import Array, Packed, compute, packed, relative, rounded
+
+SLOTS, KV_HEADS, GROUP = 160, 2, 3
+CPU_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
+CUDA_TYPES = ("f16", "bf16", "q8_0", "q4_0")
+POSITIONS = np.array([0, 1, 31, 32, 63, 64, 65, 100, 127, 128, 129, 130, 131, 132, 133, 159], np.int32)
+
+# The CPU rounds q as the oracle does here, so that float32 arithmetic remains: sums of 256 products in the scores, an exponential
+# good to an ulp or two, sums of 160 terms.
+CPU_TOLERANCE = 3e-5
+# CUDA rounds q, the weights p and the dequantised K and V to f16: four relative errors of up to 2^-11 = 5e-4, the largest of a few
+# thousand results and of scores whose error enters the exponential.
+CUDA_TOLERANCE = 1e-2
+
+
+def types(backend: Backend) -> tuple[str, ...]:
+    return CUDA_TYPES if backend.is_cuda else CPU_TYPES
+
+
+def operands(k: str, v: str, size: int = 64, rows: int = 16, slots: int = SLOTS) -> tuple[Array, Packed, Packed]:
+    rng = np.random.default_rng([size, len(k), len(v)])
+    q = rng.standard_normal((rows, KV_HEADS * GROUP, size)).astype(np.float32)
+    tables = (packed(rng.standard_normal((slots, KV_HEADS * size)).astype(np.float32), name) for name in (k, v))
+    return (q, *tables)
+
+
+def visible(positions: Array, held: Array, causal: bool, window: int) -> Array:
+    """Which slots each row sees, (T, P) bool."""
+    distance = positions[:, None].astype(np.int64) - held[None, :]
+    sees = distance >= 0 if causal else np.ones_like(distance, bool)
+    if window:
+        sees &= np.abs(distance) < window
+    return sees & (held >= 0)[None, :] & (positions >= 0)[:, None]
+
+
+def expected(q: Array, k: Packed, v: Packed, sees: Array, *, cuda: bool) -> Array:
+    """The formula in double precision; on the CPU q is rounded to the type of K's dot product."""
+    rows, heads, size = q.shape
+    wanted = np.zeros(q.shape)
+    keys, values = (t.values.reshape(-1, KV_HEADS, size) for t in (k, v))
+    queries = (q if cuda else rounded(q, k.dtype)).astype(np.float64)
+    for row, head in product(range(rows), range(heads)):
+        seen = np.flatnonzero(sees[row])
+        if seen.size:
+            scores = keys[seen, head // GROUP] @ queries[row, head] / np.sqrt(size)
+            weights = np.exp(scores - scores.max())
+            wanted[row, head] = weights @ values[seen, head // GROUP] / weights.sum()
+    return wanted
+
+
+def attend(backend: Backend, q: Array, k: Packed, v: Packed, positions: Array, held: Array | None = None, **options: object) -> Array:
+    def build(q: Tensor, k: Tensor, v: Tensor, p: Tensor, h: Tensor | None = None) -> Tensor:
+        return ops.attention(q, k, v, p, KV_HEADS, slot_positions=h, **options)  # type: ignore[arg-type]
+
+    leaves = (q, k, v, positions) if held is None else (q, k, v, positions, held)
+    return compute(backend, build, *leaves)[0]
+
+
+@pytest.mark.parametrize("pair", list(product(CPU_TYPES, CPU_TYPES)), ids="/".join)
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_every_pair_of_cache_types_equals_the_formula(backend: Backend, size: int, pair: tuple[str, str]) -> None:
+    if not set(pair) <= set(types(backend)):
+        pytest.skip("CUDA takes no f32 cache")
+    q, k, v = operands(*pair, size)
+    got = attend(backend, q, k, v, POSITIONS)
+    wanted = expected(q, k, v, visible(POSITIONS, np.arange(SLOTS), True, 0), cuda=backend.is_cuda)
+    assert relative(got, wanted) < (CUDA_TOLERANCE if backend.is_cuda else CPU_TOLERANCE)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [0, 1, 24, 64, 1000])
+def test_windows_and_causality_say_what_a_row_sees(backend: Backend, window: int, causal: bool) -> None:
+    q, k, v = operands("f16", "f16")
+    got = attend(backend, q, k, v, POSITIONS, causal=causal, window=window)
+    wanted = expected(q, k, v, visible(POSITIONS, np.arange(SLOTS), causal, window), cuda=backend.is_cuda)
+    assert relative(got, wanted) < (CUDA_TOLERANCE if backend.is_cuda else CPU_TOLERANCE)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_ring_is_read_by_the_positions_its_slots_hold(backend: Backend, causal: bool) -> None:
+    q, k, v = operands("f16", "f16")
+    held = np.array([p - SLOTS if p > 320 else p for p in range(200, 200 + SLOTS)], np.int32)  # two laps of a ring
+    held[::11] = -1  # empty slots
+    positions = np.arange(300, 316, dtype=np.int32)
+    got = attend(backend, q, k, v, positions, held, causal=causal, window=48)
+    wanted = expected(q, k, v, visible(positions, held, causal, 48), cuda=backend.is_cuda)
+    assert relative(got, wanted) < (CUDA_TOLERANCE if backend.is_cuda else CPU_TOLERANCE)
+
+
+def test_padding_and_a_row_that_sees_nothing_give_zeros(backend: Backend) -> None:
+    q, k, v = operands("f16", "q8_0")
+    held = np.full(SLOTS, 500, np.int32)  # all later than any row
+    positions = np.array([-1, 3] * 8, np.int32)
+    assert not attend(backend, q, k, v, positions, held).any()
+
+
+@pytest.mark.parametrize("pair", [("f16", "f16"), ("bf16", "bf16"), ("q8_0", "q8_0"), ("q4_0", "q8_0")], ids="/".join)
+def test_garbage_in_slots_that_no_row_sees_changes_no_bit(backend: Backend, pair: tuple[str, str]) -> None:
+    q, k, v = operands(*pair)
+    positions = np.arange(40, 56, dtype=np.int32)
+    clean = attend(backend, q, k, v, positions)
+    for table in (k, v):
+        table.data[56:] = 0xFF  # NaN in f16 and bf16, and in the f16 scales of q8_0 and q4_0
+    assert np.array_equal(attend(backend, q, k, v, positions), clean)
+    assert np.isfinite(clean).all()
+
+
+@pytest.mark.parametrize("pair", [("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "q8_0"), ("q4_0", "q4_0")], ids="/".join)
+def test_a_row_is_bit_equal_at_every_width_and_place(backend: Backend, pair: tuple[str, str]) -> None:
+    q, k, v = operands(*pair, 256)
+    whole = attend(backend, q, k, v, POSITIONS)
+    for width in range(1, 16):
+        assert np.array_equal(attend(backend, q[:width], k, v, POSITIONS[:width]), whole[:width]), width
+    for row in range(16):
+        alone = attend(backend, q[row : row + 1], k, v, POSITIONS[row : row + 1])
+        assert np.array_equal(alone[0], whole[row]), row
+
+
+@pytest.mark.parametrize("pair", [("f16", "f16"), ("q4_0", "q8_0")], ids="/".join)
+def test_a_row_is_bit_equal_for_every_length_of_the_cache(backend: Backend, pair: tuple[str, str]) -> None:
+    q, k, v = operands(*pair, slots=2048)
+    positions = np.arange(16, dtype=np.int32) + 70
+    results = [attend(backend, q, k.rows(0, n), v.rows(0, n), positions) for n in (96, 128, 256, 1024, 2048)]
+    assert all(np.array_equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("window", [0, 40])
+def test_a_row_is_bit_equal_wherever_padding_stands(backend: Backend, window: int) -> None:
+    q, k, v = operands("f16", "f16")
+    whole = attend(backend, q, k, v, POSITIONS, window=window)
+    padded = POSITIONS.copy()
+    padded[5:] = -1
+    got = attend(backend, q, k, v, padded, window=window)
+    assert np.array_equal(got[:5], whole[:5])
+    assert not got[5:].any()
+
+
+@pytest.mark.parametrize("pair", [("f32", "f32"), ("f16", "f16"), ("q4_0", "q8_0")], ids="/".join)
+def test_threads_do_not_change_a_bit(cpu: Backend, pair: tuple[str, str]) -> None:
+    q, k, v = operands(*pair)
+    with Backend("cpu", threads=2) as two:
+        assert np.array_equal(*(attend(b, q, k, v, POSITIONS) for b in (cpu, two)))
+
+
+@pytest.mark.parametrize("pair", [("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "q4_0")], ids="/".join)
+def test_prefill_attention_agrees_with_the_exact_one(backend: Backend, pair: tuple[str, str]) -> None:
+    q, k, v = operands(*pair, 128)
+    sees = visible(POSITIONS, np.arange(SLOTS), True, 0)
+    mask = np.where(sees, np.float16(0), np.float16(-np.inf))
+    got = compute(backend, lambda q, k, v, m: ops.attention_prefill(q, k, v, m, KV_HEADS), q, k, v, mask)[0]
+    # ggml accumulates f16 values in f16 on the CPU, so this is the coarser of the two there as well.
+    assert relative(got, attend(backend, q, k, v, POSITIONS)) < CUDA_TOLERANCE
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("pair", list(product(CUDA_TYPES, CUDA_TYPES)), ids="/".join)
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_cuda_gives_the_numbers_of_the_cpu(cuda: Backend, cpu: Backend, size: int, pair: tuple[str, str]) -> None:
+    q, k, v = operands(*pair, size)
+    there, here = (attend(b, q, k, v, POSITIONS) for b in (cuda, cpu))
+    # Beside CUDA's own rounding, the CPU rounds q to 8 bits for a quantised K: up to 1/254 of its peak.
+    assert relative(there, here) < CUDA_TOLERANCE + (3e-2 if k.dtype.block_size > 1 or k.dtype == GGMLType.BF16 else 0)
+
+
+SHAPES = {
+    "17 rows": ((17, 4, 64), (64, 128), (64, 128), 17, None, 2),
+    "heads of 96": ((1, 2, 96), (64, 96), (64, 96), 1, None, 1),
+    "heads of 512": ((1, 2, 512), (64, 512), (64, 512), 1, None, 1),
+    "K and V differ": ((1, 4, 64), (64, 128), (96, 128), 1, None, 2),
+    "cache too narrow": ((1, 4, 64), (64, 64), (64, 64), 1, None, 2),
+    "heads do not group": ((1, 3, 64), (64, 128), (64, 128), 1, None, 2),
+    "positions": ((4, 4, 64), (64, 128), (64, 128), 3, None, 2),
+    "slots in no whole blocks": ((1, 4, 64), (50, 128), (50, 128), 1, None, 2),
+    "ring positions": ((1, 4, 64), (64, 128), (64, 128), 1, 63, 2),
+    "q is a matrix": ((1, 64), (64, 64), (64, 64), 1, None, 1),
+}
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_shapes_that_do_not_fit_are_refused_before_ggml(cpu: Backend, case: str) -> None:
+    q, k, v, positions, held, kv_heads = SHAPES[case]
+    graph = Graph(cpu, 64)
+    ring = None if held is None else graph.input((held,), GGMLType.I32)
+    tensors = [graph.input(shape, GGMLType.F32) for shape in (q, k, v)]
+    with pytest.raises(ShapeError, match="attention"):
+        ops.attention(*tensors, graph.input((positions,), GGMLType.I32), kv_heads, slot_positions=ring)
+    graph.close()
+
+
+def test_a_mask_that_does_not_fit_is_refused_before_ggml(cpu: Backend) -> None:
+    graph = Graph(cpu, 64)
+    q, k, v = (graph.input(shape, GGMLType.F32) for shape in ((20, 4, 64), (64, 128), (64, 128)))
+    with pytest.raises(ShapeError, match="mask"):
+        ops.attention_prefill(q, k, v, graph.input((20, 32), GGMLType.F16), 2)
+    graph.close()

@@ -1,0 +1,279 @@
+"""delta_inputs and delta_rule: the gated delta-net's step, and replay of a kept prefix that leaves no trace of the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from pydflash import ops
+from pydflash.backend import Backend
+from pydflash.errors import ShapeError
+from pydflash.ggml_types import GGMLType
+from pydflash.graph import Graph
+from pydflash.tensor import Tensor
+from tests.helpers import Array, compute, relative
+from tests.reference.qwen35 import delta_rule, l2_norm, sigmoid, silu, softplus
+
+EPS = 1e-6
+# float32 against double precision: a convolution of 4 terms and a sigmoid; then sums of D = 128 products for each of some dozen
+# tokens, whose errors the state carries on. CUDA's fast exponentials are good to a few ulp more.
+INPUTS_TOLERANCE = 3e-6
+RULE_TOLERANCE = 3e-5
+
+
+@dataclass
+class Layer:
+    """Random weights of a layer and the state it starts from: Hk key heads, Hv value heads of size D, K taps."""
+
+    k_heads: int
+    heads: int
+    size: int
+    taps: int
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng([self.k_heads, self.heads, self.size])
+        self.channels = (2 * self.k_heads + self.heads) * self.size
+        self.weight = (0.5 * rng.standard_normal((self.channels, self.taps))).astype(np.float32)
+        self.a = -np.exp(rng.standard_normal(self.heads)).astype(np.float32)
+        self.bias = rng.standard_normal(self.heads).astype(np.float32)
+        self.window = rng.standard_normal((self.taps - 1 + 16, self.channels + 2 * self.heads)).astype(np.float32)
+        self.state = (0.1 * rng.standard_normal((self.heads, self.size, self.size))).astype(np.float32)
+        self._rng = rng
+
+    def rows(self, count: int) -> tuple[Array, Array, Array]:
+        """Raw q|k|v columns, alpha and beta of ``count`` tokens."""
+        shapes = ((count, self.channels), (count, self.heads), (count, self.heads))
+        x, alpha, beta = (self._rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+        return x, alpha, beta
+
+
+@dataclass
+class Result:
+    """Inputs of the rule (16 + T, C + 2 Hv), its output (T, Hv D), and what the step left behind."""
+
+    inputs: Array
+    out: Array
+    window: Array
+    state: Array
+
+
+LAYERS = {"equal": Layer(4, 4, 32, 4), "ratio3": Layer(2, 6, 128, 4), "short": Layer(1, 2, 64, 3), "wide": Layer(1, 2, 256, 4)}
+
+
+def step(
+    backend: Backend,
+    layer: Layer,
+    rows: tuple[Array, Array, Array],
+    window: Array,
+    state: Array,
+    replay: int = 0,
+    real: int | None = None,
+    keep: bool = True,
+) -> Result:
+    """One step of the layer on ``backend``: both operations, as the model calls them."""
+    counts = np.array([replay, len(rows[0]) if real is None else real], np.int32)
+
+    def build(*t: Tensor) -> list[Tensor]:
+        x, alpha, beta, weight, a, bias, window, state, counts = t
+        inputs = ops.delta_inputs(x, alpha, beta, weight, a, bias, window, counts, keep=keep)
+        out = ops.delta_rule(inputs, state, counts, k_heads=layer.k_heads, eps=EPS, keep=keep)
+        return [inputs, out, window, state]
+
+    leaves = (*rows, layer.weight, layer.a, layer.bias, window, state, counts)
+    return Result(*compute(backend, build, *leaves))
+
+
+def expected(layer: Layer, rows: tuple[Array, Array, Array], history: Array, state: Array) -> tuple[Array, Array, Array]:
+    """Inputs (T, C + 2 Hv), output (T, Hv D) and final state (Hv, value, key) in double precision."""
+    x, alpha, beta_raw = (r.astype(np.float64) for r in rows)
+    columns = np.concatenate([history.astype(np.float64), x])
+    count, n, hk = len(x), layer.size, layer.k_heads
+    mixed = silu(np.stack([np.sum(columns[t : t + layer.taps] * layer.weight.T, axis=0) for t in range(count)]))
+    g, beta = layer.a * softplus(alpha + layer.bias), sigmoid(beta_raw)
+    q, k, v = np.split(mixed, [hk * n, 2 * hk * n], axis=1)
+    q = l2_norm(q.reshape(count, hk, n), EPS) / np.sqrt(n)
+    k, v = l2_norm(k.reshape(count, hk, n), EPS), v.reshape(count, layer.heads, n)
+    memory = state.astype(np.float64).transpose(0, 2, 1).copy()  # the oracle's is (key, value)
+    out = np.empty_like(v)
+    for t in range(count):
+        for h in range(layer.heads):
+            out[t, h] = delta_rule(memory[h], q[t, h % hk], k[t, h % hk], v[t, h], beta[t, h], g[t, h])
+    return np.concatenate([mixed, g, beta], axis=1), out.reshape(count, -1), memory.transpose(0, 2, 1)
+
+
+def history_of(layer: Layer) -> Array:
+    return layer.window[: layer.taps - 1, : layer.channels]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("count", [1, 3, 16])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_step_equals_the_formula(backend: Backend, name: str, count: int, keep: bool) -> None:
+    layer = LAYERS[name]
+    rows = layer.rows(count)
+    got = step(backend, layer, rows, layer.window, layer.state, keep=keep)
+    inputs, out, state = expected(layer, rows, history_of(layer), layer.state)
+    assert relative(got.inputs[16:], inputs) < INPUTS_TOLERANCE
+    assert relative(got.out, out) < RULE_TOLERANCE
+    assert relative(got.state, layer.state if keep else state) < RULE_TOLERANCE
+
+
+@pytest.mark.parametrize("count", [17, 100])
+def test_prefill_of_any_width_equals_the_formula_and_moves_the_state(backend: Backend, count: int) -> None:
+    layer = LAYERS["ratio3"]
+    rows = layer.rows(count)
+    got = step(backend, layer, rows, layer.window, layer.state, keep=False)
+    _, out, state = expected(layer, rows, history_of(layer), layer.state)
+    assert relative(got.out, out) < RULE_TOLERANCE
+    assert relative(got.state, state) < RULE_TOLERANCE
+    assert np.array_equal(got.window[: layer.taps - 1, : layer.channels], rows[0][-(layer.taps - 1) :])
+
+
+def test_pending_rows_leave_the_state_alone(backend: Backend) -> None:
+    layer = LAYERS["ratio3"]
+    got = step(backend, layer, layer.rows(16), layer.window, layer.state)
+    assert np.array_equal(got.state, layer.state)
+
+
+@pytest.mark.parametrize("kept", range(17))
+@pytest.mark.parametrize("name", ["equal", "ratio3", "short"])
+def test_replaying_a_kept_prefix_is_bit_equal_to_having_run_only_it(backend: Backend, name: str, kept: int) -> None:
+    layer = LAYERS[name]
+    first, second = layer.rows(16), layer.rows(5)
+    pending = step(backend, layer, first, layer.window, layer.state)
+    after = step(backend, layer, second, pending.window, pending.state, replay=kept)
+    if kept == 0:
+        direct = step(backend, layer, second, layer.window, layer.state)
+    else:
+        prefix = tuple(r[:kept] for r in first)
+        only = step(backend, layer, prefix, layer.window, layer.state, keep=False)
+        assert np.array_equal(after.state, only.state)
+        direct = step(backend, layer, second, only.window, only.state)
+    assert np.array_equal(after.out, direct.out)
+    history = layer.taps - 1
+    assert np.array_equal(after.window[: history + 5], direct.window[: history + 5])
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3, 7, 16])
+def test_prefill_after_a_kept_prefix_replays_it_too(backend: Backend, kept: int) -> None:
+    layer = LAYERS["ratio3"]
+    first, second = layer.rows(16), layer.rows(40)
+    pending = step(backend, layer, first, layer.window, layer.state)
+    after = step(backend, layer, second, pending.window, pending.state, replay=kept, keep=False)
+    only = step(backend, layer, tuple(r[:kept] for r in first), layer.window, layer.state, keep=False)
+    direct = step(backend, layer, second, only.window, only.state, keep=False)
+    assert np.array_equal(after.out, direct.out)
+    assert np.array_equal(after.state, direct.state)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_row_is_bit_equal_at_every_width(backend: Backend, name: str) -> None:
+    layer = LAYERS[name]
+    rows = layer.rows(16)
+    whole = step(backend, layer, rows, layer.window, layer.state)
+    for width in range(1, 16):
+        part = step(backend, layer, tuple(r[:width] for r in rows), layer.window, layer.state)
+        assert np.array_equal(part.out, whole.out[:width]), width
+        assert np.array_equal(part.inputs[16:], whole.inputs[16 : 16 + width]), width
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("real", [1, 2, 5, 15])
+def test_padding_rows_leave_no_trace(backend: Backend, real: int, keep: bool) -> None:
+    layer = LAYERS["ratio3"]
+    rows = layer.rows(16)
+    for r in rows:
+        r[real:] = np.nan
+    padded = step(backend, layer, rows, layer.window, layer.state, real=real, keep=keep)
+    exact = step(backend, layer, tuple(r[:real] for r in rows), layer.window, layer.state, keep=keep)
+    seen = layer.taps - 1 + (real if keep else 0)
+    assert np.array_equal(padded.out[:real], exact.out)
+    assert np.array_equal(padded.state, exact.state)
+    assert np.array_equal(padded.window[:seen], exact.window[:seen])
+    assert not padded.out[real:].any()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_threads_do_not_change_a_bit(cpu: Backend, name: str) -> None:
+    layer = LAYERS[name]
+    rows = layer.rows(7)
+    with Backend("cpu", threads=2) as two:
+        one, other = (step(b, layer, rows, layer.window, layer.state, replay=4) for b in (cpu, two))
+    assert np.array_equal(one.out, other.out)
+    assert np.array_equal(one.state, other.state)
+
+
+def test_raw_columns_may_be_a_slice_of_wider_rows(backend: Backend) -> None:
+    layer = LAYERS["equal"]
+    x, alpha, beta = layer.rows(4)
+    wide = np.concatenate([x, x + 1], axis=1)
+
+    def build(x: Tensor, alpha: Tensor, beta: Tensor, weight: Tensor, a: Tensor, bias: Tensor, w: Tensor, n: Tensor) -> Tensor:
+        return ops.delta_inputs(x.slice(1, 0, layer.channels), alpha, beta, weight, a, bias, w, n, keep=True)
+
+    counts = np.array([0, 4], np.int32)
+    got = compute(backend, build, wide, alpha, beta, layer.weight, layer.a, layer.bias, layer.window, counts)[0]
+    assert np.array_equal(got[16:], step(backend, layer, (x, alpha, beta), layer.window, layer.state).inputs[16:])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", LAYERS)
+def test_cuda_gives_the_numbers_of_the_cpu(cuda: Backend, cpu: Backend, name: str) -> None:
+    layer = LAYERS[name]
+    rows = layer.rows(16)
+    there, here = (step(b, layer, rows, layer.window, layer.state, replay=9, keep=False) for b in (cuda, cpu))
+    assert relative(there.out, here.out) < 2 * RULE_TOLERANCE
+    assert relative(there.state, here.state) < 2 * RULE_TOLERANCE
+
+
+def leaves_of(graph: Graph, layer: Layer, rows: int, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    default = {
+        "x": (rows, layer.channels), "alpha": (rows, layer.heads), "beta": (rows, layer.heads),
+        "conv_weight": (layer.channels, layer.taps), "ssm_a": (layer.heads,), "dt_bias": (layer.heads,),
+        "window": (layer.taps - 1 + 16, layer.channels + 2 * layer.heads),
+    }  # fmt: skip
+    tensors = {name: graph.input(shape, GGMLType.F32) for name, shape in (default | shapes).items() if name != "counts"}
+    return tensors | {"counts": graph.input(shapes.get("counts", (2,)), GGMLType.I32)}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"alpha": (3, 4)}, {"beta": (4, 5)}, {"conv_weight": (100, 4)}, {"ssm_a": (5,)}, {"dt_bias": (1,)},
+        {"window": (19, 10)}, {"window": (18, 392)}, {"counts": (3,)},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_inputs_that_do_not_fit_are_refused_before_ggml(cpu: Backend, wrong: dict[str, tuple[int, ...]]) -> None:
+    graph = Graph(cpu, 64)
+    with pytest.raises(ShapeError, match="delta_inputs"):
+        ops.delta_inputs(**leaves_of(graph, LAYERS["equal"], 4, **wrong), keep=True)
+    graph.close()
+
+
+def test_more_rows_than_the_tape_holds_cannot_stay_pending(cpu: Backend) -> None:
+    graph = Graph(cpu, 64)
+    with pytest.raises(ShapeError, match="17 rows cannot stay pending, the tape holds 16"):
+        ops.delta_inputs(**leaves_of(graph, LAYERS["equal"], 17), keep=True)
+    graph.close()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "state", "counts", "k_heads"),
+    [
+        ((20, 392), (4, 32, 64), (2,), 4), ((20, 391), (4, 32, 32), (2,), 4), ((20, 392), (4, 32, 32), (3,), 4),
+        ((20, 104), (4, 8, 8), (2,), 4), ((20, 328), (4, 32, 32), (2,), 3), ((20, 6152), (4, 512, 512), (2,), 4),
+    ],
+)  # fmt: skip
+def test_a_state_that_does_not_fit_is_refused_before_ggml(
+    cpu: Backend, inputs: tuple[int, ...], state: tuple[int, ...], counts: tuple[int, ...], k_heads: int
+) -> None:
+    graph = Graph(cpu, 64)
+    with pytest.raises(ShapeError, match="delta_rule"):
+        ops.delta_rule(
+            graph.input(inputs, GGMLType.F32), graph.input(state, GGMLType.F32), graph.input(counts, GGMLType.I32),
+            k_heads=k_heads, eps=EPS, keep=True,
+        )  # fmt: skip
+    graph.close()

@@ -1,0 +1,206 @@
+"""The remaining operations equal numpy, and no row of any of them depends on how many rows travel with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from pydflash import ops
+from pydflash.backend import Backend
+from pydflash.errors import ShapeError
+from pydflash.ggml_types import GGMLType
+from pydflash.graph import Graph
+from pydflash.tensor import Tensor
+from tests.helpers import Array, Packed, compute, packed, relative
+from tests.reference import qwen35 as oracle
+
+RNG = np.random.default_rng(5)
+ROWS = 40
+X, Y = (RNG.standard_normal((ROWS, 256)).astype(np.float32) for _ in range(2))
+HEADS = RNG.standard_normal((ROWS, 3, 128)).astype(np.float32)
+WEIGHT, HEAD_WEIGHT = (RNG.uniform(0.5, 1.5, n).astype(np.float32) for n in (256, 128))
+POSITIONS = RNG.integers(0, 262_144, ROWS).astype(np.int32)
+POSITIONS[:3] = 0, 1, 262_143
+IDS = RNG.integers(0, 50, ROWS).astype(np.int32)
+TABLES = {name: packed(RNG.standard_normal((50, 256)).astype(np.float32), name) for name in ("f32", "f16", "bf16", "q8_0", "q4_0")}
+
+# float32 against double precision: a handful of operations of half an ulp each, a mean over 256 squares, an exponential.
+FEW_ULP = 2e-6
+# The angle of RoPE's pair i is position * base^(-i/pairs), in float32 and by i multiplications of half an ulp each: an error of
+# position * i * base^(-i/pairs) * 2^-24 radians, which is largest at i = pairs / ln(base). At position 262,143, base 10^4 and
+# 64 pairs that is 0.04, on values of up to 3.5 rms; below position 256 a thousandth of it.
+ROPE_FAR = 0.15
+ROPE_NEAR = 1.5e-4
+
+Case = tuple[Callable[..., Tensor], tuple[Array | Packed, ...]]
+"""How to build the operation, and its leaves; those of ROWS rows are cut to a width."""
+
+CASES: dict[str, Case] = {
+    "rms_norm": (lambda x, w: ops.rms_norm(x, w, 1e-6), (X, WEIGHT)),
+    "rms_norm of heads": (lambda x, w: ops.rms_norm(x, w, 1e-6), (HEADS, HEAD_WEIGHT)),
+    "rope": (lambda x, p: ops.rope(x, p, 64, 1e7), (HEADS, POSITIONS)),
+    "silu": (ops.silu, (X,)),
+    "sigmoid": (ops.sigmoid, (X,)),
+    "swiglu": (ops.swiglu, (X, Y)),
+    "add": (lambda x, y: x + y, (X, Y)),
+    "mul": (lambda x, y: x * y, (X, Y)),
+    "gated norm": (lambda x, z, w: ops.rms_norm(x, w, 1e-6) * ops.silu(z), (X, Y, WEIGHT)),
+    "argmax": (ops.argmax, (X,)),
+    "reshape": (lambda x: x.reshape(x.shape[0], 4, 64), (X,)),
+    "a strided half": (lambda x: ops.sigmoid(x.reshape(x.shape[0], 2, 128).split([64, 64])[1]), (X,)),
+    **{f"get_rows {name}": (lambda ids, t: ops.get_rows(t, ids), (IDS, table)) for name, table in TABLES.items()},
+}
+
+EXPECTED: dict[str, Callable[[], Array]] = {
+    "rms_norm": lambda: oracle.rms_norm(X.astype(float), WEIGHT, 1e-6),
+    "rms_norm of heads": lambda: oracle.rms_norm(HEADS.astype(float), HEAD_WEIGHT, 1e-6),
+    "silu": lambda: oracle.silu(X.astype(float)),
+    "sigmoid": lambda: oracle.sigmoid(X.astype(float)),
+    "swiglu": lambda: oracle.silu(X.astype(float)) * Y,
+    "add": lambda: X.astype(float) + Y,
+    "mul": lambda: X.astype(float) * Y,
+    "gated norm": lambda: oracle.rms_norm(X.astype(float), WEIGHT, 1e-6) * oracle.silu(Y.astype(float)),
+    "argmax": lambda: X.argmax(axis=1),
+    "reshape": lambda: X.reshape(ROWS, 4, 64),
+    "a strided half": lambda: oracle.sigmoid(X.astype(float).reshape(ROWS, 2, 128)[..., 64:]),
+    **{f"get_rows {name}": (lambda table=table: table.values[IDS]) for name, table in TABLES.items()},
+}
+
+
+def cut(leaves: tuple[Array | Packed, ...], rows: slice) -> tuple[Array | Packed, ...]:
+    return tuple(leaf[rows].copy() if isinstance(leaf, np.ndarray) and len(leaf) == ROWS else leaf for leaf in leaves)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_it_equals_numpy(backend: Backend, name: str) -> None:
+    build, leaves = CASES[name]
+    assert relative(compute(backend, build, *leaves)[0], EXPECTED[name]()) < FEW_ULP
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_row_is_bit_equal_at_every_width(backend: Backend, name: str) -> None:
+    build, leaves = CASES[name]
+    whole = compute(backend, build, *cut(leaves, slice(0, 16)))[0]
+    for width in range(1, 16):
+        assert np.array_equal(compute(backend, build, *cut(leaves, slice(0, width)))[0], whole[:width]), width
+    for row in range(16):
+        assert np.array_equal(compute(backend, build, *cut(leaves, slice(row, row + 1)))[0][0], whole[row]), row
+
+
+@pytest.mark.parametrize(("far", "bound"), [(False, ROPE_NEAR), (True, ROPE_FAR)])
+@pytest.mark.parametrize("dims", [16, 64, 128])
+@pytest.mark.parametrize("base", [1e4, 1e7])
+def test_rope_rotates_the_first_dims_of_each_head(backend: Backend, base: float, dims: int, far: bool, bound: float) -> None:
+    positions = POSITIONS if far else POSITIONS % 256
+    got = compute(backend, lambda x, p: ops.rope(x, p, dims, base), HEADS, positions)[0]
+    assert relative(got, oracle.rope(HEADS.astype(float), positions, dims, base)) < bound
+    assert np.array_equal(got[..., dims:], HEADS[..., dims:])
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_set_rows_stores_what_the_gguf_package_stores(backend: Backend, name: str) -> None:
+    places = np.array([3, 0, 49, 7], np.int32)
+    wanted = packed(X[:4], name).values
+    got = compute(backend, ops.set_rows, TABLES[name], places, X[:4])[0]
+    after = Packed(np.ascontiguousarray(got).view(np.uint8).reshape(50, -1), (50, 256), TABLES[name].dtype).values
+    # Both round to nearest; where x falls on the middle of two levels they may differ by the level, 1/127 or 1/8 of the peak.
+    level = {"q8_0": 1 / 127, "q4_0": 1 / 8}.get(name, 0.0) * np.abs(X[:4]).max()
+    assert np.abs(after[places] - wanted).max() <= level
+    assert np.mean(after[places] != wanted) < 0.01
+    rest = np.setdiff1d(np.arange(50), places)
+    assert np.array_equal(after[rest], TABLES[name].values[rest])
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_set_rows_stores_the_same_bytes_at_every_width(backend: Backend, name: str) -> None:
+    places = np.arange(16, dtype=np.int32)
+    whole = compute(backend, ops.set_rows, TABLES[name], places, X[:16])[0]
+    for width in range(1, 16):
+        part = compute(backend, ops.set_rows, TABLES[name], places[:width], X[:width])[0]
+        assert np.array_equal(part[:width], whole[:width]), width
+
+
+def test_copy_into_fills_a_strided_part(backend: Backend) -> None:
+    target = np.zeros((4, 3, 256), np.float32)
+
+    def build(target: Tensor, x: Tensor) -> list[Tensor]:
+        return [ops.copy_into(target.slice(1, 1, 2), x.reshape(4, 1, 256)), target]
+
+    got = compute(backend, build, target, X[:4])[1]
+    assert np.array_equal(got[:, 1], X[:4])
+    assert not got[:, ::2].any()
+
+
+def test_argmax_takes_the_same_of_equals_at_every_width(backend: Backend) -> None:
+    x = np.zeros((16, 1000), np.float32)
+    x[:, [200, 201, 999]] = 3.0
+    chosen = {n for width in range(1, 17) for n in compute(backend, ops.argmax, x[:width])[0].tolist()}
+    assert len(chosen) == 1
+    assert chosen <= {200, 201, 999}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", CASES)
+def test_cuda_gives_the_numbers_of_the_cpu(cuda: Backend, cpu: Backend, name: str) -> None:
+    build, leaves = CASES[name]
+    there, here = (compute(b, build, *leaves)[0] for b in (cuda, cpu))
+    assert relative(there, here) < (ROPE_FAR if name == "rope" else 2 * FEW_ULP)
+
+
+F, I = GGMLType.F32, GGMLType.I32
+Shapes = list[tuple[tuple[int, ...], GGMLType]]
+REFUSED: dict[str, tuple[Callable[..., Tensor], Shapes]] = {
+    "get_rows of a vector": (ops.get_rows, [((8,), F), ((2,), I)]),
+    "get_rows by a matrix": (ops.get_rows, [((8, 4), F), ((2, 2), I)]),
+    "get_rows by floats": (ops.get_rows, [((8, 4), F), ((2,), F)]),
+    "set_rows too narrow": (ops.set_rows, [((8, 4), F), ((2,), I), ((2, 3), F)]),
+    "set_rows too few": (ops.set_rows, [((8, 4), F), ((2,), I), ((3, 4), F)]),
+    "set_rows by floats": (ops.set_rows, [((8, 4), F), ((2,), F), ((2, 4), F)]),
+    "copy_into another shape": (ops.copy_into, [((8, 4), F), ((4, 8), F)]),
+    "rms_norm weight": (lambda x, w: ops.rms_norm(x, w, 1e-6), [((8, 4), F), ((8,), F)]),
+    "swiglu": (ops.swiglu, [((8, 4), F), ((8, 5), F)]),
+    "rope of a matrix": (lambda x, p: ops.rope(x, p, 4, 1e4), [((8, 4), F), ((8,), I)]),
+    "rope positions": (lambda x, p: ops.rope(x, p, 4, 1e4), [((8, 2, 4), F), ((7,), I)]),
+    "rope of odd dims": (lambda x, p: ops.rope(x, p, 3, 1e4), [((8, 2, 4), F), ((8,), I)]),
+    "rope of too many dims": (lambda x, p: ops.rope(x, p, 6, 1e4), [((8, 2, 4), F), ((8,), I)]),
+    "add": (lambda x, y: x + y, [((8, 4), F), ((8, 3), F)]),
+    "mul with more axes": (lambda x, y: x * y, [((4,), F), ((8, 4), F)]),
+    "reshape": (lambda x: x.reshape(5, 7), [((8, 4), F)]),
+    "reshape to five axes": (lambda x: x.reshape(2, 2, 2, 2, 2), [((8, 4), F)]),
+    "slice": (lambda x: x.slice(0, 3, 9), [((8, 4), F)]),
+    "empty slice": (lambda x: x.slice(0, 3, 3), [((8, 4), F)]),
+    "slice inside a block": (lambda x: x.slice(1, 16, 64), [((8, 64), GGMLType.Q8_0)]),
+    "split": (lambda x: x.split([1, 2])[0], [((8, 4), F)]),
+    "permute": (lambda x: x.permute(0, 0), [((8, 4), F)]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_refused_before_ggml(cpu: Backend, name: str) -> None:
+    build, shapes = REFUSED[name]
+    graph = Graph(cpu, 64)
+    tensors = [graph.input(shape, dtype) for shape, dtype in shapes]
+    with pytest.raises(ShapeError):
+        build(*tensors)
+    graph.close()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((), F), ((0,), F), ((2, -1), F), ((1, 1, 1, 1, 1), F), ((4, 33), GGMLType.Q8_0), ((2**41,), F)]
+)
+def test_a_tensor_that_ggml_cannot_hold_is_refused(cpu: Backend, shape: tuple[int, ...], dtype: GGMLType) -> None:
+    graph = Graph(cpu, 64)
+    with pytest.raises(ShapeError, match="1 to 4 axes"):
+        graph.input(shape, dtype)
+    graph.close()
+
+
+def test_a_weight_enters_an_expression_only_within_a_graph(cpu: Backend) -> None:
+    graph = Graph(cpu, 64)
+    x = graph.input((2, 4), F)
+    loose = Tensor(x.c, x.shape, x.dtype, None)
+    with pytest.raises(ShapeError, match="within"):
+        loose + x
+    graph.close()
