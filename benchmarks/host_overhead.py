@@ -2,8 +2,9 @@
 
     python -m benchmarks.host_overhead MODEL [--tokens 256] [--json OUT]
 
-Measured on the CPU, where ggml computes a graph before the call returns, with a model so small that the host's share shows.
-'loop' is ``decode.autoregressive`` with a greedy sampler; 'engine' is ``Engine.stream``, text and statistics included.
+Measured on the CPU, where ggml computes a graph before the call returns, with a model so small that the host's share
+shows. 'loop' is ``decode.autoregressive`` with a greedy sampler; 'engine' is ``Engine.stream``, text and statistics
+included.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def timed_graphs() -> Iterator[GraphClock]:
         run(graph)
         clock.seconds += time.perf_counter() - begin
 
-    Graph.run = timed  # type: ignore[method-assign]
+    Graph.run = timed  # type: ignore[method-assign, assignment]
     try:
         yield clock
     finally:
@@ -57,7 +58,7 @@ def timed_graphs() -> Iterator[GraphClock]:
 
 
 def overheads(steps: Iterable[object], clock: GraphClock, skip: int = 8) -> tuple[list[float], list[float]]:
-    """Microseconds outside and inside graphs, one pair for each step but the first ``skip``, which build graphs and warm up."""
+    """Microseconds outside and inside graphs of each step but the first ``skip``, which warm up."""
     outside, inside = [], []
     begin = time.perf_counter()
     clock.take()
@@ -71,7 +72,9 @@ def overheads(steps: Iterable[object], clock: GraphClock, skip: int = 8) -> tupl
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.host_overhead", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.host_overhead", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--threads", type=int, default=1)
@@ -89,8 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sampler = Sampler(params, model.config.vocab)
             loop = autoregressive(session, prompt, sampler, max_tokens=options.tokens)
             results.append(("loop", *overheads(loop, clock)))
-        with Engine.load(options.model, device="cpu", threads=options.threads, max_context=PROMPT + options.tokens) as engine:
-            results.append(("engine", *overheads(engine.stream("a" * 16, params), clock)))
+        with Engine.load(
+            options.model, device="cpu", threads=options.threads, max_context=PROMPT + options.tokens
+        ) as engine:
+            results.append(("engine", *overheads(engine.stream(prompt, params), clock)))
     for name, outside, inside in results:
         report.add(Result(f"{name} graphs", "us", inside))
         median = report.add(Result(f"{name} host", "us", outside)).median

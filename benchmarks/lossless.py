@@ -1,6 +1,7 @@
 """Is speculation lossless? Greedy decoding with and without a draft over many prompts, compared token by token.
 
-    python -m benchmarks.lossless TARGET DRAFT --prompts tests/data/held_out.jsonl --tokens 256 --device cuda --json out.json
+    python -m benchmarks.lossless TARGET DRAFT --prompts tests/data/held_out.jsonl --tokens 256 --device cuda --json
+    out.json
 
 Without ``--prompts``, one prompt of random tokens. Exits with 1 when any token differs.
 """
@@ -39,7 +40,9 @@ def compare(session: Session, draft: DraftSession, prompt: Sequence[int], tokens
     plain, fast = Stats(), Stats()
     session.reset()
     draft.reset()
-    expected = [t for step in autoregressive(session, prompt, greedy, max_tokens=tokens, stats=plain) for t in step.tokens]
+    expected = [
+        t for step in autoregressive(session, prompt, greedy, max_tokens=tokens, stats=plain) for t in step.tokens
+    ]
     session.reset()
     draft.reset()
     found = [
@@ -81,7 +84,10 @@ def main() -> int:
             compare(session, proposer, prompts[0], min(args.tokens, 32))  # builds the graphs
             rows = [compare(session, proposer, prompt, args.tokens) for prompt in prompts]
         device = model.backend.description
-    total = {key: sum(row[key] for row in rows) for key in ("tokens", "steps", "autoregressive_seconds", "speculative_seconds")}
+    total = {
+        key: sum(row[key] for row in rows)
+        for key in ("tokens", "steps", "autoregressive_seconds", "speculative_seconds")
+    }
     differing = [i for i, row in enumerate(rows) if not row["equal"]]
     summary = {
         "device": device,

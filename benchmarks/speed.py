@@ -1,11 +1,12 @@
 """Speed of prefill, decode and DFlash cycles, by llama-bench's definitions.
 
-    python -m benchmarks.speed MODEL [--draft DRAFT] --device cuda --prefill 512,2048 --decode 64 --depth 0,32768 --json OUT
+    python -m benchmarks.speed MODEL --draft DRAFT --device cuda --prefill 512,2048 --depth 0,32768 --json OUT
 
-pp N: N random tokens into an empty sequence, head of the last row, until its argmax is on the host. tg N @ d: N single-token
-steps of random tokens after d random ones, argmax on the host after each. cycle n/a: one DFlash cycle that proposes n tokens,
-verifies n + 1 rows and keeps a + 1 of them, whatever was proposed; its parts are timed with a synchronisation after each, the
-total without. Warm-up runs (they build graphs) are not counted. Every result is a line of JSON, appended to OUT when it is known.
+pp N: N random tokens into an empty sequence, head of the last row, until its argmax is on the host. tg N @ d: N
+single-token steps of random tokens after d random ones, argmax on the host after each. cycle n/a: one DFlash cycle
+that proposes n tokens, verifies n + 1 rows and keeps a + 1 of them, whatever was proposed; its parts are timed with a
+synchronisation after each, the total without. Warm-up runs (they build graphs) are not counted. Every result is a line
+of JSON, appended to OUT when it is known.
 """
 
 from __future__ import annotations
@@ -48,11 +49,12 @@ class Result:
 
     def __str__(self) -> str:
         settings = " ".join(f"{key}={value}" for key, value in self.settings.items())
-        return f"{self.what:18} {self.median:10.3f} {self.unit:6} ({self.low:.3f}..{self.high:.3f}, n={len(self.values)})  {settings}"
+        spread = f"({self.low:.3f}..{self.high:.3f}, n={len(self.values)})"
+        return f"{self.what:18} {self.median:10.3f} {self.unit:6} {spread}  {settings}"
 
 
 class Report:
-    """Prints results and appends each to a file of JSON lines at once, so that a run that is cut short loses nothing."""
+    """Prints results and appends each to a file of JSON lines at once; a run that is cut short loses nothing."""
 
     def __init__(self, path: Path | None, **common: str | int) -> None:
         """``common``: settings that every result carries."""
@@ -69,7 +71,8 @@ class Report:
 
 def random_ids(model: Model, count: int, seed: int = 0) -> list[int]:
     """``count`` uniformly drawn token ids."""
-    return np.random.default_rng(seed).integers(0, model.config.vocab, count).tolist()
+    ids: list[int] = np.random.default_rng(seed).integers(0, model.config.vocab, count).tolist()
+    return ids
 
 
 def feed(session: Session, ids: Sequence[int], draft: DraftSession | None = None) -> int:
@@ -135,7 +138,7 @@ class CycleBench:
     """A target and a draft session that run DFlash cycles with a given number of accepted tokens."""
 
     def __init__(self, model: Model, draft: Draft, context: int, cache_k: str, cache_v: str) -> None:
-        """``context``: positions; opened sessions are filled with ``CYCLE_PROMPT`` random tokens before each measurement."""
+        """``context``: positions; ``CYCLE_PROMPT`` of them are filled before each measurement."""
         self.session = Session(model, context, cache_k, cache_v, capture=draft.config.taps)
         self.draft = DraftSession(draft, self.session)
 
@@ -153,7 +156,7 @@ class CycleBench:
         feed(self.session, random_ids(self.session.model, count), self.draft)
 
     def run(self, proposed: int, kept: int, cycles: int, *, split: bool = True) -> Cycles:
-        """Time ``cycles`` cycles of ``proposed`` tokens, each keeping ``kept`` rows (1..proposed + 1); parts too if ``split``."""
+        """Time cycles of ``proposed`` tokens that keep ``kept`` rows, 1..proposed + 1; with ``split`` the parts too."""
         seconds = Cycles()
         for parts in (False, True) if split else (False,):
             self.fill()
@@ -169,7 +172,9 @@ class CycleBench:
                     seconds.total.append(sum(times))
         return seconds
 
-    def _cycle(self, anchor: int, proposed: int, kept: int, synchronise: bool) -> tuple[tuple[float, float, float], int]:
+    def _cycle(
+        self, anchor: int, proposed: int, kept: int, synchronise: bool
+    ) -> tuple[tuple[float, float, float], int]:
         """Seconds of draft, verify and rest, and the next anchor: the target's token after the last kept row."""
         backend = self.session.model.backend
         begin = time.perf_counter()
@@ -200,7 +205,11 @@ def _cycle_results(model: Model, draft: Draft, options: argparse.Namespace) -> I
         with CycleBench(model, draft, longest, options.cache_k[0], options.cache_v[0]) as bench:
             for accepted in sorted({0, proposed}):
                 seconds = bench.run(proposed, accepted + 1, options.cycles)
-                settings: dict[str, str | int] = {"draft_max": proposed, "accepted": accepted, "cache": _pair(options, 0)}
+                settings: dict[str, str | int] = {
+                    "draft_max": proposed,
+                    "accepted": accepted,
+                    "cache": _pair(options, 0),
+                }
                 for part in ("total", "draft", "verify", "rest"):
                     values = [1e3 * value for value in getattr(seconds, part)]
                     yield Result(f"cycle {proposed}/{accepted} {part}", "ms", values, settings)
@@ -243,19 +252,29 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--draft", type=Path, help="measure DFlash cycles with this draft")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, help="of the CPU")
-    parser.add_argument("--prefill", type=numbers, default=[512, 2048], metavar="N,...", help="prompt lengths; '' for none")
-    parser.add_argument("--decode", type=int, default=64, metavar="N", help="single-token steps of a repeat; 0 for none")
+    parser.add_argument(
+        "--prefill", type=numbers, default=[512, 2048], metavar="N,...", help="prompt lengths; '' for none"
+    )
+    parser.add_argument(
+        "--decode", type=int, default=64, metavar="N", help="single-token steps of a repeat; 0 for none"
+    )
     parser.add_argument("--depth", type=numbers, default=[0], metavar="N,...", help="positions before the decode steps")
     parser.add_argument("--cache-k", type=lambda t: t.split(","), default=["f16"], metavar="TYPE,...")
-    parser.add_argument("--cache-v", type=lambda t: t.split(","), default=["f16"], metavar="TYPE,...", help="one for each K type")
-    parser.add_argument("--chunk", type=numbers, default=[512], metavar="N,...", help="rows of a prefill step; depth uses the last")
+    parser.add_argument(
+        "--cache-v", type=lambda t: t.split(","), default=["f16"], metavar="TYPE,...", help="one for each K type"
+    )
+    parser.add_argument(
+        "--chunk", type=numbers, default=[512], metavar="N,...", help="rows of a prefill step; depth uses the last"
+    )
     parser.add_argument("--draft-max", type=numbers, default=[15, 7, 3], metavar="N,...", help="tokens to propose")
     parser.add_argument("--cycles", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="append results here, one JSON object a line")
     options = parser.parse_args(arguments)
     if len(options.cache_k) != len(options.cache_v):
-        parser.error(f"{len(options.cache_k)} K types and {len(options.cache_v)} V types; give one V type for each K type")
+        parser.error(
+            f"{len(options.cache_k)} K types and {len(options.cache_v)} V types; give one V type for each K type"
+        )
     return options
 
 
@@ -263,8 +282,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     begin = time.perf_counter()
     with load_model(options.model, options.device, threads=options.threads) as model:
-        report = Report(options.json, model=options.model.name, device=model.backend.description, threads=model.backend.threads)
-        print(f"{options.model.name} on {model.backend.description}, loaded in {time.perf_counter() - begin:.1f} s", flush=True)
+        report = Report(
+            options.json, model=options.model.name, device=model.backend.description, threads=model.backend.threads
+        )
+        print(
+            f"{options.model.name} on {model.backend.description}, loaded in {time.perf_counter() - begin:.1f} s",
+            flush=True,
+        )
         if options.draft is not None:
             with load_draft(options.draft, model) as draft:
                 for result in _cycle_results(model, draft, options):

@@ -2,9 +2,9 @@
 
     python -m benchmarks.synthetic_acceptance MODEL DRAFT --device cuda --json OUT [--plot OUT.png]
 
-Random weights cost what real ones cost but accept nothing. Here every cycle really drafts and verifies, then a given number of
-rows is committed. The acceptance length counts the bonus token: 1 to block_size. Autoregressive decoding in the same run is the
-base line; the speed-up at a length is what a draft with that mean acceptance length brings.
+Random weights cost what real ones cost but accept nothing. Here every cycle really drafts and verifies, then a given
+number of rows is committed. The acceptance length counts the bonus token: 1 to block_size. Autoregressive decoding in
+the same run is the base line; the speed-up at a length is what a draft with that mean acceptance length brings.
 """
 
 from __future__ import annotations
@@ -14,7 +14,17 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.speed import CYCLE_PROMPT, CycleBench, Report, Result, cycle_context, decode_speed, feed, numbers, random_ids
+from benchmarks.speed import (
+    CYCLE_PROMPT,
+    CycleBench,
+    Report,
+    Result,
+    cycle_context,
+    decode_speed,
+    feed,
+    numbers,
+    random_ids,
+)
 from pydflash.draft import Draft, load_draft
 from pydflash.models import Model, load_model
 from pydflash.session import Session
@@ -25,10 +35,17 @@ def base_line(model: Model, options: argparse.Namespace) -> Result:
     steps = 2 * options.cycles
     with Session(model, CYCLE_PROMPT + 4 * steps, options.cache_k, options.cache_v) as session:
         feed(session, random_ids(model, CYCLE_PROMPT))
-        return Result("autoregressive", "tok/s", decode_speed(session, steps, 3), {"cache": f"{options.cache_k}-{options.cache_v}"})
+        return Result(
+            "autoregressive",
+            "tok/s",
+            decode_speed(session, steps, 3),
+            {"cache": f"{options.cache_k}-{options.cache_v}"},
+        )
 
 
-def curve(model: Model, draft: Draft, options: argparse.Namespace, report: Report, base: float) -> list[tuple[int, float]]:
+def curve(
+    model: Model, draft: Draft, options: argparse.Namespace, report: Report, base: float
+) -> list[tuple[int, float]]:
     """(acceptance length, tokens per second) for each length asked for."""
     points = []
     proposed = min(options.draft_max or draft.config.block_size - 1, draft.config.block_size - 1)
@@ -49,17 +66,19 @@ def curve(model: Model, draft: Draft, options: argparse.Namespace, report: Repor
 def plot(path: Path, points: Sequence[tuple[int, float]], base: float, title: str) -> None:
     """The curve as a picture; says so and does nothing where matplotlib is missing."""
     try:
-        import matplotlib
+        import matplotlib  # type: ignore[import-not-found, unused-ignore]
 
         matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib import pyplot  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         print("matplotlib is not installed; no plot")
         return
     figure, axes = pyplot.subplots(figsize=(7, 4))
     axes.plot([length for length, _ in points], [speed for _, speed in points], marker="o", label="DFlash cycle")
     axes.axhline(base, linestyle="--", color="gray", label="autoregressive")
-    axes.set(xlabel="acceptance length (tokens per verify, bonus token counted)", ylabel="tokens per second", title=title)
+    axes.set(
+        xlabel="acceptance length (tokens per verify, bonus token counted)", ylabel="tokens per second", title=title
+    )
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -67,7 +86,9 @@ def plot(path: Path, points: Sequence[tuple[int, float]], base: float, title: st
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.synthetic_acceptance", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.synthetic_acceptance", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("draft", type=Path)
     parser.add_argument("--device", default="auto")

@@ -194,7 +194,9 @@ class Arena:
 class MappedArena:
     """Tensors that lie in memory the caller owns (a mapped file): nothing is copied. CPU only."""
 
-    def __init__(self, backend: Backend, memory: npt.NDArray[np.uint8], specs: Mapping[str, tuple[Shape, GGMLType, int]]) -> None:
+    def __init__(
+        self, backend: Backend, memory: npt.NDArray[np.uint8], specs: Mapping[str, tuple[Shape, GGMLType, int]]
+    ) -> None:
         """``specs``: name to (row-major shape, dtype, byte offset into ``memory``, a multiple of 32)."""
         if backend.is_cuda:
             raise DeviceError("mapped tensors need the CPU back end")
@@ -202,13 +204,18 @@ class MappedArena:
         self._context = new_context(len(specs), "mapped tensors")
         base = ffi.from_buffer(memory)
         self._buffer = owned(
-            lib.ggml_backend_cpu_buffer_from_ptr(ffi.cast("void *", base), memory.nbytes), lib.ggml_backend_buffer_free, "mapping"
+            lib.ggml_backend_cpu_buffer_from_ptr(ffi.cast("void *", base), memory.nbytes),
+            lib.ggml_backend_buffer_free,
+            "mapping",
         )
         lib.ggml_backend_buffer_set_usage(self._buffer, _USAGE_WEIGHTS)
         self._tensors: dict[str, Tensor] = {}
         for name, (shape, dtype, offset) in specs.items():
             tensor = new_tensor(self._context, shape, dtype)
-            check(lib.ggml_backend_tensor_alloc(self._buffer, tensor, ffi.cast("char *", base) + offset), f"mapping {name}")
+            check(
+                lib.ggml_backend_tensor_alloc(self._buffer, tensor, ffi.cast("char *", base) + offset),
+                f"mapping {name}",
+            )
             self._tensors[name] = Tensor(tensor, shape, dtype, None)
 
     def __getitem__(self, name: str) -> Tensor:

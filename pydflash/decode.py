@@ -1,8 +1,8 @@
 """Decoding: one token a step, or a proposed block a step. Both are generators of ``Step`` with the same signature.
 
-Speculation changes no output. A proposal is verified in one forward; a proposed token is kept iff it is the token that the
-target itself draws at that row, given everything before it. With a greedy sampler the text is therefore the autoregressive one;
-with any other sampler every token is one draw from the target's own law.
+Speculation changes no output. A proposal is verified in one forward; a proposed token is kept iff it is the token that
+the target itself draws at that row, given everything before it. With a greedy sampler the text is therefore the
+autoregressive one; with any other sampler every token is one draw from the target's own law.
 """
 
 from __future__ import annotations
@@ -86,8 +86,9 @@ class Stats:
 class Width:
     """How many tokens to propose: ``draft_max``, or the count that has paid best so far (``adaptive``).
 
-    Adaptive: expected tokens of a proposal of n follow from the measured acceptance rate per position, its cost from the measured
-    seconds of steps of that width; the n with the most tokens per second wins. Untried widths are tried once.
+    Adaptive: expected tokens of a proposal of n follow from the measured acceptance rate per position, its cost from
+    the measured seconds of steps of that width; the n with the most tokens per second wins. Untried widths are tried
+    once.
     """
 
     CANDIDATES = (3, 7, 15)
@@ -130,8 +131,8 @@ def autoregressive(
 ) -> Iterator[Step]:
     """Generate after ``prompt``, one token a step, until ``max_tokens``, a token of ``stop_ids`` or a full context.
 
-    The last token yielded is not in the session yet; everything before it is. Raises ShapeError for an empty prompt, ContextFull
-    when the prompt does not fit.
+    The last token yielded is not in the session yet; everything before it is. Raises ShapeError for an empty prompt,
+    ContextFull when the prompt does not fit.
     """
     stats = stats if stats is not None else Stats()
     history = list(prompt)
@@ -165,9 +166,9 @@ def speculative(
 ) -> Iterator[Step]:
     """Generate after ``prompt``, a proposed block a step; the same tokens as ``autoregressive`` with the same sampler.
 
-    propose -> verify -> accept -> commit. ``draft_max`` limits a proposal (default: block_size - 1); ``adaptive`` chooses its
-    length from live acceptance and measured cost. Generation is cut exactly at ``max_tokens`` or a token of ``stop_ids``, in the
-    middle of a block too; the session then holds everything but the last token.
+    propose -> verify -> accept -> commit. ``draft_max`` limits a proposal (default: block_size - 1); ``adaptive``
+    chooses its length from live acceptance and measured cost. Generation is cut exactly at ``max_tokens`` or a token of
+    ``stop_ids``, in the middle of a block too; the session then holds everything but the last token.
     """
     stats = stats if stats is not None else Stats()
     width = Width(min(draft_max or draft.block - 1, draft.block - 1), adaptive)
@@ -206,7 +207,12 @@ def speculative(
 
 
 def _prefill(
-    session: Session, draft: DraftSession | None, prompt: Sequence[int], sampler: Sampler, history: list[int], stats: Stats
+    session: Session,
+    draft: DraftSession | None,
+    prompt: Sequence[int],
+    sampler: Sampler,
+    history: list[int],
+    stats: Stats,
 ) -> int:
     """Forward the prompt chunk by chunk, hand its features to the draft, and draw the first token."""
     if not len(prompt):

@@ -48,8 +48,8 @@ def load_draft(
 ) -> Draft:
     """Load a DFlash draft (GGUF) for ``target``, in llama.cpp's layout or the other one in the wild.
 
-    ``causal`` overrides whether rows of a block see only earlier rows. Raises LoadError; DraftMismatch when it does not fit the
-    target, naming both values.
+    ``causal`` overrides whether rows of a block see only earlier rows. Raises LoadError; DraftMismatch when it does not
+    fit the target, naming both values.
     """
     file = GGUFFile.open(path)
     try:
@@ -76,15 +76,16 @@ def _check_vocabulary(file: GGUFFile, target: Model) -> None:
 class DraftSession:
     """Proposes blocks for a target session opened with ``capture=draft.config.taps``.
 
-    ``keep(n)`` tells it that the first n rows of the target's last forward were committed; ``propose(anchor)`` then fills the
-    block that starts at the target's length. ``length``: positions whose features were injected or kept.
+    ``keep(n)`` tells it that the first n rows of the target's last forward were committed; ``propose(anchor)`` then
+    fills the block that starts at the target's length. ``length``: positions whose features were injected or kept.
     """
 
     def __init__(self, draft: Draft, target: Session) -> None:
         """Raises ConfigError when the target session does not capture the draft's layers."""
         if target.capture != draft.config.taps:
             raise ConfigError(
-                f"the target session captures layers {list(target.capture)}, the draft needs {list(draft.config.taps)}; "
+                f"the target session captures layers {list(target.capture)}, "
+                f"the draft needs {list(draft.config.taps)}; "
                 "open it with capture=draft.config.taps"
             )
         self.draft, self.target = draft, target
@@ -114,7 +115,9 @@ class DraftSession:
                 "call keep once after every commit, with its count"
             )
         if self._kept:
-            raise StateError(f"keep({n}): {self._kept} rows kept before still wait; call flush() before the target's next forward")
+            raise StateError(
+                f"keep({n}): {self._kept} rows kept before still wait; call flush() before the target's next forward"
+            )
         if n > ops.EXACT_ROWS:
             self._inject(n, self.length)
         else:
@@ -139,8 +142,8 @@ class DraftSession:
     def propose(self, anchor: int, count: int | None = None) -> Proposal:
         """Propose ``count`` tokens (default: the whole block) after ``anchor``, the last token, not yet forwarded.
 
-        The result is what ``Session.forward`` takes: 1 + count tokens on the device. Raises StateError when the draft's context is
-        not the target's, ShapeError for a token outside the vocabulary or a count outside 1..block_size - 1.
+        The result is what ``Session.forward`` takes: 1 + count tokens on the device. Raises StateError when the draft's
+        context is not the target's, ShapeError for a token outside the vocabulary or a count outside 1..block_size - 1.
         """
         self._check_open()
         limit = self.block - 1
@@ -148,10 +151,13 @@ class DraftSession:
         if not 1 <= count <= limit:
             raise ShapeError(f"propose: count is {count}; this draft proposes 1..{limit}")
         if not 0 <= anchor < self.draft.target.config.vocab:
-            raise ShapeError(f"propose: token id {anchor} is outside the vocabulary of {self.draft.target.config.vocab} tokens")
+            raise ShapeError(
+                f"propose: token id {anchor} is outside the vocabulary of {self.draft.target.config.vocab} tokens"
+            )
         if self.length != self.target.length or self.target.pending:
             raise StateError(
-                f"propose: the draft holds {self.length} positions, the target {self.target.length} and {self.target.pending} pending; "
+                f"propose: the draft holds {self.length} positions, "
+                f"the target {self.target.length} and {self.target.pending} pending; "
                 "commit and keep first"
             )
         start = self.length
@@ -162,7 +168,8 @@ class DraftSession:
         return Proposal(self._proposal["tokens"], count + 1, self.draft.target.backend)
 
     def logits(self) -> npt.NDArray[np.float32]:
-        """(block_size, vocab) logits of the last proposal; row 0, the anchor's, means nothing. StateError before the first."""
+        """(block_size, vocab) logits of the last proposal; row 0, the anchor's, means nothing. StateError before the
+        first."""
         if self._last is None or self._last.logits is None:
             raise StateError("logits: nothing was proposed yet")
         out = np.empty(self._last.logits.shape, np.float32)

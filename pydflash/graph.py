@@ -1,7 +1,7 @@
 """Persistent graphs: built once for constant shapes, allocated once, replayed for every step.
 
-What changes from step to step (token ids, positions, row numbers, counts) are inputs: tensors whose contents are written
-before each run. Building a graph costs about a microsecond an operation in Python and never happens per token.
+What changes from step to step (token ids, positions, row numbers, counts) are inputs: tensors whose contents are
+written before each run. Building a graph costs about a microsecond an operation in Python and never happens per token.
 """
 
 from __future__ import annotations
@@ -55,13 +55,21 @@ class Graph:
             if not lib.ggml_backend_supports_op(self.backend.c, node):
                 name = ffi.string(lib.ggml_op_desc(node)).decode()
                 shape = tuple(int(n) for n in reversed(list(node.ne)))
-                raise DeviceError(f"{self.backend.name} cannot run {name} with a result of shape {shape} and its operands' types")
-        self._allocator = owned(lib.ggml_gallocr_new(self.backend.buffer_type), lib.ggml_gallocr_free, "a graph allocator")
+                raise DeviceError(
+                    f"{self.backend.name} cannot run {name} with a result of shape {shape} and its operands' types"
+                )
+        self._allocator = owned(
+            lib.ggml_gallocr_new(self.backend.buffer_type), lib.ggml_gallocr_free, "a graph allocator"
+        )
         size = ffi.new("size_t[1]")
         lib.ggml_gallocr_reserve_n_size(self._allocator, self.c, ffi.NULL, ffi.NULL, size)
         self.backend.check_free(int(size[0]), "a graph's working memory")
-        if not (lib.ggml_gallocr_reserve(self._allocator, self.c) and lib.ggml_gallocr_alloc_graph(self._allocator, self.c)):
-            raise OutOfMemory(f"a graph's working memory of {int(size[0]):,} bytes could not be had on {self.backend.name}")
+        if not (
+            lib.ggml_gallocr_reserve(self._allocator, self.c) and lib.ggml_gallocr_alloc_graph(self._allocator, self.c)
+        ):
+            raise OutOfMemory(
+                f"a graph's working memory of {int(size[0]):,} bytes could not be had on {self.backend.name}"
+            )
         self.nbytes = int(lib.ggml_gallocr_get_buffer_size(self._allocator, 0))
         lib.pydflash_graph_set_uid(self.c)
 

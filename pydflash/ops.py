@@ -1,8 +1,8 @@
 """The operations of the models, under the names their papers use. Shapes are checked here, before ggml sees them.
 
-T is the number of rows (tokens) of a step, H query heads, Hkv key/value heads, D a head's size, C hidden or channel columns.
-A step of at most ``EXACT_ROWS`` rows takes the kernels whose rows do not depend on one another (D8 in docs/architecture.md);
-wider steps (prefill) take ggml's faster ones.
+T is the number of rows (tokens) of a step, H query heads, Hkv key/value heads, D a head's size, C hidden or channel
+columns. A step of at most ``EXACT_ROWS`` rows takes the kernels whose rows do not depend on one another (D8 in
+docs/architecture.md); wider steps (prefill) take ggml's faster ones.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def _custom(
 def get_rows(table: Tensor, rows: Tensor) -> Tensor:
     """``table[rows]`` as f32: (N, C) of any dtype and (T,) int32 to (T, C)."""
     _require(rows.dtype == GGMLType.I32, f"get_rows: {rows!r} are not i32")
-    _require(len(table.shape) == 2 and len(rows.shape) == 1, f"get_rows: {table!r} is not a matrix or {rows!r} not a vector")
+    _require(
+        len(table.shape) == 2 and len(rows.shape) == 1, f"get_rows: {table!r} is not a matrix or {rows!r} not a vector"
+    )
     shape = (rows.shape[0], table.shape[1])
     return rows.derive(lib.ggml_get_rows(rows.context, table.c, rows.c), shape, GGMLType.F32)
 
@@ -159,7 +161,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rope(x: Tensor, positions: Tensor, dims: int, base: float) -> Tensor:
-    """Rotary embedding of the first ``dims`` values of each head, NEOX pairs (i, i + dims/2): (T, H, D), positions (T,) int32.
+    """Rotary embedding of the first ``dims`` values of each head, NEOX pairs (i, i + dims/2): (T, H, D), positions (T,)
+    int32.
 
     For text, Qwen's interleaved multi-axis RoPE has the same position on every axis and equals this.
     """
@@ -200,14 +203,19 @@ def attention(
 ) -> Tensor:
     """Softmax attention of at most 16 rows over a cache (ggml_ext/attention.h): q (T, H, D) to (T, H, D).
 
-    ``k_cache``, ``v_cache``: (P, Hkv*D), each of its own dtype. A row at position p sees slots with position <= p (all when not
-    ``causal``), within ``window`` positions unless 0. Slot s holds position s, or ``slot_positions[s]`` (negative: empty).
+    ``k_cache``, ``v_cache``: (P, Hkv*D), each of its own dtype. A row at position p sees slots with position <= p (all
+    when not
+    ``causal``), within ``window`` positions unless 0. Slot s holds position s, or ``slot_positions[s]`` (negative:
+    empty).
     """
     _check_attention("attention", q, k_cache, v_cache, kv_heads)
     rows, _, size = q.shape
     _require(rows <= EXACT_ROWS, f"attention: {rows} rows; at most {EXACT_ROWS}")
     _require(k_cache.shape[0] % 32 == 0, f"attention: {k_cache.shape[0]} cache slots are not a multiple of 32")
-    _require(positions.shape == (rows,) and window >= 0, f"attention: positions {positions!r} for {rows} rows, window {window}")
+    _require(
+        positions.shape == (rows,) and window >= 0,
+        f"attention: positions {positions!r} for {rows} rows, window {window}",
+    )
     operands = [q.contiguous(), k_cache, v_cache, positions]
     if slot_positions is not None:
         _require(slot_positions.shape == k_cache.shape[:1], f"attention: {slot_positions!r} does not cover {k_cache!r}")
@@ -216,7 +224,8 @@ def attention(
 
 
 def attention_prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor, kv_heads: int) -> Tensor:
-    """Softmax attention of any number of rows by ggml's flash attention: q (T, H, D), mask (T, P) f16 added to the scores."""
+    """Softmax attention of any number of rows by ggml's flash attention: q (T, H, D), mask (T, P) f16 added to the
+    scores."""
     _check_attention("attention_prefill", q, k_cache, v_cache, kv_heads)
     rows, heads, size = q.shape
     slots = k_cache.shape[0]
@@ -229,7 +238,9 @@ def attention_prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor,
 
 def _check_attention(op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_heads: int) -> None:
     """What both attentions ask of q (T, H, D) and of a cache (P, Hkv*D)."""
-    _require(len(q.shape) == 3 and q.shape[2] in (64, 128, 256), f"{op}: q {q!r} is not (T, H, D) with D 64, 128 or 256")
+    _require(
+        len(q.shape) == 3 and q.shape[2] in (64, 128, 256), f"{op}: q {q!r} is not (T, H, D) with D 64, 128 or 256"
+    )
     _require(
         k_cache.shape == v_cache.shape == (k_cache.shape[0], kv_heads * q.shape[2]) and q.shape[1] % kv_heads == 0,
         f"{op}: q {q!r} does not fit K {k_cache!r}, V {v_cache!r} of {kv_heads} heads",
@@ -261,20 +272,27 @@ def delta_inputs(
 ) -> Tensor:
     """Convolution, gates and tape of a gated delta-net layer (ggml_ext/delta_inputs.h).
 
-    x (T, C) raw q|k|v, alpha and beta (T, Hv), counts (2,) int32 = rows to replay, real rows; result (16 + T, C + 2 Hv).
+    x (T, C) raw q|k|v, alpha and beta (T, Hv), counts (2,) int32 = rows to replay, real rows; result (16 + T, C + 2
+    Hv).
     ``keep``: the rows stay pending (T <= 16); otherwise they are committed at once.
     """
     rows, channels = x.shape
     heads = alpha.shape[1]
     history = conv_weight.shape[1] - 1
-    _require(alpha.shape == beta.shape == (rows, heads), f"delta_inputs: alpha {alpha!r}, beta {beta!r} for {rows} rows")
+    _require(
+        alpha.shape == beta.shape == (rows, heads), f"delta_inputs: alpha {alpha!r}, beta {beta!r} for {rows} rows"
+    )
     _require(conv_weight.shape[0] == channels, f"delta_inputs: conv weight {conv_weight!r} for {channels} channels")
-    _require(ssm_a.shape == dt_bias.shape == (heads,), f"delta_inputs: ssm_a {ssm_a!r}, dt {dt_bias!r} for {heads} heads")
+    _require(
+        ssm_a.shape == dt_bias.shape == (heads,), f"delta_inputs: ssm_a {ssm_a!r}, dt {dt_bias!r} for {heads} heads"
+    )
     _require(
         window.shape == (history + TAPE_ROWS, channels + 2 * heads) and counts.shape == (2,),
         f"delta_inputs: window {window!r} or counts {counts!r}",
     )
-    _require(not keep or rows <= TAPE_ROWS, f"delta_inputs: {rows} rows cannot stay pending, the tape holds {TAPE_ROWS}")
+    _require(
+        not keep or rows <= TAPE_ROWS, f"delta_inputs: {rows} rows cannot stay pending, the tape holds {TAPE_ROWS}"
+    )
     operands = [x, alpha, beta, conv_weight, ssm_a, dt_bias, window, counts]
     return _custom(lib.PYDFLASH_OP_DELTA_INPUTS, operands, (TAPE_ROWS + rows, channels + 2 * heads), [int(keep)])
 
@@ -288,7 +306,8 @@ def delta_rule(inputs: Tensor, state: Tensor, counts: Tensor, *, k_heads: int, e
         f"delta_rule: inputs {inputs!r} do not fit state {state!r} and {k_heads} k-heads",
     )
     _require(
-        heads % k_heads == 0 and counts.shape == (2,), f"delta_rule: {k_heads} k-heads for {heads} heads, or counts {counts!r}"
+        heads % k_heads == 0 and counts.shape == (2,),
+        f"delta_rule: {k_heads} k-heads for {heads} heads, or counts {counts!r}",
     )
     _require(size % 32 == 0 and size <= 256, f"delta_rule: head size {size} is not a multiple of 32 up to 256")
     return _custom(

@@ -57,8 +57,8 @@ class Proposal:
 class Output:
     """What a forward computed for the rows it was asked for; valid until the session's next forward.
 
-    ``logits``: (rows, vocab) float32, copied from the device when first asked for. ``argmax``: (rows,) int32, the most likely
-    token of each row; which of equal ones is the device's choice, the same at every width.
+    ``logits``: (rows, vocab) float32, copied from the device when first asked for. ``argmax``: (rows,) int32, the most
+    likely token of each row; which of equal ones is the device's choice, the same at every width.
     """
 
     def __init__(self, session: Session, graph: _StepGraph | None, first: int, rows: int) -> None:
@@ -105,10 +105,10 @@ class _StepGraph:
 class Session:
     """A sequence of tokens and everything the model remembers of it.
 
-    ``forward(tokens)`` computes ``len(tokens)`` positions and leaves them pending; ``commit(n)`` keeps the first n of them and
-    forgets the rest. At most 16 rows can be kept in part; a wider forward is committed whole.
-    ``length``: committed positions. ``pending``: positions computed and not committed. ``capture``: layers whose residual
-    stream is left in ``features`` (rows, layers, hidden) for a draft.
+    ``forward(tokens)`` computes ``len(tokens)`` positions and leaves them pending; ``commit(n)`` keeps the first n of
+    them and forgets the rest. At most 16 rows can be kept in part; a wider forward is committed whole.
+    ``length``: committed positions. ``pending``: positions computed and not committed. ``capture``: layers whose
+    residual stream is left in ``features`` (rows, layers, hidden) for a draft.
     """
 
     def __init__(
@@ -123,7 +123,8 @@ class Session:
         capture: Sequence[int] = (),
         environment: Mapping[str, str] = os.environ,
     ) -> None:
-        """``max_context``: positions. ``cache_k``, ``cache_v``: f32, f16, bf16, q8_0 or q4_0. ``chunk``: rows of a prefill step.
+        """``max_context``: positions. ``cache_k``, ``cache_v``: f32, f16, bf16, q8_0 or q4_0. ``chunk``: rows of a
+        prefill step.
 
         Raises ConfigError, OutOfMemory.
         """
@@ -161,8 +162,8 @@ class Session:
     def forward(self, tokens: Sequence[int] | npt.NDArray[np.integer] | Proposal, logits: Head = "last") -> Output:
         """Compute the next positions and leave them pending. A Proposal is read where it lies, on the device.
 
-        ``logits``: the rows the LM head runs for: 'last', 'all' or 'none'. Raises ShapeError for an empty list or a token outside
-        the vocabulary, ContextFull, StateError when rows are pending already.
+        ``logits``: the rows the LM head runs for: 'last', 'all' or 'none'. Raises ShapeError for an empty list or a
+        token outside the vocabulary, ContextFull, StateError when rows are pending already.
         """
         self._check(len(tokens), logits)
         if isinstance(tokens, Proposal):
@@ -230,7 +231,9 @@ class Session:
     def _check(self, count: int, logits: Head) -> None:
         self._check_open()
         if self.pending:
-            raise StateError(f"{self.pending} positions are pending; commit(n) or commit(0) them before the next forward")
+            raise StateError(
+                f"{self.pending} positions are pending; commit(n) or commit(0) them before the next forward"
+            )
         if logits not in ("last", "all", "none"):
             raise ConfigError(f"logits is {logits!r}; valid values are 'last', 'all', 'none'")
         self.check_room(count)
@@ -347,4 +350,5 @@ class Session:
 def _causal_mask(positions: npt.NDArray[np.int32], span: int) -> npt.NDArray[np.float16]:
     """0 where a row may look, -inf elsewhere; padding looks at slot 0, so that its softmax is defined."""
     reach = np.maximum(positions, 0)[:, None]
-    return np.where(np.arange(span)[None, :] <= reach, np.float16(0), np.float16(-np.inf))
+    mask: npt.NDArray[np.float16] = np.where(np.arange(span)[None, :] <= reach, np.float16(0), np.float16(-np.inf))
+    return mask

@@ -1,8 +1,9 @@
 """What a session remembers: the K/V cache of the attention layers and the state of the delta-net layers.
 
-Both follow one protocol. A step writes the rows it is given and leaves them pending; how many of them become part of the
-sequence is told by the next step's inputs. K/V rows need nothing for that: a row beyond the committed length is never seen
-and is overwritten. A delta-net layer replays the rows that were kept (ggml_ext/delta_inputs.h, delta_rule.h).
+Both follow one protocol. A step writes the rows it is given and leaves them pending; how many of them become part of
+the sequence is told by the next step's inputs. K/V rows need nothing for that: a row beyond the committed length is
+never seen and is overwritten. A delta-net layer replays the rows that were kept (ggml_ext/delta_inputs.h,
+delta_rule.h).
 """
 
 from __future__ import annotations
@@ -57,11 +58,14 @@ K_BASES = {
 """The bases by name. 'hadamard-256' is llama.cpp's for heads of 256."""
 
 
-def k_basis(k_type: GGMLType, head_size: int, requested: str = "auto", environment: Mapping[str, str] | None = None) -> KBasis:
+def k_basis(
+    k_type: GGMLType, head_size: int, requested: str = "auto", environment: Mapping[str, str] | None = None
+) -> KBasis:
     """The rule: which basis a K cache is stored in.
 
-    An explicit ``requested`` name wins, then PYDFLASH_K_ROTATION, then DFLASH_SKIP_WHT=1 (no rotation for a q4_0 cache); 'auto'
-    rotates q4_0, whose 4 bits lose the most to outlier channels, by the largest group that divides the head, and no other type.
+    An explicit ``requested`` name wins, then PYDFLASH_K_ROTATION, then DFLASH_SKIP_WHT=1 (no rotation for a q4_0
+    cache); 'auto' rotates q4_0, whose 4 bits lose the most to outlier channels, by the largest group that divides the
+    head, and no other type.
     Raises ConfigError for an unknown name or a group that does not divide ``head_size``.
     """
     environment = environment or {}
@@ -76,7 +80,9 @@ def k_basis(k_type: GGMLType, head_size: int, requested: str = "auto", environme
     basis = K_BASES[requested]
     if basis.group and head_size % basis.group:
         fitting = ["auto", *(b.name for b in K_BASES.values() if not b.group or head_size % b.group == 0)]
-        raise ConfigError(f"k_rotation {requested!r} does not divide heads of {head_size}; valid values are {', '.join(fitting)}")
+        raise ConfigError(
+            f"k_rotation {requested!r} does not divide heads of {head_size}; valid values are {', '.join(fitting)}"
+        )
     return basis
 
 
@@ -93,8 +99,9 @@ def rotation_signs(group: int) -> np.ndarray:
 class StepInputs:
     """The tensors of one graph that say which rows a step holds. T rows, of which some may be padding.
 
-    positions (T,) int32: absolute positions, -1 for padding. rows (T,) int32: cache rows to write. counts (2,) int32: rows to
-    replay, real rows. slots: cache rows that this graph's attention spans. mask: (T, slots) f16 for steps wider than 16 rows.
+    positions (T,) int32: absolute positions, -1 for padding. rows (T,) int32: cache rows to write. counts (2,) int32:
+    rows to replay, real rows. slots: cache rows that this graph's attention spans. mask: (T, slots) f16 for steps wider
+    than 16 rows.
     keep: the rows stay pending until a commit.
     """
 
@@ -119,20 +126,29 @@ class CacheGeometry(Protocol):
 
 
 class KVCache:
-    """K and V of every attention layer: one row per position, quantised as chosen, and a last row for padding to fall into.
+    """K and V of every attention layer: one row per position, quantised as chosen, and a last row for padding to fall
+    into.
 
     ``capacity``: positions, a multiple of 256. ``nbytes``: what it takes on the device.
     """
 
     def __init__(
-        self, backend: Backend, geometry: CacheGeometry, capacity: int, k_type: GGMLType, v_type: GGMLType, basis: KBasis
+        self,
+        backend: Backend,
+        geometry: CacheGeometry,
+        capacity: int,
+        k_type: GGMLType,
+        v_type: GGMLType,
+        basis: KBasis,
     ) -> None:
         self.capacity, self.basis, self.kv_heads = capacity, basis, geometry.kv_heads
         self.k_type, self.v_type = k_type, v_type
         width = geometry.kv_heads * geometry.head_size
         for option, dtype in (("cache_k", k_type), ("cache_v", v_type)):
             if geometry.head_size % dtype.block_size:
-                raise ConfigError(f"{option} {dtype.name.lower()} packs {dtype.block_size} values, heads hold {geometry.head_size}")
+                raise ConfigError(
+                    f"{option} {dtype.name.lower()} packs {dtype.block_size} values, heads hold {geometry.head_size}"
+                )
         specs: dict[str, tuple[Shape, GGMLType]] = {}
         for layer in geometry.attention_layers:
             specs[f"k.{layer}"] = ((capacity + 1, width), k_type)
@@ -224,10 +240,12 @@ class DeltaState:
 
 @dataclass
 class DraftInputs:
-    """The tensors of one draft graph. T rows of the block; ``rings`` says, per layer, which entry of the lists is its own.
+    """The tensors of one draft graph. T rows of the block; ``rings`` says, per layer, which entry of the lists is its
+    own.
 
-    positions (T,) int32: the block's own positions. ends (T,) int32: the last of them in every row, which is how far a full
-    layer's rows see. rows: per ring, (T,) int32, where block K/V are written. slots: per ring, rows of the table to attend over.
+    positions (T,) int32: the block's own positions. ends (T,) int32: the last of them in every row, which is how far a
+    full layer's rows see. rows: per ring, (T,) int32, where block K/V are written. slots: per ring, rows of the table
+    to attend over.
     slot_positions: per ring, (slots,) int32 or None where slot s holds position s.
     """
 
@@ -256,10 +274,12 @@ class DraftGeometry(Protocol):
 
 
 class DraftCache:
-    """K and V that target features inject, one ring per distinct window: sliding layers remember no more than they can see.
+    """K and V that target features inject, one ring per distinct window: sliding layers remember no more than they can
+    see.
 
-    ``windows``: the distinct windows, 0 for full attention; ``capacities``: slots of each ring. A ring holds position p in slot
-    p % capacity; the ring of full layers is as long as the context, so that slot p is position p. Padding falls into a last row.
+    ``windows``: the distinct windows, 0 for full attention; ``capacities``: slots of each ring. A ring holds position p
+    in slot p % capacity; the ring of full layers is as long as the context, so that slot p is position p. Padding falls
+    into a last row.
     """
 
     def __init__(self, backend: Backend, geometry: DraftGeometry, context: int) -> None:

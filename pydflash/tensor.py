@@ -1,7 +1,7 @@
 """A tensor of a graph: shape, dtype, arithmetic and movement. Every operation with a name of its own lives in ``ops``.
 
-Shapes are row-major as in numpy: ``(rows, columns)``, the last axis contiguous. ggml counts its axes the other way round;
-the reversal happens in this file and nowhere else.
+Shapes are row-major as in numpy: ``(rows, columns)``, the last axis contiguous. ggml counts its axes the other way
+round; the reversal happens in this file and nowhere else.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def ggml_shape(shape: Sequence[int]) -> list[int]:
 
 
 class Tensor:
-    """A ggml tensor. ``graph`` is the graph that computes it, or None for weights and state, which any graph may read."""
+    """A ggml tensor. ``graph`` is the graph that computes it, or None for weights and state, which any graph may
+    read."""
 
     __slots__ = ("c", "dtype", "graph", "shape")
 
@@ -127,5 +128,7 @@ class Tensor:
 def new_tensor(context: Any, shape: Shape, dtype: GGMLType) -> Any:
     """A leaf of ``context``; ShapeError unless ggml can hold it."""
     if not 1 <= len(shape) <= 4 or any(not 1 <= n < 2**40 for n in shape) or shape[-1] % dtype.block_size:
-        raise ShapeError(f"no {dtype.name} tensor of shape {shape}: 1 to 4 axes, rows of whole blocks of {dtype.block_size}")
+        raise ShapeError(
+            f"no {dtype.name} tensor of shape {shape}: 1 to 4 axes, rows of whole blocks of {dtype.block_size}"
+        )
     return lib.ggml_new_tensor(context, int(dtype), 4, ffi.new("int64_t[4]", ggml_shape(shape)))

@@ -41,13 +41,19 @@ def find_tensors(file: GGUFFile, expected: Mapping[str, Shape]) -> dict[str, Ten
     for name, shape in expected.items():
         info = file.tensors.get(name)
         if info is None:
-            raise MissingTensor(f"{file.path}: tensor {name!r} of shape {shape} is missing; the file is incomplete or of another model")
+            raise MissingTensor(
+                f"{file.path}: tensor {name!r} of shape {shape} is missing; the file is incomplete or of another model"
+            )
         if info.shape != shape:
             raise LoadError(f"{file.path}: tensor {name!r} has shape {info.shape}; its metadata asks for {shape}")
         if (len(shape) == 1 or "conv1d" in name) and info.type != GGMLType.F32:
-            raise LoadError(f"{file.path}: tensor {name!r} is {info.type.name}; norms, biases and convolutions must be F32")
+            raise LoadError(
+                f"{file.path}: tensor {name!r} is {info.type.name}; norms, biases and convolutions must be F32"
+            )
         if not info.type.is_weight:
-            raise LoadError(f"{file.path}: tensor {name!r} is {info.type.name}, which is no type of a weight; convert the file again")
+            raise LoadError(
+                f"{file.path}: tensor {name!r} is {info.type.name}, which no weight can have; convert the file again"
+            )
         found[name] = info
     return found
 
@@ -55,7 +61,9 @@ def find_tensors(file: GGUFFile, expected: Mapping[str, Shape]) -> dict[str, Ten
 class Weights:
     """Tensors by their GGUF names. They never change after loading. ``close()`` frees them."""
 
-    def __init__(self, file: GGUFFile, infos: Mapping[str, TensorInfo], backend: Backend, progress: Progress | None = None) -> None:
+    def __init__(
+        self, file: GGUFFile, infos: Mapping[str, TensorInfo], backend: Backend, progress: Progress | None = None
+    ) -> None:
         """Load ``infos`` of ``file``. Raises OutOfMemory before anything is read."""
         self.backend = backend
         self.nbytes = sum(info.nbytes for info in infos.values())

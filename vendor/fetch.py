@@ -1,6 +1,7 @@
 """Fetch the pinned ggml: download the source distribution by package name, check its hash, unpack one folder.
 
-Called by CMake (vendor/ggml.cmake) as ``python fetch.py PIN CACHE_DIR``; prints the folder that holds ggml's CMakeLists.txt.
+Called by CMake (vendor/ggml.cmake) as ``python fetch.py PIN CACHE_DIR``; prints the folder that holds ggml's
+CMakeLists.txt.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ __all__ = ["Model", "load_model"]
 class Model:
     """A loaded target: immutable weights on one device, shared by any number of sessions.
 
-    ``config`` holds the hyperparameters, ``tokenizer`` the vocabulary, ``file`` the GGUF file with its metadata, ``backend`` the
-    device. ``close()`` (or ``with``) frees everything; close the model's sessions first.
+    ``config`` holds the hyperparameters, ``tokenizer`` the vocabulary, ``file`` the GGUF file with its metadata,
+    ``backend`` the device. ``close()`` (or ``with``) frees everything; close the model's sessions first.
     """
 
     def __init__(self, file: GGUFFile, backend: Backend, config: Config, weights: Weights) -> None:
@@ -44,7 +44,8 @@ def load_model(
 ) -> Model:
     """Load a ``qwen35`` GGUF file (the first part of a split one loads all).
 
-    ``device``: 'auto', 'cpu', 'cuda' or 'cuda:N'. ``progress(bytes_done, bytes_total)`` is called while weights are read.
+    ``device``: 'auto', 'cpu', 'cuda' or 'cuda:N'. ``progress(bytes_done, bytes_total)`` is called while weights are
+    read.
     ``threads`` is for the CPU. Raises LoadError, NoDevice or OutOfMemory; nothing stays allocated then.
     """
     file = GGUFFile.open(path)

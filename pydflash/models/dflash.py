@@ -1,9 +1,10 @@
 """The DFlash draft (arXiv:2602.06036): a few Qwen3-style layers that fill a block of masks in one pass.
 
-The draft has no embedding and no head of its own; it uses the target's. What it knows of the text are fused *features* of the
-target: residual streams tapped after some layers, projected and normalised, whose K and V are injected into every layer. A block
-is [anchor, MASK, MASK, ...] at positions start, start+1, ...; row i proposes the token at its own position start + i.
-T rows of a step; H, Hkv, D query heads, key/value heads and their size.
+The draft has no embedding and no head of its own; it uses the target's. What it knows of the text are fused *features*
+of the
+target: residual streams tapped after some layers, projected and normalised, whose K and V are injected into every
+layer. A block is [anchor, MASK, MASK, ...] at positions start, start+1, ...; row i proposes the token at its own
+position start + i. T rows of a step; H, Hkv, D query heads, key/value heads and their size.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ _UNSUPPORTED = {
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """Hyperparameters of a draft. ``taps``: target layers (0-based) after which the residual stream is tapped, in order.
+    """Hyperparameters of a draft. ``taps``: target layers (0-based) after which the residual stream is tapped, in
+    order.
 
-    ``windows``: per layer, the sliding window or 0 for full attention. ``causal``: per layer, whether block rows see only
-    earlier rows of the block.
+    ``windows``: per layer, the sliding window or 0 for full attention. ``causal``: per layer, whether block rows see
+    only earlier rows of the block.
     """
 
     layers: int
@@ -56,17 +58,21 @@ class DraftConfig:
     def read(cls, file: GGUFFile, causal: bool | None = None) -> DraftConfig:
         """From a file's metadata, in either layout (tensor names decide which).
 
-        ``causal`` overrides what the file says of the rows inside a block, for every layer. Without it and without a key
-        'attention.causal', sliding layers are causal inside the block and full layers are not.
+        ``causal`` overrides what the file says of the rows inside a block, for every layer. Without it and without a
+        key 'attention.causal', sliding layers are causal inside the block and full layers are not.
         Raises UnsupportedArchitecture or BadMetadata.
         """
         prefix = file.require("general.architecture", str)
         if prefix != "dflash" and prefix not in _FORK_ARCHITECTURES:
             known = ", ".join(("dflash", *_FORK_ARCHITECTURES))
-            raise UnsupportedArchitecture(f"{file.path}: architecture {prefix!r} is not a DFlash draft; known are {known}")
+            raise UnsupportedArchitecture(
+                f"{file.path}: architecture {prefix!r} is not a DFlash draft; known are {known}"
+            )
         for name, what in _UNSUPPORTED.items():
             if name in file.tensors:
-                raise UnsupportedArchitecture(f"{file.path}: the draft has {what} (tensor {name!r}), which is not supported")
+                raise UnsupportedArchitecture(
+                    f"{file.path}: the draft has {what} (tensor {name!r}), which is not supported"
+                )
 
         def number(key: str) -> int:
             value = int(file.require(f"{prefix}.{key}", int))
@@ -81,7 +87,10 @@ class DraftConfig:
         if fork:
             taps, mask = file.require(f"{prefix}.dflash.target_layer_ids", list), f"{prefix}.dflash.mask_token_id"
         else:
-            taps, mask = [int(t) - 1 for t in file.require(f"{prefix}.target_layers", list)], "tokenizer.ggml.mask_token_id"
+            taps, mask = (
+                [int(t) - 1 for t in file.require(f"{prefix}.target_layers", list)],
+                "tokenizer.ggml.mask_token_id",
+            )
         config = cls(
             layers=layers,
             hidden=number("embedding_length"),
@@ -102,7 +111,10 @@ class DraftConfig:
 
     def _check(self, file: GGUFFile) -> None:
         rules = [
-            (2 <= self.block_size <= ops.EXACT_ROWS, f"block_size is {self.block_size}; 2 to {ops.EXACT_ROWS} are supported"),
+            (
+                2 <= self.block_size <= ops.EXACT_ROWS,
+                f"block_size is {self.block_size}; 2 to {ops.EXACT_ROWS} are supported",
+            ),
             (self.heads % self.kv_heads == 0, f"{self.heads} heads over {self.kv_heads} K/V heads"),
             (self.head_size in (64, 128, 256), f"heads of {self.head_size}; 64, 128 and 256 are supported"),
             (1.0 <= self.rope_base < 1e12, f"rope.freq_base is {self.rope_base}"),
@@ -115,13 +127,18 @@ class DraftConfig:
                 raise BadMetadata(f"{file.path}: {found}")
 
     def check_target(self, path: object, layers: int, hidden: int, vocab: int) -> None:
-        """DraftMismatch, naming both values, unless the draft fits a target with ``layers``, ``hidden`` and ``vocab``."""
+        """DraftMismatch, naming both values, unless the draft fits a target with ``layers``, ``hidden`` and
+        ``vocab``."""
         if self.hidden != hidden:
             raise DraftMismatch(f"{path}: the draft's hidden size is {self.hidden}, the target's {hidden}")
         if not all(0 <= tap < layers for tap in self.taps):
-            raise DraftMismatch(f"{path}: the draft taps layers {list(self.taps)}, the target has layers 0..{layers - 1}")
+            raise DraftMismatch(
+                f"{path}: the draft taps layers {list(self.taps)}, the target has layers 0..{layers - 1}"
+            )
         if self.mask_token_id >= vocab:
-            raise DraftMismatch(f"{path}: the draft's mask token is {self.mask_token_id}, the target's vocabulary holds {vocab}")
+            raise DraftMismatch(
+                f"{path}: the draft's mask token is {self.mask_token_id}, the target's vocabulary holds {vocab}"
+            )
 
     def tensors(self) -> dict[str, Shape]:
         """Every tensor of the forward pass: name (of the llama.cpp layout) to row-major shape."""
@@ -165,7 +182,9 @@ def _windows(file: GGUFFile, prefix: str, layers: int) -> tuple[int, ...]:
     if pattern is None:
         pattern = [window > 0] * layers
     if len(pattern) != layers or not 0 <= window <= 1 << 24 or (any(pattern) and not window):
-        raise BadMetadata(f"{file.path}: sliding_window {window} with pattern {list(pattern)} does not fit {layers} layers")
+        raise BadMetadata(
+            f"{file.path}: sliding_window {window} with pattern {list(pattern)} does not fit {layers} layers"
+        )
     return tuple(window if sliding else 0 for sliding in pattern)
 
 
@@ -216,7 +235,8 @@ class DFlash:
         self.layers = [DraftLayer(weights, names, layer, config) for layer in range(config.layers)]
 
     def inject(self, features: Tensor, positions: Tensor, rows: Sequence[Tensor], cache: DraftCache) -> None:
-        """Write the context K and V of target features, (T, taps * hidden), into every layer's cache (paper, KV injection)."""
+        """Write the context K and V of target features, (T, taps * hidden), into every layer's cache (paper, KV
+        injection)."""
         h = ops.rms_norm(self.fc(features), self.hidden_norm, self.config.eps)  # no input norm on context rows
         for layer, table_rows in zip(self.layers, rows):
             k, v = layer.keys_values(h, positions)

@@ -1,7 +1,8 @@
 """Qwen3.5/3.6 (GGUF architecture ``qwen35``): gated delta-net layers with a gated full-attention layer every few.
 
-T rows of a step; H, Hkv, D query heads, key/value heads and their size; Hk, Hv, S key heads, value heads and state size of the
-delta-net. Sources: Gated Delta Networks (Yang et al. 2024), Gated Attention (Qiu et al. 2025), Qwen3.5's reference code.
+T rows of a step; H, Hkv, D query heads, key/value heads and their size; Hk, Hv, S key heads, value heads and state size
+of the delta-net. Sources: Gated Delta Networks (Yang et al. 2024), Gated Attention (Qiu et al. 2025), Qwen3.5's
+reference code.
 """
 
 from __future__ import annotations
@@ -86,12 +87,18 @@ class Config:
         sections = file.get("qwen35.rope.dimension_sections", list, default=None)
         rules = {
             "block_count": (self.layers >= 1, f"{self.layers} layers besides the MTP blocks"),
-            "attention.head_count": (self.heads % self.kv_heads == 0, f"{self.heads} heads over {self.kv_heads} K/V heads"),
+            "attention.head_count": (
+                self.heads % self.kv_heads == 0,
+                f"{self.heads} heads over {self.kv_heads} K/V heads",
+            ),
             "attention.value_length": (
                 int(file.get("qwen35.attention.value_length", int, default=self.head_size)) == self.head_size,
                 f"differs from key_length {self.head_size}",
             ),
-            "attention.key_length": (self.head_size in (64, 128, 256), f"{self.head_size}; 64, 128 and 256 are supported"),
+            "attention.key_length": (
+                self.head_size in (64, 128, 256),
+                f"{self.head_size}; 64, 128 and 256 are supported",
+            ),
             "rope.dimension_count": (
                 self.rope_dims <= self.head_size and self.rope_dims % 2 == 0,
                 f"{self.rope_dims} for heads of {self.head_size}",
@@ -100,9 +107,18 @@ class Config:
                 sections is None or 2 * sum(int(s) for s in sections) <= self.rope_dims,
                 f"{sections} cover more than {self.rope_dims // 2} pairs",
             ),
-            "ssm.time_step_rank": (self.v_heads % self.k_heads == 0, f"{self.v_heads} value heads over {self.k_heads} key heads"),
-            "ssm.inner_size": (inner == self.v_heads * self.state_size, f"{inner}, not {self.v_heads} heads of {self.state_size}"),
-            "ssm.state_size": (self.state_size in (32, 64, 128, 256), f"{self.state_size}; 32, 64, 128 and 256 are supported"),
+            "ssm.time_step_rank": (
+                self.v_heads % self.k_heads == 0,
+                f"{self.v_heads} value heads over {self.k_heads} key heads",
+            ),
+            "ssm.inner_size": (
+                inner == self.v_heads * self.state_size,
+                f"{inner}, not {self.v_heads} heads of {self.state_size}",
+            ),
+            "ssm.state_size": (
+                self.state_size in (32, 64, 128, 256),
+                f"{self.state_size}; 32, 64, 128 and 256 are supported",
+            ),
             "ssm.conv_kernel": (self.conv_kernel <= 16, f"{self.conv_kernel}; at most 16"),
             "rope.freq_base": (1.0 <= self.rope_base < 1e12, f"{self.rope_base}"),
             "attention.layer_norm_rms_epsilon": (0.0 < self.eps < 1.0, f"{self.eps}"),
@@ -133,14 +149,16 @@ class Config:
             }  # fmt: skip
             if recurrent:
                 block |= {
-                    "attn_qkv.weight": (channels, c), "attn_gate.weight": (inner, c), "ssm_conv1d.weight": (channels, self.conv_kernel),
-                    "ssm_alpha.weight": (self.v_heads, c), "ssm_beta.weight": (self.v_heads, c), "ssm_a": (self.v_heads,),
-                    "ssm_dt.bias": (self.v_heads,), "ssm_norm.weight": (self.state_size,), "ssm_out.weight": (c, inner),
+                    "attn_qkv.weight": (channels, c), "attn_gate.weight": (inner, c),
+                    "ssm_conv1d.weight": (channels, self.conv_kernel),
+                    "ssm_alpha.weight": (self.v_heads, c), "ssm_beta.weight": (self.v_heads, c),
+                    "ssm_a": (self.v_heads,), "ssm_dt.bias": (self.v_heads,), "ssm_norm.weight": (self.state_size,), "ssm_out.weight": (c, inner),
                 }  # fmt: skip
             else:
                 q = self.heads * self.head_size
                 block |= {
-                    "attn_q.weight": (2 * q, c), "attn_k.weight": (kv, c), "attn_v.weight": (kv, c), "attn_output.weight": (c, q),
+                    "attn_q.weight": (2 * q, c), "attn_k.weight": (kv, c), "attn_v.weight": (kv, c),
+                    "attn_output.weight": (c, q),
                     "attn_q_norm.weight": (self.head_size,), "attn_k_norm.weight": (self.head_size,),
                 }  # fmt: skip
             shapes |= {f"blk.{i}.{name}": shape for name, shape in block.items()}
@@ -168,7 +186,10 @@ class GatedAttention:
         self.layer, self.config = layer, config
         self.attn_q, self.attn_k = weights.linear(f"{block}.attn_q"), weights.linear(f"{block}.attn_k")
         self.attn_v, self.attn_output = weights.linear(f"{block}.attn_v"), weights.linear(f"{block}.attn_output")
-        self.attn_q_norm, self.attn_k_norm = weights[f"{block}.attn_q_norm.weight"], weights[f"{block}.attn_k_norm.weight"]
+        self.attn_q_norm, self.attn_k_norm = (
+            weights[f"{block}.attn_q_norm.weight"],
+            weights[f"{block}.attn_k_norm.weight"],
+        )
 
     def __call__(self, x: Tensor, step: StepInputs, cache: KVCache, _delta: DeltaState) -> Tensor:
         c, T = self.config, x.shape[0]
@@ -199,7 +220,15 @@ class GatedDeltaNet:
         Hv, S = c.v_heads, c.state_size
         qkv, z, alpha, beta = self.attn_qkv(x), self.attn_gate(x), self.ssm_alpha(x), self.ssm_beta(x)
         inputs = ops.delta_inputs(
-            qkv, alpha, beta, self.ssm_conv1d, self.ssm_a, self.ssm_dt, delta.window(self.layer), step.counts, keep=step.keep
+            qkv,
+            alpha,
+            beta,
+            self.ssm_conv1d,
+            self.ssm_a,
+            self.ssm_dt,
+            delta.window(self.layer),
+            step.counts,
+            keep=step.keep,
         )  # (16 + T, q | k | v | g | beta)
         o = ops.delta_rule(inputs, delta.state(self.layer), step.counts, k_heads=c.k_heads, eps=c.eps, keep=step.keep)
         o = ops.rms_norm(o.reshape(T, Hv, S), self.ssm_norm, c.eps) * ops.silu(z.reshape(T, Hv, S))
@@ -213,7 +242,10 @@ class Block:
         block = f"blk.{layer}"
         self.eps = config.eps
         self.mixer = (GatedDeltaNet if config.recurrent[layer] else GatedAttention)(weights, layer, config)
-        self.attn_norm, self.post_attention_norm = weights[f"{block}.attn_norm.weight"], weights[f"{block}.post_attention_norm.weight"]
+        self.attn_norm, self.post_attention_norm = (
+            weights[f"{block}.attn_norm.weight"],
+            weights[f"{block}.post_attention_norm.weight"],
+        )
         self.ffn_gate, self.ffn_up = weights.linear(f"{block}.ffn_gate"), weights.linear(f"{block}.ffn_up")
         self.ffn_down = weights.linear(f"{block}.ffn_down")
 

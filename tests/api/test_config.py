@@ -24,8 +24,8 @@ def test_argument_wins_over_environment_wins_over_default() -> None:
 
 def test_every_field_has_a_variable_of_its_type() -> None:
     values = {
-        "max_context": 7, "cache_k": "q4_0", "cache_v": "q8_0", "k_rotation": "signed-128", "device": "cpu", "threads": 2,
-        "chunk": 64, "draft_max": 3, "adaptive": True, "draft_causal": False,
+        "max_context": 7, "cache_k": "q4_0", "cache_v": "q8_0", "k_rotation": "signed-128", "device": "cpu",
+        "threads": 2, "chunk": 64, "draft_max": 3, "adaptive": True, "draft_causal": False,
     }  # fmt: skip
     assert set(values) == {field.name for field in dataclasses.fields(EngineConfig)} - {"sources"}
     environment = {f"PYDFLASH_{name.upper()}": str(value) for name, value in values.items()}
@@ -38,7 +38,7 @@ def test_an_empty_variable_counts_as_unset_and_build_variables_are_left_alone() 
 
 
 def test_a_misspelt_variable_is_an_error_that_lists_the_valid_ones() -> None:
-    with pytest.raises(ConfigError, match="PYDFLASH_K_ROTAION.*PYDFLASH_K_ROTATION.*DFLASH_SKIP_WHT"):
+    with pytest.raises(ConfigError, match=r"PYDFLASH_K_ROTAION.*PYDFLASH_K_ROTATION.*DFLASH_SKIP_WHT"):
         EngineConfig.resolve({"PYDFLASH_K_ROTAION": "none"})
 
 

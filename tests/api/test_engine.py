@@ -149,8 +149,9 @@ def test_an_end_of_turn_token_ends_generation_unless_ignored(engine: Engine, spe
 
 def test_a_stop_string_cuts_text_and_tokens_exactly(engine: Engine, speculating: Engine) -> None:
     free = engine.generate(PROMPT, greedy(60))
-    for start in range(4, 30, 5):
-        stop = free.text[start : start + 4]
+    texts = [free.text[start : start + 4] for start in range(len(free.text) - 4)]
+    whole = [text for text in texts if "\ufffd" not in text]  # the decoder writes U+FFFD for bytes that may yet change
+    for stop in whole[::5]:
         for each in (engine, speculating):
             done = each.generate(PROMPT, greedy(60, stop=(stop,)))
             assert done.text == free.text[: free.text.index(stop)]

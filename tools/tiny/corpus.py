@@ -1,4 +1,4 @@
-"""The text that the tiny pair learns: Python's standard library, recall exercises and short chats.
+"""The text that the tiny pair learns: generated documents, Python's standard library, recall exercises, short chats.
 
 A file belongs to the held-out set if its sha256 says so, so the split does not depend on order or on other files.
 """
@@ -11,16 +11,24 @@ import json
 import sysconfig
 import textwrap
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import numpy.typing as npt
 
+from tools.tiny import templates
 from tools.tiny.vocabulary import Vocabulary
 
 Ids = npt.NDArray[np.int64]
 
+JOB_CHARACTERS = 1_000_000  # of generated text a process makes at a time
+CONTINUATION = 500  # bytes kept of what follows a held-out prompt
+GENERATED = "generated/"  # stands before the template's name where a library prompt has its file
 LARGEST_FILE = 300_000  # bytes; longer ones are generated tables
 # Packages of other projects, character tables, and files whose text is not meant to be sensible Python.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "encodings", "pydoc_data", "data", "cjkencodings", "__pycache__"}
@@ -166,49 +174,168 @@ def recall_exercise(rng: np.random.Generator, lines: list[str], characters: int)
     return "".join(body)
 
 
-# ------------------------------------------------------------------------------------------------------ batches
-class Mixture:
-    """Draws training windows: source text, `recall_share` recall exercises and `chat_share` dialogues."""
+# ------------------------------------------------------------------------------------------------------ streams
+@dataclass(frozen=True)
+class Stream:
+    """Texts as one row of token ids, and where each text begins."""
 
-    def __init__(self, files: list[SourceFile], vocabulary: Vocabulary, recall_share: float, chat_share: float) -> None:
-        self.vocabulary = vocabulary
-        self.recall_share, self.chat_share = recall_share, chat_share
-        self.lines = [f.text.splitlines(keepends=True) for f in files if len(f.text) > 4000]
-        self.source = joined(vocabulary, [f.text + "<|endoftext|>" for f in files])
-        self.chat = joined(vocabulary, chats(files))
-        if not self.lines or len(self.chat) == 0:
-            raise ValueError("the corpus holds no long file or no documented function: it is not a Python library")
+    ids: npt.NDArray[np.uint16]
+    starts: Ids
 
-    def windows(self, rng: np.random.Generator, batch: int, length: int) -> Ids:
-        """(batch, length + 1) token ids: inputs and, shifted by one, labels."""
-        return np.stack([self._window(rng, length + 1) for _ in range(batch)])
+    def window(self, rng: np.random.Generator, length: int) -> Ids:
+        """`length` consecutive ids from a random place."""
+        return window(rng, self.ids, length)
 
-    def _window(self, rng: np.random.Generator, length: int) -> Ids:
-        kind = rng.random()
-        if kind < self.recall_share:
-            return self._exercise(rng, length)
-        return window(rng, self.chat if kind < self.recall_share + self.chat_share else self.source, length)
+    def opening(self, rng: np.random.Generator, length: int) -> Ids:
+        """`length` ids from the beginning of a random text on; they may run into the next text."""
+        fitting = np.searchsorted(self.starts, len(self.ids) - length, side="right")
+        if fitting == 0:
+            return self.window(rng, length)
+        start = self.starts[int(rng.integers(fitting))]
+        return self.ids[start : start + length].astype(np.int64)
 
-    def _exercise(self, rng: np.random.Generator, length: int) -> Ids:
-        ids: list[int] = []
-        while len(ids) < length:  # one long exercise or several short ones: short distances are learnt first
-            lines = self.lines[int(rng.integers(len(self.lines)))]
-            ids += self.vocabulary.encode(recall_exercise(rng, lines, int(rng.integers(300, 301 + 4 * length))))
-        return np.array(ids[:length], np.int64)
+
+def stream(vocabulary: Vocabulary, texts: list[str]) -> Stream:
+    """`texts` one after the other; raises ValueError if the vocabulary has ids beyond 16 bits."""
+    if len(vocabulary.tokens) > 1 << 16:
+        raise ValueError(f"{len(vocabulary.tokens)} tokens do not fit in 16 bits")
+    encoded = [np.array(ids, np.uint16) for ids in vocabulary.encode_all(texts)]
+    return chained([Stream(ids, np.zeros(1, np.int64)) for ids in encoded if len(ids)])
+
+
+def chained(streams: list[Stream]) -> Stream:
+    ends = np.cumsum([0] + [len(s.ids) for s in streams])
+    starts = [s.starts + end for s, end in zip(streams, ends, strict=False)]
+    empty = (np.zeros(0, np.uint16), np.zeros(0, np.int64))
+    return Stream(np.concatenate([empty[0], *(s.ids for s in streams)]), np.concatenate([empty[1], *starts]))
 
 
 def joined(vocabulary: Vocabulary, texts: list[str]) -> Ids:
     """All texts as one row of ids."""
-    encoded = vocabulary.encode_all(texts)
-    return np.concatenate([np.array(ids, np.int64) for ids in encoded]) if encoded else np.zeros(0, np.int64)
+    return stream(vocabulary, texts).ids.astype(np.int64)
 
 
-def window(rng: np.random.Generator, ids: Ids, length: int) -> Ids:
+def window(rng: np.random.Generator, ids: npt.NDArray[np.integer], length: int) -> Ids:
     """`length` consecutive ids from a random place; wraps around if there are fewer."""
     if len(ids) < length:
         ids = np.resize(ids, length)
     start = int(rng.integers(len(ids) - length + 1))
-    return ids[start : start + length]
+    return ids[start : start + length].astype(np.int64)
+
+
+def generated_texts(seed: int, characters: int) -> list[str]:
+    return [d.text + "<|endoftext|>" for d in templates.documents(seed, characters)]
+
+
+def generated_chats(seed: int, characters: int) -> list[str]:
+    """ChatML dialogues: the user describes a document, the assistant writes it."""
+    return [
+        f"<|im_start|>user\n{d.request}<|im_end|>\n<|im_start|>assistant\n{d.text}<|im_end|>\n<|endoftext|>"
+        for d in templates.documents(seed, characters)
+    ]
+
+
+def exercises(seed: int, characters: int, longest: int, files: list[SourceFile]) -> list[str]:
+    """Recall exercises of 300 to `longest` characters, half of them in library source, half in generated text."""
+    rng = np.random.default_rng(seed)
+    sources = [f.text.splitlines(keepends=True) for f in files if len(f.text) > 4000]
+    if not sources:
+        raise ValueError("the corpus holds no long file: it is not a Python library")
+    texts: list[str] = []
+    while characters > 0:
+        size = int(rng.integers(300, longest))
+        lines = sources[int(rng.integers(len(sources)))]
+        if rng.random() < 0.5:
+            generated = templates.documents(int(rng.integers(1 << 62)), 2 * size)
+            lines = "\n".join(d.text for d in generated).splitlines(keepends=True)
+        texts.append(recall_exercise(rng, lines, size))
+        characters -= len(texts[-1])
+    return texts
+
+
+@dataclass(frozen=True)
+class Job:
+    """One part of the training text, made and tokenised by one process."""
+
+    kind: str  # "generated", "chat" or "recall"
+    seed: int
+    characters: int
+    longest: int
+    files: list[SourceFile]
+
+    def texts(self) -> list[str]:
+        if self.kind == "recall":
+            return exercises(self.seed, self.characters, self.longest, self.files)
+        return (generated_chats if self.kind == "chat" else generated_texts)(self.seed, self.characters)
+
+
+def run_job(vocabulary: Vocabulary, job: Job) -> Stream:
+    return stream(vocabulary, job.texts())
+
+
+def run_jobs(vocabulary: Vocabulary, jobs: list[Job], processes: int) -> list[Stream]:
+    """Streams of `jobs` in their order. Forks, so no accelerator may be in use yet."""
+    work = partial(run_job, vocabulary)
+    if processes <= 1:
+        return [work(job) for job in jobs]
+    with ProcessPoolExecutor(processes, mp_context=get_context("fork")) as pool:
+        return list(pool.map(work, jobs))
+
+
+# ------------------------------------------------------------------------------------------------------ batches
+@dataclass(frozen=True)
+class Shares:
+    """Share of windows of each kind; the rest is generated text."""
+
+    source: float
+    recall: float
+    chat: float
+
+
+class Mixture:
+    """The training text as token streams, from which windows are drawn."""
+
+    def __init__(
+        self,
+        files: list[SourceFile],
+        vocabulary: Vocabulary,
+        *,
+        characters: int,
+        longest_exercise: int,
+        processes: int,
+        seed: int,
+    ) -> None:
+        """Make about `characters` of generated text, a quarter as much of recall exercises and a tenth of dialogues."""
+        plan = {"generated": characters, "recall": characters // 4, "chat": characters // 10}
+        jobs: list[Job] = []
+        for kind, size in plan.items():
+            parts = max(1, round(size / JOB_CHARACTERS))
+            for _ in range(parts):
+                jobs.append(Job(kind, seed * 1000 + len(jobs), size // parts, longest_exercise, files))
+        streams = run_jobs(vocabulary, jobs, processes)
+        parts_of = {k: [s for s, job in zip(streams, jobs, strict=True) if job.kind == k] for k in plan}
+        self.generated, self.recall = chained(parts_of["generated"]), chained(parts_of["recall"])
+        self.chat = chained([*parts_of["chat"], stream(vocabulary, chats(files))])
+        self.source = stream(vocabulary, [f.text + "<|endoftext|>" for f in files])
+
+    def windows(self, rng: np.random.Generator, shares: Shares, batch: int, length: int) -> Ids:
+        """(batch, length + 1) token ids: inputs and, shifted by one, labels."""
+        rows = [self._stream(rng, shares) for _ in range(batch)]
+        # An exercise is taken from its beginning, so that what it asks for has been said.
+        return np.stack([(s.opening if s is self.recall else s.window)(rng, length + 1) for s in rows])
+
+    def prompts(self, rng: np.random.Generator, shares: Shares, batch: int, length: int) -> Ids:
+        """(batch, length) token ids; all but library source from the beginning of a text on."""
+        rows = [self._stream(rng, shares) for _ in range(batch)]
+        return np.stack([(s.window if s is self.source else s.opening)(rng, length) for s in rows])
+
+    def _stream(self, rng: np.random.Generator, shares: Shares) -> Stream:
+        kind = rng.random()
+        if kind < shares.source:
+            return self.source
+        if kind < shares.source + shares.recall:
+            return self.recall
+        return self.chat if kind < shares.source + shares.recall + shares.chat else self.generated
 
 
 # ----------------------------------------------------------------------------------------------- held-out prompts
@@ -220,21 +347,37 @@ class Prompt:
     text: str
     continuation: str
 
+    @property
+    def generated(self) -> bool:
+        return self.file.startswith(GENERATED)
+
 
 def held_out_prompts(files: list[SourceFile], count: int, seed: int) -> list[Prompt]:
-    """`count` excerpts of 100 to 400 bytes with the next 540 bytes or so, spread over the held-out files."""
-    rng = np.random.default_rng(seed)
+    """`count` prompts of 100 to 400 bytes with the next 500 bytes or so: every fifth from a library file."""
+    rng, words = np.random.default_rng(seed), Random(seed)
     sources = [f for f in files if f.held_out and len(f.text) > 2000 and f.text.isascii()]
-    prompts: list[Prompt] = []
-    while len(prompts) < count:
+    return [library_prompt(rng, sources) if n % 5 == 0 else generated_prompt(words) for n in range(count)]
+
+
+def library_prompt(rng: np.random.Generator, sources: list[SourceFile]) -> Prompt:
+    """An excerpt from anywhere in a held-out file."""
+    while True:
         file = sources[int(rng.integers(len(sources)))]
         starts = line_starts(file.text, stop=len(file.text) - 1000)
         begin = int(rng.choice(starts))
         end = file.text.find("\n", begin + int(rng.integers(100, 280))) + 1
         text = file.text[begin:end]
         if 100 <= len(text) <= 400 and text.strip():
-            prompts.append(Prompt(file.name, text, file.text[end : end + 540]))
-    return prompts
+            return Prompt(file.name, text, file.text[end : end + CONTINUATION])
+
+
+def generated_prompt(rng: Random) -> Prompt:
+    """The beginning of a generated document with held-out names."""
+    while True:
+        document = templates.document(rng, held_out=True)
+        end = document.text.find("\n", rng.randint(180, 330)) + 1
+        if 100 <= end <= 400:
+            return Prompt(GENERATED + document.kind, document.text[:end], document.text[end : end + CONTINUATION])
 
 
 def line_starts(text: str, stop: int) -> list[int]:

@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForCausalLM
 
-from tools.tiny.corpus import Ids
 from tools.tiny.optimizer import Optimizer
-from tools.tiny.target import Log, autocast, cosine_with_warmup, fast_convolution, features
+from tools.tiny.target import Log, autocast, cosine_with_warmup, fast_mixers, features
 
 
 @dataclass(frozen=True)
@@ -74,20 +73,37 @@ class Attention(nn.Module):
         k = rope(self.k_norm(self.k_proj(h).view(shape)), position, self.config.rope_theta)
         return k, self.v_proj(h).view(shape)
 
-    def visible(self, position: Tensor, context: int) -> tuple[Tensor, Tensor]:
-        """What rows at `position` (B, A, R) may see: of the context (B, A, R, S), of their own block (R, R).
+    def visible(self, position: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """What rows at `position` (B, A, R) may see: of context at s (B, 1 or A, S), (B, A, R, S); of the block, (R, R).
 
         A sliding layer is causal inside the block and sees the last `window` positions, a full layer sees all of both.
         The context ends before the anchor, whose own target state does not exist yet.
         """
-        s = torch.arange(context, device=position.device)
-        of_context = (s < position[..., :1, None]).expand(*position.shape, context)
+        s = s[:, :, None]  # (B, 1 or A, 1, S)
+        of_context = ((s >= 0) & (s < position[..., :1, None])).expand(*position.shape, s.shape[-1])
         rows = position.shape[-1]
         of_block = torch.ones(rows, rows, dtype=torch.bool, device=position.device)
         if self.sliding:
             of_context = of_context & (position[..., None] - s < self.config.window)
             of_block = of_block.tril()
         return of_context, of_block
+
+    def context(self, h_ctx: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """k, v (B, 1 or A, S, kv heads, D) and positions (B, 1 or A, S) that blocks at `start` (B, A) may need.
+
+        A full layer's blocks share the whole context; a sliding layer's get the `window` positions before them,
+        negative where the text has not begun.
+        """
+        batch, length = h_ctx.shape[:2]
+        s = torch.arange(length, device=h_ctx.device)
+        k, v = self.keys_and_values(h_ctx, s)
+        if not self.sliding:
+            return k[:, None], v[:, None], s.expand(batch, 1, length)
+        s = start[..., None] + torch.arange(-self.config.window, 0, device=start.device)  # (B, A, window)
+        row = s.clamp(0, length - 1) + length * torch.arange(batch, device=start.device)[:, None, None]
+        # Selecting from float32: its gradient adds up many rows in one place.
+        k, v = (x.float().flatten(0, 1).index_select(0, row.flatten()).view(*s.shape, *x.shape[2:]) for x in (k, v))
+        return k, v, s
 
     def forward(self, h: Tensor, position: Tensor, h_ctx: Tensor) -> Tensor:
         """h (B, A, R, hidden): A blocks of R rows per sequence; h_ctx (B, S, hidden): context at positions 0..S-1."""
@@ -96,17 +112,22 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(h).view(*h.shape[:-1], c.heads, c.head_dim))
         q = rope(q, position, c.rope_theta).unflatten(-2, (c.kv_heads, group)) * c.head_dim**-0.5
         k, v = self.keys_and_values(h, position)
-        context_position = torch.arange(h_ctx.shape[1], device=h.device)
-        k_ctx, v_ctx = self.keys_and_values(h_ctx, context_position)
-        of_context, of_block = self.visible(position, h_ctx.shape[1])
+        k_ctx, v_ctx, s = self.context(h_ctx, position[..., 0])
+        of_context, of_block = self.visible(position, s)
+        # A full layer has one context (x) for all blocks (y) of a sequence, a sliding layer one each.
+        blocks = (h.shape[0], s.shape[1], -1)
 
-        score_ctx = torch.einsum("barkgd,bskd->bakgrs", q, k_ctx).float()
-        score = torch.einsum("barkgd,batkd->bakgrt", q, k).float()
-        score_ctx = score_ctx.masked_fill(~of_context[:, :, None, None], -torch.inf)
-        score = score.masked_fill(~of_block, -torch.inf)
+        def per_context(x: Tensor) -> Tensor:
+            return x.view(*blocks, *x.shape[2:])
+
+        score_ctx = torch.einsum("bxyrkgd,bxskd->bxyrkgs", per_context(q), k_ctx).reshape(*q.shape[:-1], -1)
+        score_ctx = score_ctx.float().masked_fill(~of_context[:, :, :, None, None], -torch.inf)
+        score = torch.einsum("barkgd,batkd->barkgt", q, k).float()
+        score = score.masked_fill(~of_block[:, None, None], -torch.inf)
         p = torch.softmax(torch.cat([score_ctx, score], dim=-1), dim=-1).to(v.dtype)
-        p_ctx, p_block = p.split([h_ctx.shape[1], h.shape[2]], dim=-1)
-        out = torch.einsum("bakgrs,bskd->barkgd", p_ctx, v_ctx) + torch.einsum("bakgrt,batkd->barkgd", p_block, v)
+        p_ctx, p_block = p.split([s.shape[-1], h.shape[2]], dim=-1)
+        out = torch.einsum("bxyrkgs,bxskd->bxyrkgd", per_context(p_ctx), v_ctx.to(v.dtype)).reshape(q.shape)
+        out = out + torch.einsum("barkgt,batkd->barkgd", p_block, v)
         return self.o_proj(out.flatten(-3))
 
 
@@ -154,33 +175,71 @@ class Draft(nn.Module):
 # -------------------------------------------------------------------------------------------------------- training
 @dataclass(frozen=True)
 class Pool:
-    """Text ids (N, T) whose positions from `prompt_length` on were written by the target."""
+    """Text ids (N, T) and what the target makes of them: features (N, T, taps * hidden) and its next tokens (N, T).
+
+    Blocks are drawn from position `first` on.
+    """
 
     ids: Tensor
-    prompt_length: int
+    first: int
+    features: Tensor
+    choice: Tensor
 
 
-def block_loss(logits: Tensor, labels: Tensor, gamma: float = 7.0) -> tuple[Tensor, Tensor]:
-    """Weighted cross entropy of rows 1.. of logits (B, A, R, vocab) against labels (B, A, R); and each row's accuracy.
+@torch.no_grad()
+def observed(target: Qwen3_5ForCausalLM, ids: Tensor, first: int, layers: list[int], batch: int = 64) -> Pool:
+    """The pool of `ids`; features are kept in bfloat16 on a GPU, so that training never runs the target."""
+    kept, choice = [], []
+    with fast_mixers(), autocast(ids.device):
+        for rows in ids.split(batch):
+            logits, taps = features(target, rows, layers)
+            kept.append(taps.bfloat16() if ids.is_cuda else taps)
+            choice.append(logits.argmax(-1))
+    return Pool(ids, first, torch.cat(kept), torch.cat(choice))
 
-    Row k weighs exp(-(k - 1) / gamma): an early miss makes the rest of the block worthless.
+
+def block_loss(logits: Tensor, labels: Tensor, valid: Tensor, gamma: float = 7.0) -> tuple[Tensor, Tensor]:
+    """Weighted cross entropy of rows 1.. of logits (B, A, R, vocab); and which `valid` rows are right, (B, A, R - 1).
+
+    `labels` and `valid` (B, A, R - 1) belong to rows 1.. too. Row k weighs exp(-(k - 1) / gamma): an early miss makes
+    the rest of the block worthless.
     """
-    rows = logits.shape[2]
-    weight = torch.exp(-torch.arange(rows - 1, device=logits.device) / gamma)
-    loss = F.cross_entropy(logits[:, :, 1:].flatten(0, 2).float(), labels[:, :, 1:].flatten(), reduction="none")
-    loss = (loss.view(-1, rows - 1) * weight).sum() / (weight.sum() * labels.shape[0] * labels.shape[1])
-    accuracy = (logits[:, :, 1:].argmax(-1) == labels[:, :, 1:]).float().mean(dim=(0, 1))
-    return loss, accuracy
+    weight = torch.exp(-torch.arange(labels.shape[-1], device=logits.device) / gamma) * valid
+    loss = F.cross_entropy(logits[:, :, 1:].flatten(0, 2).float(), labels.flatten(), reduction="none")
+    right = (logits[:, :, 1:].argmax(-1) == labels) & valid
+    return (loss.view_as(weight) * weight).sum() / weight.sum(), right
 
 
-def expected_length(row_accuracy: Tensor) -> float:
-    """Acceptance length, bonus token included, if rows were right independently: 1 + sum of products."""
-    return 1 + float(row_accuracy.cumprod(0).sum())
+def greedy_labels(ids: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
+    """What greedy decoding says after anchors ids[..., 0] and where that is known; ids, choice (..., R) to (..., R - 1).
+
+    The target's choice after each token is the label of the next row. It is known up to and including the first row
+    where the text goes another way.
+    """
+    labels, agrees = choice[..., :-1], choice[..., :-1] == ids[..., 1:]
+    before = torch.cat([torch.ones_like(agrees[..., :1]), agrees[..., :-1]], dim=-1)
+    return labels, before.cumprod(-1).bool()
 
 
-def draw_anchors(rng: np.random.Generator, batch: int, count: int, first: int, last: int) -> Ids:
-    """`count` anchor positions per sequence in first..last."""
-    return rng.integers(first, last + 1, size=(batch, count))
+class Tally:
+    """Sums of loss and accuracy that stay on the device until they are read."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.steps, self.loss = 0, torch.zeros((), device=device)
+        self.right, self.valid = torch.zeros(rows, device=device), torch.zeros(rows, device=device)
+        self.accepted, self.blocks = torch.zeros((), device=device), 0
+
+    def add(self, loss: Tensor, right: Tensor, valid: Tensor) -> None:
+        self.steps, self.loss = self.steps + 1, self.loss + loss.detach()
+        self.right, self.valid = self.right + right.sum((0, 1)), self.valid + valid.sum((0, 1))
+        self.accepted, self.blocks = self.accepted + right.cumprod(-1).sum(), self.blocks + right[..., 0].numel()
+
+    def __str__(self) -> str:
+        accuracy = self.right / self.valid.clamp(min=1)
+        return (
+            f"loss {float(self.loss) / self.steps:.3f}, row accuracy {float(accuracy[0]):.3f} .. "
+            f"{float(accuracy[-1]):.3f}, acceptance length at least {1 + float(self.accepted) / self.blocks:.2f}"
+        )
 
 
 def train_draft(
@@ -195,40 +254,35 @@ def train_draft(
     seed: int,
     log: Log,
 ) -> dict[str, float]:
-    """Train on text of `pools`, drawn in proportion to their rows.
+    """Train on blocks of `pools`, drawn in proportion to their rows.
 
-    Anchors lie where the rest of the block is text that the target wrote. Runs until `seconds` or `max_steps` are
-    used; returns totals.
+    Runs until `seconds` or `max_steps` are used; returns totals.
     """
     device, rng, config = pools[0].ids.device, np.random.default_rng(seed), draft.config
+    generator = torch.Generator(device).manual_seed(seed)
     share = np.array([len(pool.ids) for pool in pools]) / sum(len(pool.ids) for pool in pools)
     target.requires_grad_(False)
     optimizer = Optimizer(draft, matrix_lr=0.02, other_lr=2e-3)
-    rows = torch.arange(config.block, device=device)
-    start_time, step, since = time.monotonic(), 0, 0
-    accuracy_sum, loss_sum = torch.zeros(config.block - 1, device=device), 0.0
+    offset = torch.arange(config.block, device=device)
+    start_time, step, tally = time.monotonic(), 0, Tally(config.block - 1, device)
     draft.train()
-    with fast_convolution():
-        while step < max_steps and (elapsed := time.monotonic() - start_time) < seconds:
-            pool = pools[int(rng.choice(len(pools), p=share))]
-            ids = pool.ids[torch.from_numpy(rng.integers(len(pool.ids), size=batch)).to(device)]
-            last = ids.shape[1] - config.block
-            start = torch.from_numpy(draw_anchors(rng, batch, anchors, pool.prompt_length - 1, last)).to(device)
-            labels = ids[torch.arange(batch, device=device)[:, None, None], start[..., None] + rows]  # (B, A, R)
-            with autocast(device):
-                _, taps = features(target, ids, list(config.target_layer_ids))
-                logits = draft(target, labels[..., 0], start, draft.context(taps))
-            loss, accuracy = block_loss(logits, labels)
-            loss.backward()
-            optimizer.step(cosine_with_warmup(max(elapsed / seconds, step / max_steps)))
-            accuracy_sum, loss_sum, step = accuracy_sum + accuracy, loss_sum + float(loss.detach()), step + 1
-            since += 1
-            if step % 50 == 0 or step == 1:
-                rows_right = accuracy_sum / since
-                log(
-                    f"draft step {step}: loss {loss_sum / since:.3f}, row accuracy {float(rows_right[0]):.3f} .. "
-                    f"{float(rows_right[-1]):.3f}, expected length {expected_length(rows_right):.2f}"
-                )
-                accuracy_sum, loss_sum, since = torch.zeros_like(accuracy_sum), 0.0, 0
+    while step < max_steps and (elapsed := time.monotonic() - start_time) < seconds:
+        pool = pools[int(rng.choice(len(pools), p=share))]
+        last = pool.ids.shape[1] - config.block
+        row = torch.randint(len(pool.ids), (batch,), generator=generator, device=device)
+        start = torch.randint(pool.first, last + 1, (batch, anchors), generator=generator, device=device)
+        at = (row[:, None, None], start[..., None] + offset)  # (B, A, R)
+        ids = pool.ids[at]
+        labels, valid = greedy_labels(ids, pool.choice[at])
+        with autocast(device):
+            logits = draft(target, ids[..., 0], start, draft.context(pool.features[row].to(draft.fc.weight.dtype)))
+        loss, right = block_loss(logits, labels, valid)
+        loss.backward()
+        optimizer.step(cosine_with_warmup(max(elapsed / seconds, step / max_steps)))
+        tally.add(loss, right, valid)
+        step += 1
+        if step % 100 == 0 or step == 1:
+            log(f"draft step {step}: {tally}")
+            tally = Tally(config.block - 1, device)
     draft.eval()
     return {"steps": step, "blocks": step * batch * anchors, "seconds": time.monotonic() - start_time}

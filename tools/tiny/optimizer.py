@@ -48,6 +48,7 @@ class Optimizer:
             lr=other_lr,
             betas=(0.9, 0.95),
             eps=1e-10,
+            fused=next(model.parameters()).is_cuda,
         )
         self.parameters = [*others, *(p for group in self.groups.values() for p in group)]
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers.models.qwen3_5 import modeling_qwen3_5 as hf
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 
-from tools.tiny.corpus import Ids, Mixture, window
+from tools.tiny import delta_rule
+from tools.tiny.corpus import Ids, Mixture, Shares, window
 from tools.tiny.optimizer import Optimizer
 
 Log = Callable[[str], None]
@@ -82,42 +83,32 @@ def features(model: hf.Qwen3_5ForCausalLM, ids: Tensor, layers: list[int]) -> tu
     return logits, torch.cat(residual, dim=-1)
 
 
-# ---------------------------------------------------------------------------------------------- faster convolution
-def shifted_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_kwargs: object
-) -> Tensor:
-    """Causal depthwise convolution (B, C, T) as a sum of shifted products.
-
-    The library's grouped convolution has a slow weight gradient on GPUs; four multiply-adds are memory bound instead.
-    """
-    taps = weight.shape[-1]
-    padded = F.pad(x.to(weight.dtype), (taps - 1, 0))
-    length = x.shape[-1]
-    out = torch.zeros_like(x, dtype=weight.dtype) if bias is None else bias[:, None].expand(x.shape)
-    for tap in range(taps):
-        out = out + padded[..., tap : tap + length] * weight[:, tap, None]
-    return (F.silu(out) if activation == "silu" else out).to(x.dtype)
-
-
+# ----------------------------------------------------------------------------------------- faster mixer kernels
 @contextmanager
-def fast_convolution() -> Iterator[None]:
-    """Within the block the target's prefill convolution is `shifted_conv`."""
-    original = hf.causal_conv1d_fn
-    hf.causal_conv1d_fn = shifted_conv
+def fast_mixers() -> Iterator[None]:
+    """Within the block the target's delta-net layers use the functions of `delta_rule`."""
+    names = ("causal_conv1d_fn", "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
+    original = {name: getattr(hf, name) for name in names}
+    for name, fast in zip(names, (delta_rule.convolution, delta_rule.chunked, delta_rule.one_token), strict=True):
+        setattr(hf, name, fast)
     try:
         yield
     finally:
-        hf.causal_conv1d_fn = original
+        for name, function in original.items():
+            setattr(hf, name, function)
 
 
-def check_fast_convolution(model: hf.Qwen3_5ForCausalLM, ids: Tensor) -> float:
-    """Largest difference of a logit with and without `fast_convolution`; raises RuntimeError above 1e-3."""
-    with torch.no_grad():
-        expected = model(ids, use_cache=False).logits
-        with fast_convolution():
-            difference = float((model(ids, use_cache=False).logits - expected).abs().max())
+@torch.no_grad()
+def check_fast_mixers(model: hf.Qwen3_5ForCausalLM, ids: Tensor) -> float:
+    """Largest difference of a logit with and without `fast_mixers`, cached or not; raises RuntimeError above 1e-3."""
+    expected = model(ids, use_cache=False).logits
+    with fast_mixers():
+        whole = model(ids, use_cache=False).logits
+        cache = model(ids[:, :-3], use_cache=True)
+        last = [(cache := model(ids[:, [t]], past_key_values=cache.past_key_values)).logits for t in (-3, -2, -1)]
+    difference = max(float((whole - expected).abs().max()), float((torch.cat(last, 1) - expected[:, -3:]).abs().max()))
     if not difference < 1e-3:
-        raise RuntimeError(f"the shifted convolution changes a logit by {difference}")
+        raise RuntimeError(f"the fast mixers change a logit by {difference}")
     return difference
 
 
@@ -135,6 +126,7 @@ def cosine_with_warmup(progress: float) -> float:
 def train_target(
     model: hf.Qwen3_5ForCausalLM,
     mixture: Mixture,
+    shares: Shares,
     *,
     seconds: float,
     max_steps: int,
@@ -148,23 +140,24 @@ def train_target(
     rng = np.random.default_rng(seed)
     optimizer = Optimizer(model, matrix_lr=0.02, other_lr=3e-3)
     model.train()
-    start, step, since, loss_sum = time.monotonic(), 0, 0, 0.0
-    with ThreadPoolExecutor(1) as reader, fast_convolution():
-        pending = reader.submit(mixture.windows, rng, batch, length)
+    start, step, since, loss_sum = time.monotonic(), 0, 0, torch.zeros((), device=device)
+    with ThreadPoolExecutor(1) as reader, fast_mixers():
+        pending = reader.submit(mixture.windows, rng, shares, batch, length)
         while step < max_steps and (elapsed := time.monotonic() - start) < seconds:
             ids = torch.from_numpy(pending.result()).to(device, non_blocking=True)
-            pending = reader.submit(mixture.windows, rng, batch, length)
+            pending = reader.submit(mixture.windows, rng, shares, batch, length)
             with autocast(device):
                 logits = model(ids[:, :-1], use_cache=False).logits
             loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
             loss.backward()
             optimizer.step(cosine_with_warmup(max(elapsed / seconds, step / max_steps)))
-            loss_sum += float(loss.detach())  # waits for the device, so that elapsed time is real
+            loss_sum += loss.detach()
             step, since = step + 1, since + 1
             if step % 50 == 0 or step == 1:
+                mean = float(loss_sum) / since  # waits for the device, so that the rate is real
                 rate = step * batch * length / (time.monotonic() - start)
-                log(f"target step {step}: loss {loss_sum / since:.3f}, {rate:,.0f} tokens/s")
-                loss_sum, since = 0.0, 0
+                log(f"target step {step}: loss {mean:.3f}, {rate:,.0f} tokens/s")
+                loss_sum, since = torch.zeros_like(loss_sum), 0
     model.eval()
     return {"steps": step, "tokens": step * batch * length, "seconds": time.monotonic() - start}
 
@@ -198,6 +191,7 @@ def continue_greedily(
     """
     generator = torch.Generator(prompts.device).manual_seed(seed)
     start, ids = time.monotonic(), [prompts]
+    some_sampled = bool((temperature > 0).any())
     step, cache = prompts, None
     sampled = temperature > 0
     for _ in range(tokens):
@@ -205,7 +199,7 @@ def continue_greedily(
             out = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits, cache = out.logits[:, -1].float(), out.past_key_values
         step = logits.argmax(-1, keepdim=True)
-        if bool(sampled.any()):
+        if some_sampled:
             p = torch.softmax(logits / temperature.clamp(min=0.1)[:, None], dim=-1)
             step = torch.where(sampled[:, None], torch.multinomial(p, 1, generator=generator), step)
         ids.append(step)

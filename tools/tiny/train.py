@@ -8,7 +8,9 @@ the draft and the reference outputs. Nothing is written outside DIR.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import platform
 import time
 from dataclasses import asdict, dataclass, replace
@@ -20,8 +22,8 @@ import transformers
 from torch import Tensor
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForCausalLM
 
-from tools.tiny import corpus, export, reference, speculate, target, vocabulary
-from tools.tiny.draft import Draft, DraftConfig, Pool, train_draft
+from tools.tiny import corpus, export, reference, speculate, target, templates, vocabulary
+from tools.tiny.draft import Draft, DraftConfig, Pool, observed, train_draft
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,23 @@ class Settings:
     seed: int = 20_26
     vocab_size: int = 2048
     every_nth_file: int = 1
-    recall_share: float = 0.15
-    chat_share: float = 0.05
+    # What the target reads; the rest of the windows is generated text.
+    shares: corpus.Shares = corpus.Shares(source=0.17, recall=0.10, chat=0.05)
+    # What the draft trains on: more library source, where it misses most and takes the most steps.
+    draft_shares: corpus.Shares = corpus.Shares(source=0.35, recall=0.05, chat=0.05)
+    generated_characters: int = 40_000_000
     target_batch: int = 32
     target_length: int = 1024
     draft_batch: int = 48
-    draft_anchors: int = 128
+    draft_anchors: int = 64
     # (rows, prompt tokens, new tokens) of each pool of text that the target writes for the draft
-    pools: tuple[tuple[int, int, int], ...] = ((2048, 64, 256), (2048, 160, 256), (1024, 640, 192))
+    pools: tuple[tuple[int, int, int], ...] = ((4096, 64, 320), (4096, 128, 320), (2048, 512, 288))
+    pool_share: float = 0.3  # of the draft's time, at most, for writing them
+    text_pool: tuple[int, int] = (4096, 512)  # (rows, tokens) of training text that the draft sees as well
     sampled_share: float = 0.25  # rows written at temperature 0.7 instead of greedily
     eval_batch: int = 16
-    eval_rounds: int = 8
-    eval_prompts: int = 32
+    eval_rounds: int = 4
+    prompts: int = 200
     eval_tokens: int = 256
     run_prompts: int = 6
     run_tokens: int = 128
@@ -53,14 +60,16 @@ class Settings:
 SMOKE = replace(
     Settings(),
     every_nth_file=25,
+    generated_characters=200_000,
     target_batch=2,
     target_length=128,
     draft_batch=2,
     draft_anchors=4,
     pools=((4, 24, 32), (2, 80, 32)),
+    text_pool=(4, 64),
     eval_batch=2,
     eval_rounds=1,
-    eval_prompts=2,
+    prompts=10,
     eval_tokens=8,
     run_prompts=2,
     run_tokens=8,
@@ -92,7 +101,7 @@ class Text:
 
     vocabulary: vocabulary.Vocabulary
     mixture: corpus.Mixture
-    held_out: corpus.Ids
+    held_out: dict[str, corpus.Ids]  # "source" and "generated"
     prompts: list[corpus.Prompt]
     recalls: list[dict[str, object]]
 
@@ -106,29 +115,47 @@ def prepare_text(root: Path | None, settings: Settings, out: Path, journal: Jour
     journal.record(
         corpus_files=len(files), corpus_bytes=sum(len(f.text) for f in files), corpus_sha256=corpus.fingerprint(files)
     )
-    learned = vocabulary.train((f.text for f in training), settings.vocab_size)
+    sample = corpus.generated_texts(settings.seed, sum(len(f.text) for f in training))
+    learned = vocabulary.train(itertools.chain((f.text for f in training), sample), settings.vocab_size)
     journal.line("vocabulary learned")
-    mixture = corpus.Mixture(training, learned, settings.recall_share, settings.chat_share)
-    prompts = corpus.held_out_prompts(files, count=200, seed=settings.seed)
+    mixture = corpus.Mixture(
+        training,
+        learned,
+        characters=settings.generated_characters,
+        longest_exercise=300 + 4 * settings.target_length,
+        processes=max(1, (os.cpu_count() or 1) - 1),
+        seed=settings.seed,
+    )
+    prompts = corpus.held_out_prompts(files, count=settings.prompts, seed=settings.seed)
     recalls = list(corpus.recall_prompts(files, count=40, seed=settings.seed))
     corpus.write_held_out(out / "held_out.jsonl", prompts, recalls)
-    held_out = corpus.joined(learned, [f.text + "<|endoftext|>" for f in files if f.held_out])
-    journal.record(train_tokens=len(mixture.source), chat_tokens=len(mixture.chat), held_out_tokens=len(held_out))
+    unseen = [d.text + "<|endoftext|>" for d in templates.documents(settings.seed, 400_000, held_out=True)]
+    held_out = {
+        "source": corpus.joined(learned, [f.text + "<|endoftext|>" for f in files if f.held_out]),
+        "generated": corpus.joined(learned, unseen),
+    }
+    journal.record(
+        train_tokens={k: len(getattr(mixture, k).ids) for k in ("generated", "source", "recall", "chat")},
+        held_out_tokens={k: len(ids) for k, ids in held_out.items()},
+    )
     return Text(learned, mixture, held_out, prompts, recalls)
 
 
 # --------------------------------------------------------------------------------------------------------- target
-def evaluate_target(model: Qwen3_5ForCausalLM, text: Text, settings: Settings) -> dict[str, float]:
-    """Held-out loss and the share of recall prompts answered, in float32."""
+def evaluate_target(model: Qwen3_5ForCausalLM, text: Text, settings: Settings) -> dict[str, object]:
+    """Held-out loss for each kind of text and the share of recall prompts answered, in float32."""
     torch.set_float32_matmul_precision("highest")
-    loss = target.held_out_loss(
-        model,
-        text.held_out,
-        text.vocabulary.byte_lengths(),
-        batch=settings.eval_batch,
-        length=settings.target_length,
-        rounds=settings.eval_rounds,
-    )
+    loss = {
+        kind: target.held_out_loss(
+            model,
+            ids,
+            text.vocabulary.byte_lengths(),
+            batch=settings.eval_batch,
+            length=settings.target_length,
+            rounds=settings.eval_rounds,
+        )
+        for kind, ids in text.held_out.items()
+    }
     recalls = text.recalls[:: 1 if settings.every_nth_file == 1 else 10]
     questions = [text.vocabulary.encode(str(r["prompt"])) for r in recalls]
     answers = [text.vocabulary.encode(str(r["answer"])) for r in recalls]
@@ -140,15 +167,16 @@ def make_target(
 ) -> Qwen3_5ForCausalLM:
     """Train, measure and write the target; returns it with the rounded weights of the file."""
     model = target.build_target(settings.vocab_size, device)
-    check = torch.from_numpy(text.held_out[:200])[None].to(device)
+    check = torch.from_numpy(text.held_out["source"][:200])[None].to(device)
     journal.record(
         target_parameters=sum(p.numel() for p in model.parameters()),
-        convolution_difference=target.check_fast_convolution(model.eval(), check),
+        fast_mixers_difference=target.check_fast_mixers(model.eval(), check),
     )
     torch.set_float32_matmul_precision("high")
     totals = target.train_target(
         model,
         text.mixture,
+        settings.shares,
         seconds=seconds,
         max_steps=settings.max_target_steps,
         batch=settings.target_batch,
@@ -171,28 +199,39 @@ def make_target(
 
 # ---------------------------------------------------------------------------------------------------------- draft
 def write_pools(
-    model: Qwen3_5ForCausalLM, text: Text, settings: Settings, seconds: float, journal: Journal
+    model: Qwen3_5ForCausalLM, layers: list[int], text: Text, settings: Settings, seconds: float, journal: Journal
 ) -> list[Pool]:
-    """Text written by the target after training prompts: what the draft will have to predict."""
+    """Text written by the target after training prompts, what the draft will have to predict, and training text."""
     device = next(model.parameters()).device
     rng = np.random.default_rng(settings.seed + 1)
     pools = []
     for n, (rows, prompt_length, new_tokens) in enumerate(settings.pools):
-        prompts = torch.from_numpy(text.mixture.windows(rng, rows, prompt_length - 1)).to(device)
+        prompts = text.mixture.prompts(rng, settings.draft_shares, rows, prompt_length)
         temperature = torch.from_numpy(rng.random(rows) < settings.sampled_share).to(device) * 0.7
-        ids: Tensor = target.continue_greedily(
-            model,
-            prompts,
-            new_tokens,
-            temperature=temperature,
-            seconds=seconds / len(settings.pools),
-            seed=settings.seed + n,
-        )
-        pools.append(Pool(ids, prompt_length))
+        with target.fast_mixers():
+            ids: Tensor = target.continue_greedily(
+                model,
+                torch.from_numpy(prompts).to(device),
+                new_tokens,
+                temperature=temperature,
+                seconds=seconds / len(settings.pools),
+                seed=settings.seed + n,
+            )
+        pools.append(observed(model, ids, prompt_length - 1, layers))
         journal.line(f"target wrote {rows} x {ids.shape[1] - prompt_length} tokens after {prompt_length}")
-    sample = pools[0].ids[0].tolist()
-    journal.line("a greedy sample:\n" + text.vocabulary.decode(sample))
+    for sample in pools[0].ids[:3].tolist():
+        journal.line("a sample:\n" + text.vocabulary.decode(sample))
+    rows, length = settings.text_pool
+    windows = text.mixture.windows(rng, settings.draft_shares, rows, length - 1)
+    pools.append(observed(model, torch.from_numpy(windows).to(device), 0, layers))
+    agreement = {f"{n}": round(float(agree(pool)), 4) for n, pool in enumerate(pools)}
+    journal.record(pool_tokens=[pool.ids.numel() for pool in pools], pool_agreement=agreement)
     return pools
+
+
+def agree(pool: Pool) -> Tensor:
+    """Share of tokens that are the target's first choice."""
+    return (pool.choice[:, pool.first : -1] == pool.ids[:, pool.first + 1 :]).float().mean()
 
 
 def make_draft(
@@ -204,8 +243,8 @@ def make_draft(
     config = DraftConfig(target_layer_ids=tuple(taps), mask_token_id=text.vocabulary.id("<|mask|>"))
     draft = Draft(config).to(device)
     start = time.monotonic()
-    pools = write_pools(model, text, settings, seconds / 3, journal)
     torch.set_float32_matmul_precision("high")
+    pools = write_pools(model, taps, text, settings, seconds * settings.pool_share, journal)
     totals = train_draft(
         draft,
         model,
@@ -217,37 +256,47 @@ def make_draft(
         seed=settings.seed + 2,
         log=journal.line,
     )
-    torch.set_float32_matmul_precision("highest")
-    prompts = text.prompt_ids(0, settings.eval_prompts)
-    half = speculate.speculate(model, draft, prompts[: max(1, len(prompts) // 2)], settings.eval_tokens)
-    journal.record(
-        draft_parameters=sum(p.numel() for p in draft.parameters()),
-        draft_training=totals,
-        acceptance_length_trained=speculate.acceptance_length(half),
-    )
+    del pools
     written = export.write_model(
         out / "tiny-draft.gguf",
         draft,
         export.draft_entries(config),
         export.draft_metadata(config, text.vocabulary, model.config.max_position_embeddings),
     )
-    runs = speculate.speculate(model, draft, prompts, settings.eval_tokens)
-    histogram = np.bincount([n for run in runs for n in run.lengths], minlength=config.block + 1)[1:].tolist()
     journal.record(
-        draft_file=written,
-        acceptance_length_rounded_same_prompts=speculate.acceptance_length(runs[: len(half)]),
-        acceptance_length=speculate.acceptance_length(runs),
-        accepted_histogram=histogram,
+        draft_parameters=sum(p.numel() for p in draft.parameters()), draft_training=totals, draft_file=written
     )
+    journal.record(**evaluate_pair(model, draft, text, settings))
     return draft
 
 
+def evaluate_pair(model: Qwen3_5ForCausalLM, draft: Draft, text: Text, settings: Settings) -> dict[str, object]:
+    """Acceptance length over all held-out prompts, for each kind of prompt, and for each template; in float32."""
+    torch.set_float32_matmul_precision("highest")
+    with target.fast_mixers():
+        runs = speculate.speculate(model, draft, text.prompt_ids(0, settings.prompts), settings.eval_tokens)
+    kinds: dict[str, list[speculate.Run]] = {}
+    for prompt, run in zip(text.prompts, runs, strict=True):
+        kinds.setdefault(prompt.file if prompt.generated else "source", []).append(run)
+    generated = [run for prompt, run in zip(text.prompts, runs, strict=True) if prompt.generated]
+    histogram = np.bincount([n for run in runs for n in run.lengths], minlength=draft.config.block + 1)[1:].tolist()
+    return {
+        "acceptance_length": speculate.acceptance_length(runs),
+        "acceptance_length_generated": speculate.acceptance_length(generated),
+        "acceptance_length_source": speculate.acceptance_length(kinds["source"]),
+        "acceptance_length_by_kind": {k: round(speculate.acceptance_length(v), 2) for k, v in sorted(kinds.items())},
+        "accepted_histogram": histogram,
+    }
+
+
 def write_draft_reference(model: Qwen3_5ForCausalLM, draft: Draft, text: Text, settings: Settings, out: Path) -> int:
-    runs = speculate.speculate(model, draft, text.prompt_ids(100, settings.run_prompts), settings.run_tokens)
+    runs = speculate.speculate(
+        model, draft, text.prompt_ids(settings.prompts // 2, settings.run_prompts), settings.run_tokens
+    )
     for run in runs:
         run.output = run.output[: settings.run_tokens]  # the last verify may overshoot; its length is kept in full
     # The second prompt is longer than the sliding window.
-    source = text.held_out.tolist()
+    source = text.held_out["source"].tolist()
     return reference.write_draft_reference(out / "tiny_draft.npz", model, draft, [source[:32], source[200:296]], runs)
 
 
@@ -271,9 +320,10 @@ def main() -> None:
         max_draft_steps=args.draft_steps or settings.max_draft_steps,
     )
     args.out.mkdir(parents=True, exist_ok=True)
-    device = torch.device(args.device)
     torch.manual_seed(settings.seed)
     journal = Journal(args.out / "train_log.json")
+    text = prepare_text(args.corpus, settings, args.out, journal)  # forks, so it comes before any use of the device
+    device = torch.device(args.device)
     journal.record(
         settings=asdict(settings),
         minutes_target=args.minutes_target,
@@ -283,7 +333,6 @@ def main() -> None:
         transformers=transformers.__version__,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     )
-    text = prepare_text(args.corpus, settings, args.out, journal)
     model = make_target(text, settings, 60 * args.minutes_target, device, args.out, journal)
     draft = make_draft(model, text, settings, 60 * args.minutes_draft, args.out, journal)
     journal.record(tiny_draft_bytes=write_draft_reference(model, draft, text, settings, args.out))

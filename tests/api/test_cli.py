@@ -1,0 +1,173 @@
+"""The command line prints what it promises, where it promises, and answers errors with one line."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pydflash import cli, doctor
+from pydflash.engine import Engine
+from pydflash.sampling import SamplingParams
+
+COMMANDS = ("demo", "generate", "chat", "info", "doctor", "explain", "convert-draft")
+PROMPT = "the cat sat on"
+
+
+class Ran:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    def command(*arguments: str | Path, stdin: str = "") -> Ran:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        code = exit_.value.code
+        return Ran(code if isinstance(code, int) else 0, captured.out, captured.err)
+
+    return command
+
+
+def test_help_lists_every_command(run) -> None:  # type: ignore[no-untyped-def]
+    ran = run("--help")
+    assert ran.code == 0
+    assert all(name in ran.out for name in COMMANDS)
+
+
+def test_generate_prints_the_text_of_the_engine_and_nothing_else(run, engine: Engine, target_path: Path) -> None:  # type: ignore[no-untyped-def]
+    expected = engine.generate(PROMPT, SamplingParams(max_tokens=20)).text
+    common = ("--max-tokens", "20", "--threads", "1", "--device", "cpu")
+    for ran in (run("generate", target_path, PROMPT, *common), run("generate", target_path, *common, stdin=PROMPT)):
+        assert (ran.code, ran.out, ran.err) == (0, expected + "\n", "")
+
+
+def test_generate_takes_every_option_under_the_name_of_its_parameter(run, target_path: Path, draft_path: Path) -> None:  # type: ignore[no-untyped-def]
+    options = {
+        "draft": draft_path, "max-context": 256, "cache-k": "q4_0", "cache-v": "q8_0", "k-rotation": "none", "device": "cpu",
+        "threads": 1, "chunk": 32, "draft-max": 3, "temperature": 0.8, "top-k": 40, "top-p": 0.9, "min-p": 0.01,
+        "repetition-penalty": 1.1, "frequency-penalty": 0.1, "presence-penalty": 0.1, "seed": 3, "max-tokens": 12,
+        "stop": "zzzz",
+    }  # fmt: skip
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    ran = run("generate", target_path, PROMPT, *flags, "--adaptive", "--no-draft-causal", "--ignore-eos", "--stats")
+    assert ran.code == 0
+    for word in ("cycles", "drafted, accepted", "acceptance length", "seconds in draft, verify, accept", "tokens/s"):
+        assert word in ran.err
+
+
+def test_chat_answers_until_the_input_ends(run, target_path: Path) -> None:  # type: ignore[no-untyped-def]
+    options = ("--system", "be brief", "--max-tokens", "4", "--threads", "1", "--temperature", "0")
+    ran = run("chat", target_path, *options, stdin="hi\nand?\n")
+    assert ran.code == 0
+    assert ran.out.count("> ") == 3
+
+
+def test_demo_compares_both_ways_of_decoding(run, target_path: Path, draft_path: Path) -> None:  # type: ignore[no-untyped-def]
+    options = ("--model", target_path, "--max-tokens", "24", "--threads", "1", "--device", "cpu")
+    ran = run("demo", *options, "--draft", draft_path, "--stats")
+    assert ran.code == 0
+    assert ran.out.strip()
+    for word in ("with the draft", "without", "times as fast", "acceptance length", "the texts are equal"):
+        assert word in ran.err
+    alone = run("demo", *options, "--draft", draft_path.with_name("none.gguf"))
+    assert (alone.code, alone.out) == (0, ran.out)
+    assert "tokens/s" in alone.err
+
+
+def test_accepted_tokens_are_coloured_on_a_terminal(
+    speculating: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    params = SamplingParams(max_tokens=200, ignore_eos=True)
+    done = cli._print_stream(speculating, PROMPT, params)
+    out = capsys.readouterr().out
+    assert ("\x1b[32m" in out) == (done.stats.accepted > 0)
+
+
+def test_info_describes_a_file_without_loading_it(run, target_path: Path) -> None:  # type: ignore[no-untyped-def]
+    ran = run("info", target_path)
+    assert ran.code == 0
+    for word in ("qwen35", "Q8_0", "F32", "parameters", "chat template", "<|im_start|>"):
+        assert word in ran.out
+
+
+def test_explain_prints_values_and_sources(
+    run,  # type: ignore[no-untyped-def]
+    target_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PYDFLASH_CACHE_V", "q8_0")
+    options = run("explain", "--cache-k", "q4_0")
+    loaded = run("explain", target_path, "--cache-k", "q4_0", "--threads", "1")
+    for ran in (options, loaded):
+        lines = {line.split()[0]: line for line in ran.out.splitlines()}
+        assert "argument" in lines["cache_k"]
+        assert "PYDFLASH_CACHE_V" in lines["cache_v"]
+    assert "K basis" not in options.out
+    assert "K basis" in loaded.out
+
+
+def test_doctor_tells_build_and_machine_apart(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    ran = run("doctor")
+    assert ran.code in (0, 1)
+    assert (ran.code == 1) == ("problem:" in ran.out)
+    for word in ("built with CUDA", "CUDA devices", "threads", "GiB free"):
+        assert word in ran.out
+    monkeypatch.setattr(doctor, "_nvidia_gpu", lambda: True)
+    if "built with CUDA                OFF" in ran.out:
+        ran = run("doctor")
+        assert ran.code == 1
+        assert "PYDFLASH_CUDA=ON" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("generate", "none.gguf", "x"), "none.gguf"),
+        (("generate", "{target}", "x", "--temperature", "-1"), "temperature"),
+        (("generate", "{target}", "x", "--cache-k", "q9"), "cache_k"),
+        (("generate", "{target}", "x", "--device", "cuda:77"), "cuda:77"),
+        (("generate", "{draft}", "x"), "dflash"),
+        (("generate", "{target}", ""), "empty"),
+        (("info", "{folder}"), "not a regular file"),
+        (("explain", "--chunk", "17"), "chunk"),
+        (("demo", "--model", "none.gguf"), "none.gguf"),
+        (("convert-draft", "{folder}", "out.gguf", "--target", "{target}"), "config.json"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_2(
+    run,  # type: ignore[no-untyped-def]
+    target_path: Path,
+    draft_path: Path,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    named: str,
+) -> None:
+    paths = {"{target}": str(target_path), "{draft}": str(draft_path), "{folder}": str(tmp_path)}
+    ran = run(*(paths.get(argument, argument) for argument in arguments))
+    assert ran.code == 2
+    assert ran.err.startswith("error: ")
+    assert ran.err.count("\n") == 1
+    assert named in ran.err
+    assert ran.out == ""
+
+
+def test_an_unknown_option_is_refused_by_name(run, target_path: Path) -> None:  # type: ignore[no-untyped-def]
+    ran = run("generate", target_path, "--cache-q", "q4_0")
+    assert ran.code == 2
+    assert "--cache-q" in ran.err
+
+
+def test_the_installed_command_runs() -> None:
+    program = "from pydflash.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", program, "explain"], capture_output=True, text=True, check=True)
+    assert "max_context" in done.stdout

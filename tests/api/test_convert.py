@@ -1,0 +1,212 @@
+"""A draft converted from Hugging Face's files is the draft: same metadata, same bytes, same proposals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import pytest
+import safetensors
+
+from pydflash.convert import convert_draft
+from pydflash.draft import DraftSession, load_draft
+from pydflash.errors import BadMetadata, ConfigError, DraftMismatch, LoadError, MissingTensor
+from pydflash.ggml_types import GGMLType
+from pydflash.gguf import GGUFFile
+from pydflash.gguf_writer import encode
+from pydflash.models import load_model
+from pydflash.session import Session
+from tests.tiny import GEOMETRIES, write_draft
+
+GEOMETRY = GEOMETRIES["gqa6"]
+TAPS = (0, 2)
+# GGUF names to Hugging Face names, written out once more: this list is the oracle of the one in convert.py.
+LAYER = {
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+TOP = {"fc.weight": "fc.weight", "enc.output_norm.weight": "hidden_norm.weight", "output_norm.weight": "norm.weight"}
+
+
+def hf_name(name: str) -> str:
+    if name in TOP:
+        return TOP[name]
+    _, layer, tensor, _ = name.split(".")
+    return f"layers.{layer}.{LAYER[tensor]}.weight"
+
+
+def hf_config(reference: GGUFFile, **changes: Any) -> dict[str, Any]:
+    config = {
+        "model_type": "qwen3", "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 256, "rms_norm_eps": 1e-6, "rope_theta": 1e7,
+        "max_position_embeddings": GEOMETRY.context, "block_size": 16, "vocab_size": GEOMETRY.vocab,
+        "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 48,
+        "dflash_config": {
+            "mask_token_id": int(reference.metadata["tokenizer.ggml.mask_token_id"]), "target_layer_ids": list(TAPS),
+        },
+    }  # fmt: skip
+    return {name: value for name, value in (config | changes).items() if value is not ...}
+
+
+def write_hf(folder: Path, reference: GGUFFile, prefix: str = "", dtype: str = "float32", **changes: Any) -> Path:
+    """The f32 draft ``reference`` as a Hugging Face folder, in two shards."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(hf_config(reference, **changes)))
+    entries = {}
+    for name, info in reference.tensors.items():
+        values = reference.data(name).view(np.float32)
+        data = bfloat16(values).tobytes() if dtype == "bfloat16" else values.astype(dtype).tobytes()
+        entries[prefix + hf_name(name)] = {"dtype": dtype, "shape": list(info.shape), "data": data}
+    items = list(entries.items())
+    for index, shard in enumerate((items[::2], items[1::2])):
+        (folder / f"model-{index}.safetensors").write_bytes(safetensors.serialize(dict(shard), {"format": "pt"}))
+    return folder
+
+
+def bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """The upper half, cut: random f32 values become valid bf16 ones."""
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
+
+
+@pytest.fixture(scope="module")
+def reference_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reference") / "draft.gguf"
+    return write_draft(path, GEOMETRY, layers=2, window=48, taps=TAPS)
+
+
+def test_the_converted_draft_equals_one_written_directly(
+    target_path: Path, reference_path: Path, tmp_path: Path
+) -> None:
+    with GGUFFile.open(reference_path) as reference:
+        folder = write_hf(tmp_path / "hf", reference)
+        size = convert_draft(folder, tmp_path / "out.gguf", target=target_path, type="f32")
+        with GGUFFile.open(tmp_path / "out.gguf") as converted:
+            assert converted.nbytes == size
+            assert set(converted.tensors) == set(reference.tensors)
+            for name in reference.tensors:
+                assert converted.tensors[name].shape == reference.tensors[name].shape
+                np.testing.assert_array_equal(converted.data(name), reference.data(name))
+            skipped = {"general.name", "dflash.rope.dimension_sections"}
+            for key in set(reference.metadata) - skipped:
+                assert np.array_equal(converted.metadata[key], reference.metadata[key]), key
+                assert converted.metadata.describe(key) == reference.metadata.describe(key)
+    assert proposals(target_path, tmp_path / "out.gguf") == proposals(target_path, reference_path)
+
+
+def proposals(target: Path, draft: Path) -> list[list[int]]:
+    """What the draft at ``draft`` proposes after prompts."""
+    found = []
+    with load_model(target, "cpu", threads=1) as model, load_draft(draft, model) as loaded:
+        with Session(model, 256, capture=loaded.config.taps) as session, DraftSession(loaded, session) as proposer:
+            for start in (3, 70):
+                session.forward(list(range(start, start + 12)))
+                session.commit(12)
+                proposer.keep(12)
+                found.append(proposer.propose(5).ids.tolist())
+    return found
+
+
+@pytest.mark.parametrize("type_name", ["q8_0", "q4_0", "f16", "bf16"])
+@pytest.mark.parametrize("source", ["float32", "bfloat16", "float16"])
+def test_matrices_are_quantised_as_the_gguf_package_does_it(
+    target_path: Path, reference_path: Path, tmp_path: Path, type_name: str, source: str
+) -> None:
+    with GGUFFile.open(reference_path) as reference:
+        folder = write_hf(tmp_path / "hf", reference, prefix="model.", dtype=source)
+        convert_draft(folder, tmp_path / "out.gguf", target=target_path, type=type_name)
+        with GGUFFile.open(tmp_path / "out.gguf") as converted:
+            for name, info in reference.tensors.items():
+                values = reference.data(name).view(np.float32)
+                if source == "bfloat16":
+                    values = (bfloat16(values).astype(np.uint32) << 16).view(np.float32)
+                values = values.astype(source if source != "bfloat16" else np.float32).astype(np.float32)
+                kind = GGMLType.F32 if len(info.shape) == 1 else GGMLType[type_name.upper()]
+                assert converted.tensors[name].type == kind
+                expected = gguf.quantize(values.reshape(info.shape), gguf.GGMLQuantizationType(int(kind)))
+                np.testing.assert_array_equal(
+                    converted.data(name), np.ascontiguousarray(expected).view(np.uint8).ravel()
+                )
+
+
+@pytest.mark.parametrize("kind", [GGMLType.F16, GGMLType.BF16, GGMLType.Q8_0, GGMLType.Q4_0])
+def test_the_quantisers_agree_on_awkward_blocks(kind: GGMLType) -> None:
+    rows = np.zeros((6, 64), np.float32)
+    rows[1] = np.arange(64) - 31.5  # ties of rounding
+    rows[2, 5], rows[2, 6] = -3.0, 3.0  # two largest values: the first one counts
+    rows[3] = 1e-30
+    rows[4] = np.linspace(-127, 127, 64)
+    rows[5] = np.random.default_rng(0).standard_normal(64)
+    expected = gguf.quantize(rows, gguf.GGMLQuantizationType(int(kind)))
+    np.testing.assert_array_equal(encode(rows, kind), np.ascontiguousarray(expected).view(np.uint8).ravel())
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "expected"),
+    [
+        ({"is_causal": False}, "dflash.attention.causal", False),
+        (
+            {"dflash_config": {"mask_token_id": 3, "target_layer_ids": [1], "causal": True}},
+            "dflash.attention.causal",
+            True,
+        ),
+        ({}, "dflash.attention.causal", None),
+        ({"layer_types": ...}, "dflash.attention.sliding_window", None),
+        ({"rope_theta": ..., "rope_parameters": {"rope_theta": 5e5}}, "dflash.rope.freq_base", 5e5),
+        ({"dflash_config": ..., "mask_token_id": 3, "target_layer_ids": [1, 2]}, "dflash.target_layers", [2, 3]),
+    ],
+)
+def test_what_the_configuration_says_reaches_the_file(
+    target_path: Path, reference_path: Path, tmp_path: Path, changes: dict[str, Any], key: str, expected: Any
+) -> None:
+    with GGUFFile.open(reference_path) as reference:
+        folder = write_hf(tmp_path / "hf", reference, **changes)
+    convert_draft(folder, tmp_path / "out.gguf", target=target_path, type="f16")
+    with GGUFFile.open(tmp_path / "out.gguf") as converted:
+        found = converted.metadata.get(key)
+        assert found is expected or np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "named"),
+    [
+        ({"hidden_size": 512}, DraftMismatch, "512"),
+        ({"vocab_size": 9}, DraftMismatch, "vocab_size is 9"),
+        ({"block_size": ...}, BadMetadata, "block_size"),
+        ({"dflash_config": {}}, BadMetadata, "target_layer_ids"),
+        ({"layer_types": ["sliding_attention"]}, BadMetadata, "layer_types"),
+        ({"num_hidden_layers": 3, "layer_types": ...}, MissingTensor, r"layers\.2\."),
+        ({"num_hidden_layers": 1, "layer_types": ...}, LoadError, r"layers\.1\."),
+    ],
+)
+def test_a_folder_that_does_not_fit_is_refused_and_no_file_is_left(
+    target_path: Path, reference_path: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], named: str
+) -> None:
+    with GGUFFile.open(reference_path) as reference:
+        folder = write_hf(tmp_path / "hf", reference, **changes)
+    with pytest.raises(error, match=named):
+        convert_draft(folder, tmp_path / "out.gguf", target=target_path)
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_damaged_or_missing_files_are_refused(target_path: Path, reference_path: Path, tmp_path: Path) -> None:
+    with GGUFFile.open(reference_path) as reference:
+        folder = write_hf(tmp_path / "hf", reference)
+    out = tmp_path / "out.gguf"
+    with pytest.raises(ConfigError, match=r"q5_1.*q8_0"):
+        convert_draft(folder, out, target=target_path, type="q5_1")
+    shard = folder / "model-0.safetensors"
+    content = shard.read_bytes()
+    for cut in (0, 4, 100, len(content) - 1):
+        shard.write_bytes(content[:cut])
+        with pytest.raises(LoadError, match="damaged"):
+            convert_draft(folder, out, target=target_path)
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(LoadError, match="safetensors"):
+        convert_draft(folder, out, target=target_path)
+    assert not out.exists()
