@@ -30,6 +30,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # help texts hold brackets
     help="Run Qwen3.5/3.6-class GGUF models, with a DFlash draft or without.",
 )
 
@@ -304,17 +305,20 @@ def _progress_bar(what: str) -> Iterator[Progress]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task(what)
+    task, started = bar.add_task(what), False
 
     def progress(done: int, total: int) -> None:
-        if done < total:
+        nonlocal started
+        if done < total and not started:
+            started = True
             bar.start()
         bar.update(task, completed=done, total=total)
 
     try:
         yield progress
     finally:
-        bar.stop()
+        if started:
+            bar.stop()
 
 
 def _print_stream(engine: Engine, prompt: Prompt, params: SamplingParams) -> Completion:

@@ -149,7 +149,7 @@ def _metadata(config: _Config, folder: Path) -> dict[str, Any]:
 
 
 def _tokenizer(target: GGUFFile, config: _Config) -> dict[str, Any]:
-    """The target's tokenizer keys, and the draft's mask token. DraftMismatch when hidden sizes or vocabularies differ."""
+    """The target's tokenizer keys, and the draft's mask token. DraftMismatch where the two do not fit."""
     architecture = target.require("general.architecture", str)
     pairs = {
         "hidden_size": target.get(f"{architecture}.embedding_length", int),

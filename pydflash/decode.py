@@ -171,7 +171,7 @@ def speculative(
     ``stop_ids``, in the middle of a block too; the session then holds everything but the last token.
     """
     stats = stats if stats is not None else Stats()
-    width = Width(min(draft_max or draft.block - 1, draft.block - 1), adaptive)
+    width = Width(min(draft.block - 1 if draft_max is None else draft_max, draft.block - 1), adaptive)
     history = list(prompt)
     anchor = _prefill(session, draft, prompt, sampler, history, stats)
     tokens, accepted, drafted = [anchor], 0, 0
@@ -222,12 +222,12 @@ def _prefill(
     for start in range(0, len(prompt), session.chunk):
         chunk = prompt[start : start + session.chunk]
         last = start + len(chunk) == len(prompt)
+        if draft is not None:
+            draft.flush()  # of the chunk before, or of an earlier generation in the same session
         output = session.forward(chunk, "last" if last else "none")
         session.commit(len(chunk))
         if draft is not None:
             draft.keep(len(chunk))
-            if not last:
-                draft.flush()
     token = _draw(output, 0, sampler, history)
     history.append(token)
     stats.prompt_tokens += len(prompt)

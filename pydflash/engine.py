@@ -9,9 +9,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
-from pydflash.chat import ChatTemplate
 from pydflash.config import EngineConfig, Setting, table
 from pydflash.decode import Stats, Step, autoregressive, speculative
 from pydflash.draft import Draft, DraftSession, load_draft
@@ -21,6 +20,9 @@ from pydflash.sampling import Sampler, SamplingParams
 from pydflash.session import Session
 from pydflash.tokenizer import Tokenizer
 from pydflash.weights import Progress
+
+if TYPE_CHECKING:
+    from pydflash.chat import ChatTemplate
 
 __all__ = ["Chunk", "Completion", "Engine", "FinishReason", "Piece", "Prompt", "StopFilter"]
 
@@ -58,7 +60,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished generation. ``tokens`` include the end-of-turn token or those of the stop string; ``text`` does not."""
+    """A finished generation. ``tokens`` include the end-of-turn token or the stop string's, ``text`` does not."""
 
     text: str
     tokens: tuple[int, ...]
@@ -69,8 +71,7 @@ class Completion:
 class StopFilter:
     """Passes text on up to the first stop string, holding back an end that may be the start of one.
 
-    The first stop string to be complete wins, the longer one of two that end together, however the text is cut into
-    pushes.
+    The first stop string to be complete wins, of two that end together the longer, however the text is cut.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -147,8 +148,9 @@ class Engine:
         Raises ConfigError, LoadError, NoDevice or OutOfMemory; nothing stays allocated then.
         """
         config = EngineConfig.resolve(
-            environment, max_context=max_context, cache_k=cache_k, cache_v=cache_v, k_rotation=k_rotation, device=device,
-            threads=threads, chunk=chunk, draft_max=draft_max, adaptive=adaptive, draft_causal=draft_causal,
+            environment, max_context=max_context, cache_k=cache_k, cache_v=cache_v, k_rotation=k_rotation,
+            device=device, threads=threads, chunk=chunk,
+            draft_max=draft_max, adaptive=adaptive, draft_causal=draft_causal,
         )  # fmt: skip
         with ExitStack() as undo:
             model = undo.enter_context(load_model(path, config.device, progress, threads=config.threads))
@@ -165,6 +167,8 @@ class Engine:
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """The file's template; TemplateError when it has none or it does not compile."""
+        from pydflash.chat import ChatTemplate  # jinja2 is slow to import and raw prompts need none of it
+
         return ChatTemplate.from_metadata(self.model.file.metadata)
 
     # --- generating -------------------------------------------------------------------------------------------------

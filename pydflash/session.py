@@ -133,6 +133,8 @@ class Session:
             raise ConfigError(f"max_context is {max_context}; it must lie in 1..{1 << 24}")
         if chunk not in CHUNKS:
             raise ConfigError(f"chunk is {chunk}; valid values are {', '.join(map(str, CHUNKS))}")
+        if not all(0 <= layer < config.layers for layer in capture):
+            raise ConfigError(f"capture is {tuple(capture)}; the model has layers 0..{config.layers - 1}")
         k_type, v_type = cache_type(cache_k, "cache_k"), cache_type(cache_v, "cache_v")
         basis = k_basis(k_type, config.head_size, k_rotation, environment)
         self.model, self.max_context, self.chunk, self.capture = model, max_context, chunk, tuple(capture)

@@ -21,7 +21,7 @@ from pydflash.ggml_types import GGMLType
 from pydflash.graph import Graph
 from pydflash.tensor import Shape, Tensor
 
-__all__ = ["CACHE_TYPES", "K_BASES", "DeltaState", "KBasis", "KVCache", "StepInputs", "cache_type", "k_basis"]
+__all__ = ["CACHE_TYPES", "K_BASES", "DeltaState", "KBasis", "KVCache", "StepInputs", "cache_type", "k_basis", "tape_shape"]
 
 CACHE_TYPES = {t.name.lower(): t for t in (GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.Q8_0, GGMLType.Q4_0)}
 """Types of a K or V cache, by the names that options use."""
@@ -205,6 +205,12 @@ class DeltaGeometry(Protocol):
     def conv_kernel(self) -> int: ...
 
 
+def tape_shape(geometry: DeltaGeometry) -> tuple[int, int]:
+    """Rows and f32 columns of a layer's window: committed history and the tape, all that rolling back costs."""
+    columns = (2 * geometry.k_heads + geometry.v_heads) * geometry.state_size + 2 * geometry.v_heads
+    return geometry.conv_kernel - 1 + ops.TAPE_ROWS, columns
+
+
 class DeltaState:
     """State of the gated delta-net layers: S of the last committed token, and the window of raw columns (the tape).
 
@@ -213,14 +219,13 @@ class DeltaState:
 
     def __init__(self, backend: Backend, geometry: DeltaGeometry) -> None:
         size, heads = geometry.state_size, geometry.v_heads
-        columns = (2 * geometry.k_heads + heads) * size + 2 * heads
-        window = (geometry.conv_kernel - 1 + ops.TAPE_ROWS, columns)
+        window = tape_shape(geometry)
         specs: dict[str, tuple[Shape, GGMLType]] = {}
         for layer in geometry.delta_layers:
             specs[f"state.{layer}"] = ((heads, size, size), GGMLType.F32)
             specs[f"window.{layer}"] = (window, GGMLType.F32)
         self.arena = Arena(backend, specs, "the delta-net state")
-        self.tape_nbytes = len(geometry.delta_layers) * window[0] * columns * 4
+        self.tape_nbytes = len(geometry.delta_layers) * window[0] * window[1] * 4
         self.state_nbytes = len(geometry.delta_layers) * heads * size * size * 4
 
     def state(self, layer: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What several test folders share: single-operation graphs, packed leaves, kernel rounding, and measures of agreement."""
+"""What several test folders share: single-operation graphs, packed leaves, kernel rounding, measures of agreement."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ __all__ = [
     "RoundedReference",
     "compute",
     "cosine",
+    "dequantised",
     "nmse",
     "packed",
     "relative",
@@ -136,8 +137,8 @@ def relative(got: Array, want: Array) -> float:
 def rounded(x: Array, weight: GGMLType) -> Array:
     """Rows of ``x`` (..., K) as the CPU's dot product with ``weight`` sees them, in x's dtype.
 
-    f16 and bf16 weights round to their own type; Q8_0 and Q4_0 to blocks of 32 with scale max|x|/127 kept as f16; K-quants to
-    blocks of 256 with an f32 scale that sends the largest magnitude to -127.
+    f16 and bf16 weights round to their own type; Q8_0 and Q4_0 to blocks of 32 with scale max|x|/127 kept as f16;
+    K-quants to blocks of 256 with an f32 scale that sends the largest magnitude to -127.
     """
     values = np.asarray(x, np.float32)
     if weight == GGMLType.F32:
@@ -195,7 +196,7 @@ class _RoundingWeights(Weights):
 
 
 class RoundedReference(Reference):
-    """The oracle with activations rounded as the CPU's products round them; everything else stays in double precision."""
+    """The oracle with activations rounded as the CPU's products round them; the rest stays in double precision."""
 
     def __init__(self, path: Path | str, **options: Any) -> None:
         super().__init__(path, **options)
@@ -207,7 +208,7 @@ class RoundedReference(Reference):
 
 def run_chunks(session: Session, tokens: Sequence[int], width: int) -> npt.NDArray[np.float32]:
     """Logits (len(tokens), vocab) of ``tokens`` forwarded and committed ``width`` at a time."""
-    rows = []
+    rows = [np.empty((0, session.model.config.vocab), np.float32)]
     for start in range(0, len(tokens), width):
         piece = list(tokens[start : start + width])
         rows.append(session.forward(piece, "all").logits)
@@ -216,9 +217,10 @@ def run_chunks(session: Session, tokens: Sequence[int], width: int) -> npt.NDArr
 
 
 def state_of(session: Session, model: Model) -> dict[str, npt.NDArray[Any]]:
-    """Everything a session remembers, by tensor name: K/V rows of committed positions as bytes, delta state and history.
+    """What a session remembers, by tensor name: K/V rows of committed positions as bytes, delta state and history.
 
-    The delta state is that before the pending or last-committed rows: compare sessions at the same point of the protocol.
+    The delta state is that before the pending or last-committed rows: compare sessions at the same point of the
+    protocol.
     """
     found: dict[str, npt.NDArray[Any]] = {}
     for name in session.cache.arena:
@@ -233,3 +235,23 @@ def state_of(session: Session, model: Model) -> dict[str, npt.NDArray[Any]]:
         model.backend.read(tensor, values)
         found[name] = values[: model.config.conv_kernel - 1] if name.startswith("window") else values
     return found
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def dequantised(source: Path, path: Path) -> Path:
+    """Write the model in ``source`` to ``path`` with every tensor as f32, metadata unchanged."""
+    reader = gguf.GGUFReader(str(source))
+    writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=sub_type)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

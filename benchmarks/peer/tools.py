@@ -35,11 +35,13 @@ class PeerSpeed:
 class PeerCycle:
     """A run of llama-speculative-simple: milliseconds of a cycle, and of its draft where the program tells.
 
-    ``cycles``: proposals made. ``accepted``: mean proposed tokens kept. ``total_ms``: everything after the prompt.
+    ``cycles``: proposals made. ``drafted``, ``accepted``: mean tokens proposed and kept of one. ``total_ms``: all
+    after the prompt, divided by the cycles.
     """
 
     prompt: int
     cycles: int
+    drafted: float
     accepted: float
     total_ms: float
     draft_ms: float | None
@@ -111,7 +113,7 @@ def cycle(
     tokens: int,
     arguments: Sequence[str] = (),
     *,
-    words: int = 240,
+    words: int = 100,
     timeout: float = 120.0,
     environment: Mapping[str, str] | None = None,
 ) -> PeerCycle:
@@ -121,7 +123,7 @@ def cycle(
         prompt.write_text(" ".join(f"word{i % 97}" for i in range(words)))
         command = [str(program), "-m", str(model), "-md", str(draft), "--spec-type", "draft-dflash"]
         command += ["--spec-draft-n-max", str(draft_max), "-n", str(tokens), "-f", str(prompt), "-c", "4096"]
-        command += ["--temp", "0", "--ignore-eos", "-lv", "4", "--no-warmup", *arguments]
+        command += ["--temp", "0", "--ignore-eos", "-lv", "4", *arguments]
         out, err = _run(command, timeout, environment)
     return parse_cycle(out + "\n" + err)
 
@@ -134,11 +136,12 @@ def parse_cycle(log: str) -> PeerCycle:
     if encoded is None or decoded is None or calls is None:
         raise PeerError(f"no statistics in the output of llama-speculative-simple; it ends with:\n{log[-1500:]}")
     cycles = int(calls.group(1))
-    kept = re.search(r"#acc tokens =\s*(\d+)", calls.group(3))
+    made, kept = (re.search(rf"#{name} tokens =\s*(\d+)", calls.group(3)) for name in ("gen", "acc"))
     times = re.search(r"dur\(b,g,a\) = [\d.]+, ([\d.]+), [\d.]+ ms", calls.group(3))
     return PeerCycle(
         prompt=int(encoded.group(1)),
         cycles=cycles,
+        drafted=int(made.group(1)) / cycles if made and cycles else 0.0,
         accepted=int(kept.group(1)) / cycles if kept and cycles else 0.0,
         total_ms=1e3 * float(decoded.group(2)) / max(cycles, 1),
         draft_ms=float(times.group(1)) / cycles if times and cycles else None,

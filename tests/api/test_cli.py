@@ -49,10 +49,11 @@ def test_generate_prints_the_text_of_the_engine_and_nothing_else(run, engine: En
         assert (ran.code, ran.out, ran.err) == (0, expected + "\n", "")
 
 
-def test_generate_takes_every_option_under_the_name_of_its_parameter(run, target_path: Path, draft_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_every_option_has_its_name(run, target_path: Path, draft_path: Path) -> None:  # type: ignore[no-untyped-def]
     options = {
-        "draft": draft_path, "max-context": 256, "cache-k": "q4_0", "cache-v": "q8_0", "k-rotation": "none", "device": "cpu",
-        "threads": 1, "chunk": 32, "draft-max": 3, "temperature": 0.8, "top-k": 40, "top-p": 0.9, "min-p": 0.01,
+        "draft": draft_path, "max-context": 256, "cache-k": "q4_0", "cache-v": "q8_0", "k-rotation": "none",
+        "device": "cpu", "threads": 1, "chunk": 32, "draft-max": 3,
+        "temperature": 0.8, "top-k": 40, "top-p": 0.9, "min-p": 0.01,
         "repetition-penalty": 1.1, "frequency-penalty": 0.1, "presence-penalty": 0.1, "seed": 3, "max-tokens": 12,
         "stop": "zzzz",
     }  # fmt: skip

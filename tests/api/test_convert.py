@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ GEOMETRY = GEOMETRIES["gqa6"]
 TAPS = (0, 2)
 # GGUF names to Hugging Face names, written out once more: this list is the oracle of the one in convert.py.
 LAYER = {
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
 TOP = {"fc.weight": "fc.weight", "enc.output_norm.weight": "hidden_norm.weight", "output_norm.weight": "norm.weight"}
 
@@ -53,19 +56,31 @@ def hf_config(reference: GGUFFile, **changes: Any) -> dict[str, Any]:
     return {name: value for name, value in (config | changes).items() if value is not ...}
 
 
-def write_hf(folder: Path, reference: GGUFFile, prefix: str = "", dtype: str = "float32", **changes: Any) -> Path:
+def write_hf(folder: Path, reference: GGUFFile, prefix: str = "", dtype: str = "F32", **changes: Any) -> Path:
     """The f32 draft ``reference`` as a Hugging Face folder, in two shards."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(hf_config(reference, **changes)))
-    entries = {}
+    items = []
     for name, info in reference.tensors.items():
         values = reference.data(name).view(np.float32)
-        data = bfloat16(values).tobytes() if dtype == "bfloat16" else values.astype(dtype).tobytes()
-        entries[prefix + hf_name(name)] = {"dtype": dtype, "shape": list(info.shape), "data": data}
-    items = list(entries.items())
+        data = {"F32": values, "F16": values.astype(np.float16), "BF16": bfloat16(values)}[dtype].tobytes()
+        items.append((prefix + hf_name(name), info.shape, data))
     for index, shard in enumerate((items[::2], items[1::2])):
-        (folder / f"model-{index}.safetensors").write_bytes(safetensors.serialize(dict(shard), {"format": "pt"}))
+        write_safetensors(folder / f"model-{index}.safetensors", shard, dtype)
     return folder
+
+
+def write_safetensors(path: Path, items: list[tuple[str, tuple[int, ...], bytes]], dtype: str) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, shape, data in items:
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(data)]}
+        at += len(data)
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    path.write_bytes(struct.pack("<Q", len(head)) + head + b"".join(data for _, _, data in items))
+    with safetensors.safe_open(path, "numpy") as checked:  # the library's own opinion of what was written
+        assert set(checked.keys()) == {name for name, _, _ in items}
 
 
 def bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
@@ -101,18 +116,22 @@ def test_the_converted_draft_equals_one_written_directly(
 def proposals(target: Path, draft: Path) -> list[list[int]]:
     """What the draft at ``draft`` proposes after prompts."""
     found = []
-    with load_model(target, "cpu", threads=1) as model, load_draft(draft, model) as loaded:
-        with Session(model, 256, capture=loaded.config.taps) as session, DraftSession(loaded, session) as proposer:
-            for start in (3, 70):
-                session.forward(list(range(start, start + 12)))
-                session.commit(12)
-                proposer.keep(12)
-                found.append(proposer.propose(5).ids.tolist())
+    with (
+        load_model(target, "cpu", threads=1) as model,
+        load_draft(draft, model) as loaded,
+        Session(model, 256, capture=loaded.config.taps) as session,
+        DraftSession(loaded, session) as proposer,
+    ):
+        for start in (3, 70):
+            session.forward(list(range(start, start + 12)))
+            session.commit(12)
+            proposer.keep(12)
+            found.append(proposer.propose(5).ids.tolist())
     return found
 
 
 @pytest.mark.parametrize("type_name", ["q8_0", "q4_0", "f16", "bf16"])
-@pytest.mark.parametrize("source", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("source", ["F32", "BF16", "F16"])
 def test_matrices_are_quantised_as_the_gguf_package_does_it(
     target_path: Path, reference_path: Path, tmp_path: Path, type_name: str, source: str
 ) -> None:
@@ -122,9 +141,10 @@ def test_matrices_are_quantised_as_the_gguf_package_does_it(
         with GGUFFile.open(tmp_path / "out.gguf") as converted:
             for name, info in reference.tensors.items():
                 values = reference.data(name).view(np.float32)
-                if source == "bfloat16":
+                if source == "BF16":
                     values = (bfloat16(values).astype(np.uint32) << 16).view(np.float32)
-                values = values.astype(source if source != "bfloat16" else np.float32).astype(np.float32)
+                if source == "F16":
+                    values = values.astype(np.float16).astype(np.float32)
                 kind = GGMLType.F32 if len(info.shape) == 1 else GGMLType[type_name.upper()]
                 assert converted.tensors[name].type == kind
                 expected = gguf.quantize(values.reshape(info.shape), gguf.GGMLQuantizationType(int(kind)))

@@ -15,7 +15,7 @@ from pydflash.graph import Graph
 @pytest.mark.parametrize("failure", [ffi.NULL, False, 1, -1])
 def test_null_false_and_a_status_become_errors(failure: object) -> None:
     last_log_line()
-    with pytest.raises(NativeError, match="^trying it failed$"):
+    with pytest.raises(NativeError, match=r"^trying it failed$"):
         check(failure, "trying it")
 
 
@@ -34,7 +34,7 @@ def test_what_is_owned_is_freed_once() -> None:
 
 
 def test_owning_null_is_an_error() -> None:
-    with pytest.raises(NativeError, match="a thing failed"):
+    with pytest.raises(NativeError, match=r"a thing failed"):
         owned(ffi.NULL, print, "a thing")
 
 
@@ -53,7 +53,7 @@ def test_our_type_numbers_and_sizes_are_those_of_ggml() -> None:
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "CPU", "", "cuda:99999", "vulkan"])
 def test_an_unknown_device_lists_the_valid_ones(name: str) -> None:
-    with pytest.raises(ConfigError, match="'auto', 'cpu', 'cuda', 'cuda:0'"):
+    with pytest.raises(ConfigError, match=r"'auto', 'cpu', 'cuda', 'cuda:0'"):
         Backend(name)
 
 
@@ -67,7 +67,11 @@ def test_a_missing_cuda_device_is_named_with_what_to_do() -> None:
     missing = f"cuda:{cuda_device_count()}"
     with pytest.raises(NoDevice, match=missing) as caught:
         Backend(missing)
-    wanted = "nvidia-smi" if cuda_device_count() else ("driver|nvidia-smi" if cuda_library().exists() else "PYDFLASH_CUDA=ON")
+    wanted = (
+        "nvidia-smi"
+        if cuda_device_count()
+        else ("driver|nvidia-smi" if cuda_library().exists() else "PYDFLASH_CUDA=ON")
+    )
     assert caught.match(wanted)
 
 
@@ -85,7 +89,7 @@ def test_closing_twice_is_harmless() -> None:
 
 
 def test_memory_that_nobody_has_is_refused_with_its_size() -> None:
-    with Backend("cpu", threads=1) as backend, pytest.raises(OutOfMemory, match="a moon needs .* bytes on cpu"):
+    with Backend("cpu", threads=1) as backend, pytest.raises(OutOfMemory, match=r"a moon needs .* bytes on cpu"):
         Arena(backend, {"x": ((1 << 24, 1 << 20), GGMLType.F32)}, "a moon")
 
 
@@ -126,6 +130,6 @@ def test_an_operation_that_the_device_lacks_is_named_before_the_run() -> None:
         table, rows = graph.input((4, 256), GGMLType.IQ2_XXS), graph.input((2,), GGMLType.I32)
         node = lib.ggml_set_rows(graph.context, table.c, graph.input((2, 256), GGMLType.F32).c, rows.c)
         graph.effect(table.derive(node, table.shape))
-        with pytest.raises(DeviceError, match="cpu cannot run SET_ROWS"):
+        with pytest.raises(DeviceError, match=r"cpu cannot run SET_ROWS"):
             graph.finish()
         graph.close()

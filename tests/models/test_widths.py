@@ -25,7 +25,9 @@ def tokens_for(name: str, count: int = COUNT) -> list[int]:
     return tokens
 
 
-def rows_of(model: Model, tokens: list[int], width: int, cache: tuple[str, str] = ("f16", "f16"), context: int = 256) -> Array:
+def rows_of(
+    model: Model, tokens: list[int], width: int, cache: tuple[str, str] = ("f16", "f16"), context: int = 256
+) -> Array:
     with Session(model, context, *cache) as session:
         return run_chunks(session, tokens, width)
 
@@ -74,12 +76,12 @@ def test_rows_are_bit_equal_for_random_cuts_and_discarded_forwards(target: Targe
 
 @pytest.mark.parametrize("types", ["f32", "q8_0", "q4_k_m"])
 def test_threads_do_not_change_a_bit(target: Target, types: str) -> None:
-    tokens = tokens_for("ratio3")
+    tokens = tokens_for("ratio3", 10)
     results = []
-    for threads in (1, 2, 3):
+    for threads in (1, 2):
         with load_model(target("ratio3", types), "cpu", threads=threads) as model:
             results.append(rows_of(model, tokens, 5))
-    assert all(np.array_equal(results[0], other) for other in results[1:])
+    assert np.array_equal(*results)
 
 
 @pytest.mark.parametrize("types", ["f32", "q4_k_m"])
@@ -94,7 +96,8 @@ def test_what_an_earlier_text_left_in_the_cache_never_changes_a_bit(target: Targ
     tokens = tokens_for("gqa6")
     with load_model(target("gqa6", "q8_0"), "cpu", threads=1) as model, Session(model, 256) as session:
         fresh = run_chunks(session, tokens, 7)
-        wide = session.reset() or session.forward(tokens, "all").logits
+        session.reset()
+        wide = session.forward(tokens, "all").logits
         session.commit(len(tokens))
         session.reset()
         session.forward(np.random.default_rng(9).integers(0, model.config.vocab, 200), "none")
@@ -107,11 +110,11 @@ def test_what_an_earlier_text_left_in_the_cache_never_changes_a_bit(target: Targ
 
 @pytest.mark.parametrize("types", ["f32", "f16", "q8_0", "q4_k_m"])
 @pytest.mark.parametrize("name", ["ratio3", "gqa6"])
-def test_prefill_agrees_with_single_steps_within_the_rounding_of_activations(target: Target, name: str, types: str) -> None:
+def test_prefill_agrees_with_single_steps_within_rounding(target: Target, name: str, types: str) -> None:
     """Wider steps take ggml's faster kernels: other orders of float32 sums, which may flip the rounding of an activation.
 
-    A flip is worth what the rounding itself is worth, so the two may differ by no more than single steps and the oracle without
-    any rounding do; for f32 weights, which round nothing, by float32 arithmetic.
+    A flip is worth what the rounding itself is worth, so the two may differ by no more than single steps and the oracle
+    without any rounding do; for f32 weights, which round nothing, by float32 arithmetic.
     """
     path, tokens = target(name, types), tokens_for(name, 150)
     with load_model(path, "cpu", threads=1) as model:
@@ -147,7 +150,9 @@ def test_lossy_caches_stay_close_to_the_f32_cache(target: Target, cache: tuple[s
 
     Attention averages the errors of V and softens those of K; one in four layers has a cache at all.
     """
-    bound = {"f16": 1e-5, "bf16": 1e-3, "q8_0": 1e-3, "q4_0": 0.2}[max(cache, key=["f16", "bf16", "q8_0", "q4_0"].index)]
+    bound = {"f16": 1e-5, "bf16": 1e-3, "q8_0": 1e-3, "q4_0": 0.2}[
+        max(cache, key=["f16", "bf16", "q8_0", "q4_0"].index)
+    ]
     tokens = tokens_for("gqa6", 64)
     with load_model(target("gqa6", "f32"), "cpu", threads=1) as model:
         exact = rows_of(model, tokens, 16, ("f32", "f32"))

@@ -20,11 +20,11 @@ CPU_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 CUDA_TYPES = ("f16", "bf16", "q8_0", "q4_0")
 POSITIONS = np.array([0, 1, 31, 32, 63, 64, 65, 100, 127, 128, 129, 130, 131, 132, 133, 159], np.int32)
 
-# The CPU rounds q as the oracle does here, so that float32 arithmetic remains: sums of 256 products in the scores, an exponential
-# good to an ulp or two, sums of 160 terms.
+# The CPU rounds q as the oracle does here, so that float32 arithmetic remains: sums of 256 products in the scores, an
+# exponential good to an ulp or two, sums of 160 terms.
 CPU_TOLERANCE = 3e-5
-# CUDA rounds q, the weights p and the dequantised K and V to f16: four relative errors of up to 2^-11 = 5e-4, the largest of a few
-# thousand results and of scores whose error enters the exponential.
+# CUDA rounds q, the weights p and the dequantised K and V to f16: four relative errors of up to 2^-11 = 5e-4, the
+# largest of a few thousand results and of scores whose error enters the exponential.
 CUDA_TOLERANCE = 1e-2
 
 
@@ -63,7 +63,9 @@ def expected(q: Array, k: Packed, v: Packed, sees: Array, *, cuda: bool) -> Arra
     return wanted
 
 
-def attend(backend: Backend, q: Array, k: Packed, v: Packed, positions: Array, held: Array | None = None, **options: object) -> Array:
+def attend(
+    backend: Backend, q: Array, k: Packed, v: Packed, positions: Array, held: Array | None = None, **options: object
+) -> Array:
     def build(q: Tensor, k: Tensor, v: Tensor, p: Tensor, h: Tensor | None = None) -> Tensor:
         return ops.attention(q, k, v, p, KV_HEADS, slot_positions=h, **options)  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""delta_inputs and delta_rule: the gated delta-net's step, and replay of a kept prefix that leaves no trace of the rest."""
+"""delta_inputs and delta_rule: the gated delta-net's step; replay of a kept prefix leaves no trace of the rest."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.helpers import Array, compute, relative
 from tests.reference.qwen35 import delta_rule, l2_norm, sigmoid, silu, softplus
 
 EPS = 1e-6
-# float32 against double precision: a convolution of 4 terms and a sigmoid; then sums of D = 128 products for each of some dozen
-# tokens, whose errors the state carries on. CUDA's fast exponentials are good to a few ulp more.
+# float32 against double precision: a convolution of 4 terms and a sigmoid; then sums of D = 128 products for each of
+# some dozen tokens, whose errors the state carries on. CUDA's fast exponentials are good to a few ulp more.
 INPUTS_TOLERANCE = 3e-6
 RULE_TOLERANCE = 3e-5
 
@@ -59,7 +59,12 @@ class Result:
     state: Array
 
 
-LAYERS = {"equal": Layer(4, 4, 32, 4), "ratio3": Layer(2, 6, 128, 4), "short": Layer(1, 2, 64, 3), "wide": Layer(1, 2, 256, 4)}
+LAYERS = {
+    "equal": Layer(4, 4, 32, 4),
+    "ratio3": Layer(2, 6, 128, 4),
+    "short": Layer(1, 2, 64, 3),
+    "wide": Layer(1, 2, 256, 4),
+}
 
 
 def step(
@@ -85,7 +90,9 @@ def step(
     return Result(*compute(backend, build, *leaves))
 
 
-def expected(layer: Layer, rows: tuple[Array, Array, Array], history: Array, state: Array) -> tuple[Array, Array, Array]:
+def expected(
+    layer: Layer, rows: tuple[Array, Array, Array], history: Array, state: Array
+) -> tuple[Array, Array, Array]:
     """Inputs (T, C + 2 Hv), output (T, Hv D) and final state (Hv, value, key) in double precision."""
     x, alpha, beta_raw = (r.astype(np.float64) for r in rows)
     columns = np.concatenate([history.astype(np.float64), x])
@@ -210,7 +217,9 @@ def test_raw_columns_may_be_a_slice_of_wider_rows(backend: Backend) -> None:
     x, alpha, beta = layer.rows(4)
     wide = np.concatenate([x, x + 1], axis=1)
 
-    def build(x: Tensor, alpha: Tensor, beta: Tensor, weight: Tensor, a: Tensor, bias: Tensor, w: Tensor, n: Tensor) -> Tensor:
+    def build(
+        x: Tensor, alpha: Tensor, beta: Tensor, weight: Tensor, a: Tensor, bias: Tensor, w: Tensor, n: Tensor
+    ) -> Tensor:
         return ops.delta_inputs(x.slice(1, 0, layer.channels), alpha, beta, weight, a, bias, w, n, keep=True)
 
     counts = np.array([0, 4], np.int32)

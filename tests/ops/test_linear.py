@@ -15,16 +15,17 @@ from tests.helpers import Array, Packed, compute, nmse, packed, relative, rounde
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k", "q5_k", "q6_k")
 OUT, IN = 70, 512
 
-# Against numpy with the same rounding of the activations, only the order of float32 sums differs: K = 512 terms of relative
-# error 2^-24 each, at most 512 * 6e-8 = 3e-5 of the largest partial sum and typically its square root.
+# Against numpy with the same rounding of the activations, only the order of float32 sums differs: K = 512 terms of
+# relative error 2^-24 each, at most 512 * 6e-8 = 3e-5 of the largest partial sum and typically its square root.
 SUMS = 1e-5
-# Rounding to 8 bits moves each x by at most peak/254. The peak of 32 (256) normal values is about 2.5 (3.2) of their rms, so the
-# step is uniform with an rms of 2.5/127/sqrt(12) = 0.6 % (0.7 %) of the input's, and so is the error of a product: squared, 5e-5.
+# Rounding to 8 bits moves each x by at most peak/254. The peak of 32 (256) normal values is about 2.5 (3.2) of their
+# rms, so the step is uniform with an rms of 2.5/127/sqrt(12) = 0.6 % (0.7 %) of the input's, and so is the error of a
+# product: squared, 5e-5.
 ROUNDING_8_BITS = 1e-4
 # Eleven and eight bits of mantissa: relative errors uniform up to 2^-11 and 2^-8, squared and averaged.
 ROUNDING_NMSE = {"f32": 1e-11, "f16": 2e-7, "bf16": 1e-5}
-# CUDA takes activations as f16 and multiplies dequantised weights in f16: 2^-11 for each factor, squared, and as much again for
-# the scale and the minimum of a K-quant, which are rounded one by one.
+# CUDA takes activations as f16 and multiplies dequantised weights in f16: 2^-11 for each factor, squared, and as much
+# again for the scale and the minimum of a K-quant, which are rounded one by one.
 CUDA_NMSE = 2e-6
 
 
@@ -45,7 +46,11 @@ def test_it_is_the_dequantised_product_of_the_rounded_activations(cpu: Backend, 
 def test_it_is_the_plain_product_up_to_the_rounding_of_activations(backend: Backend, name: str) -> None:
     x, weight = operands(name)
     got = compute(backend, ops.linear, x, weight)[0]
-    bound = max(CUDA_NMSE, ROUNDING_NMSE["bf16"] if name == "bf16" else 0) if backend.is_cuda else ROUNDING_NMSE.get(name, ROUNDING_8_BITS)
+    bound = (
+        max(CUDA_NMSE, ROUNDING_NMSE["bf16"] if name == "bf16" else 0)
+        if backend.is_cuda
+        else ROUNDING_NMSE.get(name, ROUNDING_8_BITS)
+    )
     assert nmse(got, x.astype(np.float64) @ weight.values.T) < bound
 
 
@@ -88,7 +93,8 @@ def test_wider_steps_agree_with_the_exact_product(backend: Backend, name: str) -
     x, weight = operands(name, 40)
     wide = compute(backend, ops.linear, x, weight)[0]
     exact = np.concatenate([compute(backend, ops.linear, x[i : i + 8], weight)[0] for i in range(0, 40, 8)])
-    # Prefill rounds the activations as well, on CUDA to 8 bits where decode keeps f16; on the CPU only the order of sums differs.
+    # Prefill rounds the activations as well, on CUDA to 8 bits where decode keeps f16; on the CPU only the order of
+    # sums differs.
     assert nmse(wide, exact) < (ROUNDING_8_BITS if backend.is_cuda else SUMS**2 + (1e-5 if name == "bf16" else 1e-7))
 
 
@@ -109,9 +115,12 @@ def test_cuda_gives_the_numbers_of_the_cpu(cuda: Backend, cpu: Backend, name: st
 
 
 @pytest.mark.parametrize(
-    ("x", "weight"), [((4, 64), (8, 96)), ((64,), (8, 64)), ((2, 4, 64), (8, 64)), ((4, 64), (2, 8, 64)), ((4, 64), (64,))]
+    ("x", "weight"),
+    [((4, 64), (8, 96)), ((64,), (8, 64)), ((2, 4, 64), (8, 64)), ((4, 64), (2, 8, 64)), ((4, 64), (64,))],
 )
-def test_shapes_that_do_not_fit_are_refused_before_ggml(cpu: Backend, x: tuple[int, ...], weight: tuple[int, ...]) -> None:
+def test_shapes_that_do_not_fit_are_refused_before_ggml(
+    cpu: Backend, x: tuple[int, ...], weight: tuple[int, ...]
+) -> None:
     graph = Graph(cpu, 64)
     with pytest.raises(ShapeError, match="do not fit"):
         ops.linear(graph.input(x, GGMLType.F32), graph.input(weight, GGMLType.F32))

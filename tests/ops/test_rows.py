@@ -24,13 +24,17 @@ WEIGHT, HEAD_WEIGHT = (RNG.uniform(0.5, 1.5, n).astype(np.float32) for n in (256
 POSITIONS = RNG.integers(0, 262_144, ROWS).astype(np.int32)
 POSITIONS[:3] = 0, 1, 262_143
 IDS = RNG.integers(0, 50, ROWS).astype(np.int32)
-TABLES = {name: packed(RNG.standard_normal((50, 256)).astype(np.float32), name) for name in ("f32", "f16", "bf16", "q8_0", "q4_0")}
+TABLES = {
+    name: packed(RNG.standard_normal((50, 256)).astype(np.float32), name)
+    for name in ("f32", "f16", "bf16", "q8_0", "q4_0")
+}
 
-# float32 against double precision: a handful of operations of half an ulp each, a mean over 256 squares, an exponential.
+# float32 against double precision: a handful of operations of half an ulp each, a mean over 256 squares, an
+# exponential.
 FEW_ULP = 2e-6
-# The angle of RoPE's pair i is position * base^(-i/pairs), in float32 and by i multiplications of half an ulp each: an error of
-# position * i * base^(-i/pairs) * 2^-24 radians, which is largest at i = pairs / ln(base). At position 262,143, base 10^4 and
-# 64 pairs that is 0.04, on values of up to 3.5 rms; below position 256 a thousandth of it.
+# The angle of RoPE's pair i is position * base^(-i/pairs), in float32 and by i multiplications of half an ulp each: an
+# error of position * i * base^(-i/pairs) * 2^-24 radians, which is largest at i = pairs / ln(base). At position
+# 262,143, base 10^4 and 64 pairs that is 0.04, on values of up to 3.5 rms; below position 256 a thousandth of it.
 ROPE_FAR = 0.15
 ROPE_NEAR = 1.5e-4
 
@@ -92,7 +96,9 @@ def test_a_row_is_bit_equal_at_every_width(backend: Backend, name: str) -> None:
 @pytest.mark.parametrize(("far", "bound"), [(False, ROPE_NEAR), (True, ROPE_FAR)])
 @pytest.mark.parametrize("dims", [16, 64, 128])
 @pytest.mark.parametrize("base", [1e4, 1e7])
-def test_rope_rotates_the_first_dims_of_each_head(backend: Backend, base: float, dims: int, far: bool, bound: float) -> None:
+def test_rope_rotates_the_first_dims_of_each_head(
+    backend: Backend, base: float, dims: int, far: bool, bound: float
+) -> None:
     positions = POSITIONS if far else POSITIONS % 256
     got = compute(backend, lambda x, p: ops.rope(x, p, dims, base), HEADS, positions)[0]
     assert relative(got, oracle.rope(HEADS.astype(float), positions, dims, base)) < bound
@@ -105,7 +111,8 @@ def test_set_rows_stores_what_the_gguf_package_stores(backend: Backend, name: st
     wanted = packed(X[:4], name).values
     got = compute(backend, ops.set_rows, TABLES[name], places, X[:4])[0]
     after = Packed(np.ascontiguousarray(got).view(np.uint8).reshape(50, -1), (50, 256), TABLES[name].dtype).values
-    # Both round to nearest; where x falls on the middle of two levels they may differ by the level, 1/127 or 1/8 of the peak.
+    # Both round to nearest; where x falls on the middle of two levels they may differ by the level, 1/127 or 1/8 of the
+    # peak.
     level = {"q8_0": 1 / 127, "q4_0": 1 / 8}.get(name, 0.0) * np.abs(X[:4]).max()
     assert np.abs(after[places] - wanted).max() <= level
     assert np.mean(after[places] != wanted) < 0.01
@@ -149,22 +156,22 @@ def test_cuda_gives_the_numbers_of_the_cpu(cuda: Backend, cpu: Backend, name: st
     assert relative(there, here) < (ROPE_FAR if name == "rope" else 2 * FEW_ULP)
 
 
-F, I = GGMLType.F32, GGMLType.I32
+F, INT = GGMLType.F32, GGMLType.I32
 Shapes = list[tuple[tuple[int, ...], GGMLType]]
 REFUSED: dict[str, tuple[Callable[..., Tensor], Shapes]] = {
-    "get_rows of a vector": (ops.get_rows, [((8,), F), ((2,), I)]),
-    "get_rows by a matrix": (ops.get_rows, [((8, 4), F), ((2, 2), I)]),
+    "get_rows of a vector": (ops.get_rows, [((8,), F), ((2,), INT)]),
+    "get_rows by a matrix": (ops.get_rows, [((8, 4), F), ((2, 2), INT)]),
     "get_rows by floats": (ops.get_rows, [((8, 4), F), ((2,), F)]),
-    "set_rows too narrow": (ops.set_rows, [((8, 4), F), ((2,), I), ((2, 3), F)]),
-    "set_rows too few": (ops.set_rows, [((8, 4), F), ((2,), I), ((3, 4), F)]),
+    "set_rows too narrow": (ops.set_rows, [((8, 4), F), ((2,), INT), ((2, 3), F)]),
+    "set_rows too few": (ops.set_rows, [((8, 4), F), ((2,), INT), ((3, 4), F)]),
     "set_rows by floats": (ops.set_rows, [((8, 4), F), ((2,), F), ((2, 4), F)]),
     "copy_into another shape": (ops.copy_into, [((8, 4), F), ((4, 8), F)]),
     "rms_norm weight": (lambda x, w: ops.rms_norm(x, w, 1e-6), [((8, 4), F), ((8,), F)]),
     "swiglu": (ops.swiglu, [((8, 4), F), ((8, 5), F)]),
-    "rope of a matrix": (lambda x, p: ops.rope(x, p, 4, 1e4), [((8, 4), F), ((8,), I)]),
-    "rope positions": (lambda x, p: ops.rope(x, p, 4, 1e4), [((8, 2, 4), F), ((7,), I)]),
-    "rope of odd dims": (lambda x, p: ops.rope(x, p, 3, 1e4), [((8, 2, 4), F), ((8,), I)]),
-    "rope of too many dims": (lambda x, p: ops.rope(x, p, 6, 1e4), [((8, 2, 4), F), ((8,), I)]),
+    "rope of a matrix": (lambda x, p: ops.rope(x, p, 4, 1e4), [((8, 4), F), ((8,), INT)]),
+    "rope positions": (lambda x, p: ops.rope(x, p, 4, 1e4), [((8, 2, 4), F), ((7,), INT)]),
+    "rope of odd dims": (lambda x, p: ops.rope(x, p, 3, 1e4), [((8, 2, 4), F), ((8,), INT)]),
+    "rope of too many dims": (lambda x, p: ops.rope(x, p, 6, 1e4), [((8, 2, 4), F), ((8,), INT)]),
     "add": (lambda x, y: x + y, [((8, 4), F), ((8, 3), F)]),
     "mul with more axes": (lambda x, y: x * y, [((4,), F), ((8, 4), F)]),
     "reshape": (lambda x: x.reshape(5, 7), [((8, 4), F)]),
@@ -188,7 +195,8 @@ def test_what_does_not_fit_is_refused_before_ggml(cpu: Backend, name: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [((), F), ((0,), F), ((2, -1), F), ((1, 1, 1, 1, 1), F), ((4, 33), GGMLType.Q8_0), ((2**41,), F)]
+    ("shape", "dtype"),
+    [((), F), ((0,), F), ((2, -1), F), ((1, 1, 1, 1, 1), F), ((4, 33), GGMLType.Q8_0), ((2**41,), F)],
 )
 def test_a_tensor_that_ggml_cannot_hold_is_refused(cpu: Backend, shape: tuple[int, ...], dtype: GGMLType) -> None:
     graph = Graph(cpu, 64)

@@ -9,8 +9,8 @@ from scipy.linalg import hadamard
 from pydflash import ops
 from pydflash.backend import Backend
 from pydflash.errors import ShapeError
-from pydflash.graph import Graph
 from pydflash.ggml_types import GGMLType
+from pydflash.graph import Graph
 from pydflash.tensor import Tensor
 from tests.helpers import Array, compute, relative
 

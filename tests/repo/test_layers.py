@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "pydflash"
 
-# A module may import those to its left (above it here), and none of its own group. CONTRIBUTING.md shows the same order.
+# A module may import those to its left (above it here), none of its own group. CONTRIBUTING.md shows the same order.
 LAYERS = (
     ("errors", "ggml_types"),
     ("gguf_format",),
@@ -73,7 +73,7 @@ def test_every_module_has_its_place() -> None:
     assert {name for name, _ in modules()} == set(RANK)
 
 
-@pytest.mark.parametrize(("name", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda value: value if isinstance(value, str) else "")
 def test_imports_point_left(name: str, path: Path) -> None:
     for other in imported(path) - {name}:
         assert RANK[other] < RANK[name], f"{name} imports {other}, which is not to its left"
@@ -92,14 +92,6 @@ def test_importing_the_package_is_fast_and_loads_no_native_code() -> None:
     runs += [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()]
     assert all(run[1:] == ["False", "False"] for run in runs)
     assert min(float(run[0]) for run in runs) <= IMPORT_SECONDS
-
-
-def test_importing_the_engine_takes_no_longer_than_promised() -> None:
-    program = "import time; b = time.perf_counter(); from pydflash import Engine; print(time.perf_counter() - b)"
-    runs = [
-        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True) for _ in range(3)
-    ]
-    assert min(float(run.stdout) for run in runs) <= IMPORT_SECONDS
 
 
 def test_ruff_has_nothing_to_say() -> None:

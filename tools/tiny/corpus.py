@@ -27,7 +27,7 @@ from tools.tiny.vocabulary import Vocabulary
 Ids = npt.NDArray[np.int64]
 
 JOB_CHARACTERS = 1_000_000  # of generated text a process makes at a time
-CONTINUATION = 500  # bytes kept of what follows a held-out prompt
+CONTINUATION = 420  # bytes kept of what follows a held-out prompt
 GENERATED = "generated/"  # stands before the template's name where a library prompt has its file
 LARGEST_FILE = 300_000  # bytes; longer ones are generated tables
 # Packages of other projects, character tables, and files whose text is not meant to be sensible Python.
@@ -310,8 +310,9 @@ class Mixture:
         jobs: list[Job] = []
         for kind, size in plan.items():
             parts = max(1, round(size / JOB_CHARACTERS))
+            needed = files if kind == "recall" else []  # nobody else needs them, and they are copied to a process
             for _ in range(parts):
-                jobs.append(Job(kind, seed * 1000 + len(jobs), size // parts, longest_exercise, files))
+                jobs.append(Job(kind, seed * 1000 + len(jobs), size // parts, longest_exercise, needed))
         streams = run_jobs(vocabulary, jobs, processes)
         parts_of = {k: [s for s, job in zip(streams, jobs, strict=True) if job.kind == k] for k in plan}
         self.generated, self.recall = chained(parts_of["generated"]), chained(parts_of["recall"])
@@ -353,7 +354,7 @@ class Prompt:
 
 
 def held_out_prompts(files: list[SourceFile], count: int, seed: int) -> list[Prompt]:
-    """`count` prompts of 100 to 400 bytes with the next 500 bytes or so: every fifth from a library file."""
+    """`count` prompts of 100 to 400 bytes with the next 420 bytes: every fifth from a library file."""
     rng, words = np.random.default_rng(seed), Random(seed)
     sources = [f for f in files if f.held_out and len(f.text) > 2000 and f.text.isascii()]
     return [library_prompt(rng, sources) if n % 5 == 0 else generated_prompt(words) for n in range(count)]

@@ -74,7 +74,7 @@ class Attention(nn.Module):
         return k, self.v_proj(h).view(shape)
 
     def visible(self, position: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """What rows at `position` (B, A, R) may see: of context at s (B, 1 or A, S), (B, A, R, S); of the block, (R, R).
+        """What rows at `position` (B, A, R) see of context at s (B, 1 or A, S), (B, A, R, S), and of the block, (R, R).
 
         A sliding layer is causal inside the block and sees the last `window` positions, a full layer sees all of both.
         The context ends before the anchor, whose own target state does not exist yet.
@@ -211,7 +211,7 @@ def block_loss(logits: Tensor, labels: Tensor, valid: Tensor, gamma: float = 7.0
 
 
 def greedy_labels(ids: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
-    """What greedy decoding says after anchors ids[..., 0] and where that is known; ids, choice (..., R) to (..., R - 1).
+    """What greedy decoding says after anchors ids[..., 0] and where it is known; ids, choice (..., R) to (..., R - 1).
 
     The target's choice after each token is the label of the next row. It is known up to and including the first row
     where the text goes another way.

@@ -70,11 +70,18 @@ def observe(model: hf.Qwen3_5ForCausalLM, ids: Tensor, layers: list[int]) -> tup
 
     hooks = [model.model.layers[layer].register_forward_hook(keep(layer)) for layer in layers]
     try:
-        logits = model(ids, use_cache=False).logits
+        logits = head(model, model.model(ids, use_cache=False).last_hidden_state)
     finally:
         for hook in hooks:
             hook.remove()
     return logits, [residual[layer] for layer in layers]
+
+
+def head(model: hf.Qwen3_5ForCausalLM, hidden: Tensor) -> Tensor:
+    """Logits in float32 even under autocast: bfloat16 makes ties, and a tie decides what greedy decoding says."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits: Tensor = model.lm_head(hidden.float())
+    return logits
 
 
 def features(model: hf.Qwen3_5ForCausalLM, ids: Tensor, layers: list[int]) -> tuple[Tensor, Tensor]:
@@ -196,8 +203,8 @@ def continue_greedily(
     sampled = temperature > 0
     for _ in range(tokens):
         with autocast(prompts.device):
-            out = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits, cache = out.logits[:, -1].float(), out.past_key_values
+            out = model.model(step, past_key_values=cache, use_cache=True)
+        logits, cache = head(model, out.last_hidden_state[:, -1]), out.past_key_values
         step = logits.argmax(-1, keepdim=True)
         if some_sampled:
             p = torch.softmax(logits / temperature.clamp(min=0.1)[:, None], dim=-1)

@@ -536,7 +536,7 @@ def facts_and_questions(s: Source) -> Document:
 def countdown(s: Source) -> Document:
     what, place, step = spoken(s.name()), spoken(s.name()), s.number(1, 3)
     left = s.number(15, 60)
-    lines = []
+    lines: list[str] = []
     while left > step and len(lines) < 36:
         lines += [f"{left} {what} lamps by the {place},", f"{left} {what} lamps.", f"Take {step} down, pass it around,"]
         left -= step

@@ -25,6 +25,11 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForCausalLM
 from tools.tiny import corpus, export, reference, speculate, target, templates, vocabulary
 from tools.tiny.draft import Draft, DraftConfig, Pool, observed, train_draft
 
+# What the target reads; the rest of the windows is generated text.
+TARGET_SHARES = corpus.Shares(source=0.17, recall=0.10, chat=0.05)
+# What the draft trains on: more library source, where it misses most and so takes the most steps.
+DRAFT_SHARES = corpus.Shares(source=0.35, recall=0.05, chat=0.05)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -33,17 +38,15 @@ class Settings:
     seed: int = 20_26
     vocab_size: int = 2048
     every_nth_file: int = 1
-    # What the target reads; the rest of the windows is generated text.
-    shares: corpus.Shares = corpus.Shares(source=0.17, recall=0.10, chat=0.05)
-    # What the draft trains on: more library source, where it misses most and takes the most steps.
-    draft_shares: corpus.Shares = corpus.Shares(source=0.35, recall=0.05, chat=0.05)
+    target_shares: corpus.Shares = TARGET_SHARES
+    draft_shares: corpus.Shares = DRAFT_SHARES
     generated_characters: int = 40_000_000
     target_batch: int = 32
     target_length: int = 1024
     draft_batch: int = 48
     draft_anchors: int = 64
     # (rows, prompt tokens, new tokens) of each pool of text that the target writes for the draft
-    pools: tuple[tuple[int, int, int], ...] = ((4096, 64, 320), (4096, 128, 320), (2048, 512, 288))
+    pools: tuple[tuple[int, int, int], ...] = ((4096, 64, 320), (4096, 128, 320), (1024, 512, 288))
     pool_share: float = 0.3  # of the draft's time, at most, for writing them
     text_pool: tuple[int, int] = (4096, 512)  # (rows, tokens) of training text that the draft sees as well
     sampled_share: float = 0.25  # rows written at temperature 0.7 instead of greedily
@@ -176,7 +179,7 @@ def make_target(
     totals = target.train_target(
         model,
         text.mixture,
-        settings.shares,
+        settings.target_shares,
         seconds=seconds,
         max_steps=settings.max_target_steps,
         batch=settings.target_batch,

@@ -1,0 +1,208 @@
+"""The draft equals its oracle: logits of the block, for any layer kind, any context, and however the context was built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pydflash.draft import DraftSession, load_draft
+from pydflash.errors import ConfigError, SessionClosed, ShapeError, StateError
+from pydflash.session import Session
+from tests.decode.conftest import Pair
+from tests.helpers import Array, cosine
+from tests.reference.dflash import DraftReference
+from tests.reference.qwen35 import Reference
+
+PairOf = Callable[..., Pair]
+
+COSINE = 0.99999  # float32, and K/V of the context in f16: 2^-12 of each value
+
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {"layers": 2},
+    "full, causal": {"layers": 2, "causal": True},
+    "sliding and full": {"layers": 3, "window": 24},
+    "sliding and full, not causal": {"layers": 3, "window": 24, "causal": False},
+    "sliding only": {"layers": 2, "window": 9, "sliding": (True, True)},
+    "full before sliding": {"layers": 2, "window": 40, "sliding": (False, True), "taps": (2, 0)},
+    "window of one": {"layers": 2, "window": 1},
+    "fork": {"layers": 3, "window": 24, "layout": "fork"},
+    "block of 5": {"layers": 2, "window": 24, "block_size": 5},
+    "one tap": {"layers": 1, "taps": (1,), "head_dim": 128, "heads": 3, "kv_heads": 1},
+}
+
+
+def tokens_for(pair: Pair, count: int, seed: int = 0) -> list[int]:
+    tokens: list[int] = np.random.default_rng(seed).integers(0, pair.model.config.vocab, count).tolist()
+    return tokens
+
+
+def oracle_features(pair: Pair, tokens: list[int], draft: DraftReference) -> Array:
+    target = Reference(pair.target_path)
+    target.forward(tokens)
+    return draft.features(target.hidden)
+
+
+def fill(session: Session, draft: DraftSession, tokens: list[int], width: int) -> None:
+    for start in range(0, len(tokens), width):
+        piece = tokens[start : start + width]
+        draft.flush()
+        session.forward(piece, "none")
+        session.commit(len(piece))
+        draft.keep(len(piece))
+
+
+@pytest.mark.parametrize("context", [1, 2, 16, 45, 90])
+@pytest.mark.parametrize("kind", KINDS)
+def test_block_logits_equal_the_oracle(pair_of: PairOf, kind: str, context: int) -> None:
+    pair = pair_of(**KINDS[kind])
+    tokens = tokens_for(pair, context)
+    oracle = DraftReference(pair.draft_path, pair.target_path)
+    wanted = oracle.propose_logits(oracle_features(pair, tokens, oracle), 7, context, oracle.block_size)
+    session, draft = pair.open()
+    with session, draft:
+        fill(session, draft, tokens, 64)
+        proposal = draft.propose(7)
+        got = draft.logits()
+        assert cosine(got[1:], wanted[1:]) >= COSINE
+        assert len(proposal) == oracle.block_size
+        assert proposal.ids.tolist() == [7, *got[1:].argmax(axis=1).tolist()]
+        assert np.array_equal(proposal.ids[1:], wanted[1:].argmax(axis=1))
+
+
+@pytest.mark.parametrize("kind", ["full", "sliding and full", "sliding only", "fork"])
+def test_a_context_kept_piece_by_piece_equals_recomputing_it_from_all_features(pair_of: PairOf, kind: str) -> None:
+    """Features of rejected rows never enter, whatever the lengths of the kept prefixes."""
+    pair = pair_of(**KINDS[kind])
+    oracle = DraftReference(pair.draft_path, pair.target_path)
+    rng = np.random.default_rng(3)
+    kept = tokens_for(pair, 20)
+    session, draft = pair.open()
+    with session, draft:
+        fill(session, draft, kept, 64)
+        for n in (3, 16, 1, 7, 16, 16, 5, 2, 12):
+            block = rng.integers(0, pair.model.config.vocab, 16).tolist()
+            draft.propose(block[0])
+            session.forward(block, "all")
+            session.commit(n)
+            draft.keep(n)
+            kept += block[:n]
+            draft.propose(9)
+            wanted = oracle.propose_logits(oracle_features(pair, kept, oracle), 9, len(kept), 16)
+            assert cosine(draft.logits()[1:], wanted[1:]) >= COSINE
+
+
+@pytest.mark.parametrize("kind", ["full", "sliding and full"])
+def test_the_cut_of_the_prompt_does_not_change_a_proposal(pair_of: PairOf, kind: str) -> None:
+    pair = pair_of(**KINDS[kind])
+    tokens = tokens_for(pair, 70)
+    logits = []
+    for width in (1, 5, 16):
+        session, draft = pair.open()
+        with session, draft:
+            fill(session, draft, tokens, width)
+            draft.propose(3)
+            logits.append(draft.logits())
+    assert np.array_equal(logits[0], logits[1])
+    assert np.array_equal(logits[0], logits[2])
+
+
+def test_a_long_context_costs_a_sliding_layer_its_window_only(pair_of: PairOf) -> None:
+    pair = pair_of(layers=3, window=24)
+    session, draft = pair.open(4096)
+    with session, draft:
+        by_window = dict(zip(draft.cache.windows, draft.cache.capacities))
+        assert by_window[24] <= 24 + 16 + 32
+        assert by_window[0] >= 4096
+        tokens = tokens_for(pair, 700)
+        fill(session, draft, tokens, 512)
+        oracle = DraftReference(pair.draft_path, pair.target_path)
+        draft.propose(7)
+        wanted = oracle.propose_logits(oracle_features(pair, tokens, oracle), 7, len(tokens), 16)
+        # Prefill's kernels sum in another order over 700 tokens of a random, sensitive model.
+        assert cosine(draft.logits()[1:], wanted[1:]) >= COSINE
+
+
+def test_proposing_again_gives_the_same_bits(pair_of: PairOf) -> None:
+    pair = pair_of(layers=3, window=24)
+    session, draft = pair.open()
+    with session, draft:
+        fill(session, draft, tokens_for(pair, 40), 16)
+        draft.propose(5)
+        first = draft.logits()
+        draft.propose(6)
+        assert not np.array_equal(draft.logits(), first)
+        draft.propose(5, 3)
+        assert np.array_equal(draft.logits(), first)
+
+
+def test_the_override_of_causality_reaches_every_layer(pair_of: PairOf) -> None:
+    pair = pair_of(layers=3, window=24)
+    tokens = tokens_for(pair, 30)
+    for causal in (True, False):
+        oracle = DraftReference(pair.draft_path, pair.target_path, causal=causal)
+        wanted = oracle.propose_logits(oracle_features(pair, tokens, oracle), 7, 30, 16)
+        with load_draft(pair.draft_path, pair.model, causal=causal) as other:
+            session = Session(pair.model, 256, "f32", "f32", capture=other.config.taps)
+            draft = DraftSession(other, session)
+            with session, draft:
+                fill(session, draft, tokens, 16)
+                draft.propose(7)
+                assert cosine(draft.logits()[1:], wanted[1:]) >= COSINE
+
+
+# --- misuse -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_target_must_capture_what_the_draft_reads(pair_of: PairOf) -> None:
+    pair = pair_of()
+    with (
+        Session(pair.model, 64, capture=(0,)) as session,
+        pytest.raises(ConfigError, match=r"captures layers \[0\], the draft needs"),
+    ):
+        DraftSession(pair.draft, session)
+
+
+@pytest.mark.parametrize(("anchor", "count"), [(-1, None), (320, None), (1, 0), (1, 16), (1, -3)])
+def test_a_proposal_outside_the_limits_is_refused(pair_of: PairOf, anchor: int, count: int | None) -> None:
+    pair = pair_of()
+    session, draft = pair.open(64)
+    with session, draft:
+        fill(session, draft, [1, 2, 3], 16)
+        with pytest.raises(ShapeError, match=r"propose: (count is|token id)"):
+            draft.propose(anchor, count)
+        draft.propose(1)
+
+
+def test_a_draft_that_is_behind_its_target_says_so(pair_of: PairOf) -> None:
+    pair = pair_of()
+    session, draft = pair.open(64)
+    with session, draft:
+        with pytest.raises(StateError, match="nothing was proposed yet"):
+            draft.logits()
+        session.forward([1, 2, 3])
+        with pytest.raises(StateError, match="3 pending; commit and keep first"):
+            draft.propose(1)
+        with pytest.raises(StateError, match=r"keep\(3\): the draft holds 0 positions and the target 0"):
+            draft.keep(3)
+        session.commit(3)
+        with pytest.raises(StateError, match="the draft holds 0 positions, the target 3"):
+            draft.propose(1)
+        draft.keep(3)
+        session.forward([4])
+        session.commit(1)
+        with pytest.raises(StateError, match=r"3 rows kept before still wait; call flush"):
+            draft.keep(1)
+
+
+def test_a_closed_draft_session_says_so(pair_of: PairOf) -> None:
+    pair = pair_of()
+    session, draft = pair.open(64)
+    draft.close()
+    draft.close()
+    for call in (lambda: draft.propose(1), lambda: draft.keep(0), draft.reset):
+        with pytest.raises(SessionClosed):
+            call()
+    session.close()

@@ -1,0 +1,199 @@
+"""Every misuse of a session is an error that says what was asked, found and what to do, and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pydflash.errors import (
+    ConfigError,
+    ContextFull,
+    NothingPending,
+    OutOfMemory,
+    PydflashError,
+    SessionClosed,
+    ShapeError,
+    StateError,
+)  # fmt: skip
+from pydflash.models import Model
+from pydflash.session import Session
+from pydflash.state import tape_shape
+
+Load = Callable[..., Model]
+
+
+@pytest.fixture
+def session(model_of: Load) -> Any:
+    with Session(model_of("equal"), 64) as session:
+        yield session
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        ([], "non-empty list of token ids"),
+        (np.zeros((2, 2), np.int32), "shape"),
+        ([0.5, 1.0], "dtype float64"),
+        ([0, 320], "token id 320 is outside the vocabulary of 320 tokens"),
+        ([-1], "token id -1 is outside"),
+        ([2**40], f"token id {2**40} is outside"),
+        (np.array([3, -(2**31)]), "is outside"),
+    ],
+    ids=str,
+)
+def test_bad_tokens_are_refused(session: Session, tokens: Any, words: str) -> None:
+    with pytest.raises(ShapeError, match=words):
+        session.forward(tokens)
+    assert (session.length, session.pending) == (0, 0)
+    session.forward([1])
+
+
+def test_an_unknown_head_lists_the_valid_ones(session: Session) -> None:
+    with pytest.raises(ConfigError, match="'last', 'all', 'none'"):
+        session.forward([1], "some")  # type: ignore[arg-type]
+    assert session.pending == 0
+
+
+def test_a_second_forward_must_wait_for_the_commit(session: Session) -> None:
+    session.forward([1, 2, 3])
+    with pytest.raises(StateError, match=r"3 positions are pending; commit\(n\) or commit\(0\)"):
+        session.forward([4])
+    session.commit(2)
+    session.forward([4])
+
+
+def test_commit_needs_a_forward(session: Session) -> None:
+    with pytest.raises(NothingPending, match=r"commit\(1\) without a forward"):
+        session.commit(1)
+    session.forward([1])
+    session.commit(0)
+    with pytest.raises(NothingPending):
+        session.commit(0)
+
+
+@pytest.mark.parametrize("n", [-1, 4, 100])
+def test_commit_takes_no_more_than_is_pending(session: Session, n: int) -> None:
+    session.forward([1, 2, 3])
+    with pytest.raises(StateError, match=r"3 positions are pending; n must lie in 0\.\.3"):
+        session.commit(n)
+    session.commit(3)
+    assert session.length == 3
+
+
+def test_a_full_context_says_what_is_used_and_what_would_do(session: Session) -> None:
+    session.forward(list(range(60)), "none")
+    session.commit(60)
+    with pytest.raises(
+        ContextFull, match=r"^60 of 64 positions are used and 5 more were asked for; .* max_context >= 65$"
+    ):
+        session.forward([1, 2, 3, 4, 5])
+    session.forward([1, 2, 3, 4])
+    session.commit(4)
+    with pytest.raises(ContextFull, match="64 of 64"):
+        session.forward([1])
+    assert (session.length, session.pending) == (64, 0)
+
+
+def test_a_prompt_longer_than_the_context_is_refused_whole(session: Session) -> None:
+    with pytest.raises(ContextFull, match="max_context >= 65"):
+        session.forward(list(range(65)))
+    assert session.length == session.pending == 0
+
+
+@pytest.mark.parametrize("call", [lambda s: s.forward([1]), lambda s: s.commit(1), lambda s: s.reset()])
+def test_a_closed_session_says_so(model_of: Load, call: Callable[[Session], object]) -> None:
+    session = Session(model_of("equal"), 64)
+    session.close()
+    session.close()
+    with pytest.raises(SessionClosed, match="open a new one"):
+        call(session)
+
+
+def test_features_need_a_capture(session: Session) -> None:
+    with pytest.raises(StateError, match="capture=<layers>"):
+        _ = session.features
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_context": 0}, r"max_context is 0; it must lie in 1\.\.16777216"),
+        ({"max_context": -5}, "max_context"),
+        ({"max_context": 10**9}, "max_context"),
+        ({"cache_k": "q5_0"}, "cache_k is 'q5_0'; valid types are f32, f16, bf16, q8_0, q4_0"),
+        ({"cache_v": "F16"}, "cache_v is 'F16'; valid types are"),
+        ({"cache_v": ""}, "cache_v"),
+        ({"k_rotation": "hadamard"}, "valid values are auto, none, hadamard-256, hadamard-128, signed-128"),
+        ({"k_rotation": "hadamard-256"}, "does not divide heads of 64; valid values are auto, none"),
+        ({"chunk": 100}, "chunk is 100; valid values are 32, 64"),
+        ({"chunk": 16}, "chunk is 16"),
+        ({"environment": {"PYDFLASH_K_ROTATION": "yes"}}, "k_rotation is 'yes'"),
+    ],
+    ids=str,
+)
+def test_unknown_option_values_list_the_valid_ones(model_of: Load, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Session(model_of("equal"), **options)
+
+
+def test_an_unknown_option_is_refused(model_of: Load) -> None:
+    with pytest.raises(TypeError, match="max_ctx"):
+        Session(model_of("equal"), max_ctx=5)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("capture", [(4,), (-1,), (0, 99)])
+def test_a_capture_outside_the_layers_is_refused(model_of: Load, capture: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"layers 0\.\.3"):
+        Session(model_of("equal"), 64, capture=capture)
+
+
+def test_a_context_that_no_memory_holds_is_an_error_with_its_size(model_of: Load) -> None:
+    model = model_of("tied")
+    width = model.config.kv_heads * model.config.head_size * 4
+    needed = 2 * len(model.config.attention_layers) * (1 << 24) * width  # 64 GiB
+    if model.backend.memory()[0] > needed:
+        pytest.skip("this machine has room for it")
+    with pytest.raises(OutOfMemory, match=r"16,777,216 positions needs .* bytes on cpu .* smaller max_context"):
+        Session(model, 1 << 24, "f32", "f32")
+    with Session(model, 64) as session:
+        assert session.forward([1]).logits.shape == (1, 320)
+
+
+def test_every_error_is_one_that_a_caller_can_catch(session: Session) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: session.forward([]), lambda: session.forward([10**6]), lambda: session.commit(1),
+        lambda: session.forward([1] * 65), lambda: session.features,
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(PydflashError):
+            call()
+
+
+class Full:
+    """The delta-net geometry of the 27B model: 48 of 64 layers."""
+
+    delta_layers = tuple(i for i in range(64) if (i + 1) % 4)
+    k_heads, v_heads, state_size, conv_kernel = 16, 48, 128, 4
+
+
+def test_rolling_back_the_27b_model_takes_at_most_40_mib(capsys: pytest.CaptureFixture[str]) -> None:
+    rows, columns = tape_shape(Full())
+    total = len(Full.delta_layers) * rows * columns * 4
+    state = len(Full.delta_layers) * Full.v_heads * Full.state_size**2 * 4
+    with capsys.disabled():
+        print(f"\nrollback of the 27B geometry: {total / 2**20:.1f} MiB; a copy of its states: {state / 2**20:.0f} MiB")
+    assert total <= 40 * 2**20
+
+
+def test_the_session_holds_no_more_for_rolling_back_than_that_formula_says(model_of: Load) -> None:
+    model = model_of("ratio3")
+    rows, columns = tape_shape(model.config)
+    with Session(model, 64) as session:
+        layers = len(model.config.delta_layers)
+        assert session.delta.tape_nbytes == layers * rows * columns * 4
+        # Beside one copy of the states and the tape, alignment only.
+        spare = session.delta.arena.nbytes - session.delta.tape_nbytes - session.delta.state_nbytes
+        assert 0 <= spare <= 2 * layers * 64
