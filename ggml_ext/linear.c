@@ -2,27 +2,28 @@
 
 #include "ggml-cpu.h"
 
-#define GGML_COMMON_DECL_C
-#include "ggml-common.h"
-
+#include <math.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 
 // A weight is unpacked once for all rows of x, and a result never depends on how many those are: the sums of integer
-// products are exact in any order, and every (weight row, x row) has an accumulator of its own that takes one
-// multiply-add per block, in the order of the blocks. x is rounded to 8 bits per ggml's own rule.
+// products are exact in any order, and every (weight row, x row) has a float accumulator of its own, which takes one
+// multiply-add per block in the order of the blocks. x is rounded to 8 bits as ggml rounds it.
 //
-// Work goes in groups of GROUP weight rows, one row to a 32-bit lane. A step is four consecutive k of the eight rows:
-// one register of unsigned bytes, multiplied with four bytes of x that are repeated in every lane. Products are summed
-// in 16 bits for as many steps as cannot overflow, then in 32 bits, times the scale of the sub-block. The transposition
-// happens on the packed nibbles, 16 bytes of each row at a time.
+// Work goes in groups of eight weight rows, one to a 32-bit lane. A step is four consecutive k of the eight rows: one
+// register of unsigned bytes, multiplied with four bytes of x that are repeated in every lane. Products are summed in
+// 16 bits for as many steps as cannot overflow, then in 32 bits, times the scale of the sub-block. The transposition
+// that this takes happens on the packed bits, 16 bytes of each row at a time. It does not pay for a single row of x
+// where the weights have many bits (Q8_0, Q6_K): there the same integers come from a dot product along k.
 //
-// One row is bound by that unpacking and by memory, many rows by the multiplier and the loads of x (two a cycle): 256
-// products take about 5 cycles of a 256-bit CPU. Other types and CPUs without AVX2 take ggml's dot product row by row.
+// What bounds it: one row, unpacking and memory; many rows, the loads of x (two a cycle, each feeds 32 products).
+// A Zen 3 core whose sibling is busy does 90e9 products a second at 16 rows of Q4_K, 30e9 at one (K = 1536, M = 256).
+//
+// Other types, and CPUs without AVX2, take ggml's dot product row by row.
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#define FAST_PRODUCTS 1
-#include <immintrin.h>
+#define FAST_PRODUCTS
+#include "linear_cpu.h"
 #endif
 
 #define MAX_ROWS PYDFLASH_LINEAR_MAX_ROWS
@@ -71,17 +72,14 @@ static void multiply_any(const struct ggml_tensor * dst, int64_t begin, int64_t 
         for (int64_t t = 0; t < T; t++) {
             for (int64_t m = pass; m < pass + PASS && m < end; m++) {
                 // One row at a time (the last argument), always: the two-row kernels of some CPUs round differently.
-                traits->vec_dot((int) K, result_row(dst, t) + m, 0, w_row(dst, m), 0, rows + (size_t) t * row_size, 0, 1);
+                const char * row = rows + (size_t) t * row_size;
+                traits->vec_dot((int) K, result_row(dst, t) + m, 0, w_row(dst, m), 0, row, 0, 1);
             }
         }
     }
 }
 
 #ifdef FAST_PRODUCTS
-
-#define INLINE static inline __attribute__((always_inline))
-#define GROUP 8   // weight rows together: 32-bit lanes of a register
-#define STEPS 64  // of four k, in the largest block
 
 // --- x in 8 bits -------------------------------------------------------------------------------------------------
 
@@ -93,13 +91,22 @@ struct activations {
     float *   scale;
 };
 
-static void add_up(struct activations * x, int64_t t) {
-    for (int64_t i = 0; i < x->K / x->sum_of; i++) {
-        int sum = 0;
-        for (int64_t k = 0; k < x->sum_of; k++) {
-            sum += x->q[t * x->K + i * x->sum_of + k];
+// Sixteen (or 32) values at a time: pairs, then fours, then lanes.
+INLINE void add_up(const struct activations * x, int64_t t) {
+    const __m256i one = _mm256_set1_epi16(1);
+    int16_t * sums = x->sums + t * (x->K / x->sum_of);
+    for (int64_t k = 0; k < x->K; k += 32) {
+        const __m256i q    = _mm256_loadu_si256((const __m256i *) (x->q + t * x->K + k));
+        const __m256i four = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), q), one);
+        const __m256i two  = _mm256_hadd_epi32(four, four);
+        const __m256i all  = _mm256_hadd_epi32(two, two);
+        const int low = _mm256_extract_epi32(all, 0), high = _mm256_extract_epi32(all, 4);
+        if (x->sum_of == 16) {
+            *sums++ = (int16_t) low;
+            *sums++ = (int16_t) high;
+        } else {
+            *sums++ = (int16_t) (low + high);
         }
-        x->sums[t * (x->K / x->sum_of) + i] = (int16_t) sum;
     }
 }
 
@@ -114,35 +121,46 @@ static void round_q8_0(struct activations * x, int64_t t, const float * values) 
     }
 }
 
-// ggml's q8_K: 256 values, scale such that the largest magnitude becomes -127. (ggml's own function is scalar and takes
-// as long as a small product.)
-static float round_q8_k(int8_t * q, const float * values) {
-    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+INLINE __m256 magnitudes(const float * values) {
+    return _mm256_and_ps(_mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)), _mm256_loadu_ps(values));
+}
+
+// The value of the largest magnitude; the first of equals, for its sign.
+static float peak_of(const float values[QK_K]) {
     __m256 peak = _mm256_setzero_ps();
     for (int i = 0; i < QK_K; i += 8) {
-        peak = _mm256_max_ps(peak, _mm256_and_ps(magnitude, _mm256_loadu_ps(values + i)));
+        peak = _mm256_max_ps(peak, magnitudes(values + i));
     }
-    __m128 half = _mm_max_ps(_mm256_castps256_ps128(peak), _mm256_extractf128_ps(peak, 1));
-    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
-    const float most = _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
-    if (most == 0.0f) {
+    peak = _mm256_max_ps(peak, _mm256_permute2f128_ps(peak, peak, 1));
+    peak = _mm256_max_ps(peak, _mm256_permute_ps(peak, 0x4e));
+    peak = _mm256_max_ps(peak, _mm256_permute_ps(peak, 0xb1));
+    for (int i = 0; i < QK_K; i += 8) {
+        const int found = _mm256_movemask_ps(_mm256_cmp_ps(magnitudes(values + i), peak, _CMP_EQ_OQ));
+        if (found) {
+            return values[i + __builtin_ctz((unsigned) found)];
+        }
+    }
+    return NAN;  // there is one among the values
+}
+
+// ggml's q8_K: 256 values, scale such that the largest magnitude becomes -127. Returns the scale. (ggml's own function
+// is scalar and takes as long as a small product.)
+static float round_q8_k(int8_t * q, const float * values) {
+    const float peak = peak_of(values);
+    if (peak == 0.0f) {
         memset(q, 0, QK_K);
         return 0.0f;
     }
-    int first = 0;  // of the largest magnitude: its sign decides
-    while (first < QK_K - 1 && values[first] != most && values[first] != -most) {
-        first++;
-    }
-    const float  inverse = -127.0f / values[first];
-    const __m256 factor  = _mm256_set1_ps(inverse);
+    const float   inverse = -127.0f / peak;
+    const __m256i order   = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // undoes the lanes of the packs
     for (int i = 0; i < QK_K; i += 32) {
         __m256i part[4];
         for (int j = 0; j < 4; j++) {
-            part[j] = _mm256_cvtps_epi32(_mm256_mul_ps(factor, _mm256_loadu_ps(values + i + 8 * j)));
+            part[j] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_set1_ps(inverse), _mm256_loadu_ps(values + i + 8 * j)));
         }
-        const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(part[0], part[1]), _mm256_packs_epi32(part[2], part[3]));
-        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-        _mm256_storeu_si256((__m256i *) (q + i), _mm256_permutevar8x32_epi32(bytes, order));
+        const __m256i low = _mm256_packs_epi32(part[0], part[1]), high = _mm256_packs_epi32(part[2], part[3]);
+        const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+        _mm256_storeu_si256((__m256i *) (q + i), bytes);
     }
     return 1.0f / inverse;
 }
@@ -164,204 +182,6 @@ static struct activations round_rows(const struct ggml_tensor * dst, int64_t blo
         add_up(&x, t);
     }
     return x;
-}
-
-// --- a block of eight weight rows, unpacked ----------------------------------------------------------------------
-
-// weight = d * (scale * q) - dmin * min, or d * (scale * q - min) where the format folds the minimum.
-struct tile {
-    __m256i q[STEPS];     // a step: eight rows of four unsigned bytes; magnitudes when the weights are signed
-    __m256i sign[8];      // the signed bytes (Q8_0 only)
-    __m256i scale[16];    // per sub-block: the row's scale twice, as int16
-    __m256i min[8];       // per two sums of x: the minima of the row, as int16
-    __m256  d, dmin;
-};
-
-// Sixteen bytes at the same place in each row: dword i of all rows in out[i].
-INLINE void transpose(__m256i out[4], const char * const row[GROUP], size_t offset) {
-    __m256i in[4];
-    for (int r = 0; r < 4; r++) {
-        const __m128i low = _mm_loadu_si128((const __m128i *) (row[r] + offset));
-        in[r] = _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_loadu_si128((const __m128i *) (row[r + 4] + offset)), 1);
-    }
-    const __m256i a = _mm256_unpacklo_epi32(in[0], in[1]), b = _mm256_unpackhi_epi32(in[0], in[1]);
-    const __m256i c = _mm256_unpacklo_epi32(in[2], in[3]), d = _mm256_unpackhi_epi32(in[2], in[3]);
-    out[0] = _mm256_unpacklo_epi64(a, c);
-    out[1] = _mm256_unpackhi_epi64(a, c);
-    out[2] = _mm256_unpacklo_epi64(b, d);
-    out[3] = _mm256_unpackhi_epi64(b, d);
-}
-
-INLINE __m256i nibble(__m256i bytes, int shift) {
-    return _mm256_and_si256(_mm256_srli_epi16(bytes, shift), _mm256_set1_epi8(15));
-}
-
-// Bits of `mask` in every byte, after a shift to the left (negative: to the right).
-INLINE __m256i bits(__m256i bytes, int shift, int mask) {
-    const __m256i moved = shift < 0 ? _mm256_srli_epi16(bytes, -shift) : _mm256_slli_epi16(bytes, shift);
-    return _mm256_and_si256(moved, _mm256_set1_epi8((char) mask));
-}
-
-// Two bytes of every lane, widened: sign-extended.
-INLINE __m256i widened(__m256i bytes, int first, int second) {
-    const int     base  = (int) (0x00800080u | (unsigned) first << 8 | (unsigned) second << 24);
-    const __m256i lanes = _mm256_setr_epi32(0, 0x04000400, 0x08000800, 0x0c000c00, 0, 0x04000400, 0x08000800, 0x0c000c00);
-    return _mm256_srai_epi16(_mm256_shuffle_epi8(bytes, _mm256_add_epi32(lanes, _mm256_set1_epi32(base))), 8);
-}
-
-INLINE __m256 halves(const char * const row[GROUP], size_t offset) {
-    __m128i half[GROUP];
-    for (int r = 0; r < GROUP; r++) {
-        half[r] = _mm_loadu_si16(row[r] + offset);
-    }
-    const __m128i a = _mm_unpacklo_epi16(half[0], half[1]), b = _mm_unpacklo_epi16(half[2], half[3]);
-    const __m128i c = _mm_unpacklo_epi16(half[4], half[5]), d = _mm_unpacklo_epi16(half[6], half[7]);
-    return _mm256_cvtph_ps(_mm_unpacklo_epi64(_mm_unpacklo_epi32(a, b), _mm_unpacklo_epi32(c, d)));
-}
-
-// The common head of Q4_K and Q5_K: d, dmin and eight scales and minima of six bits.
-INLINE void unpack_head(struct tile * tile, const char * const row[GROUP], size_t at) {
-    __m256i head[4], scales[2], minima[2];
-    transpose(head, row, at);
-    scales[0] = bits(head[1], 0, 63);
-    minima[0] = bits(head[2], 0, 63);
-    scales[1] = _mm256_or_si256(nibble(head[3], 0), bits(head[1], -2, 48));
-    minima[1] = _mm256_or_si256(nibble(head[3], 4), bits(head[2], -2, 48));
-    for (int j = 0; j < 8; j++) {
-        tile->scale[j] = widened(scales[j / 4], j % 4, j % 4);
-    }
-    for (int i = 0; i < 4; i++) {
-        tile->min[i] = widened(minima[i / 2], 2 * (i % 2), 2 * (i % 2) + 1);
-    }
-    const __m256i d = _mm256_and_si256(head[0], _mm256_set1_epi32(0xffff)), dmin = _mm256_srli_epi32(head[0], 16);
-    tile->d    = _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(d), _mm256_extracti128_si256(d, 1)));
-    tile->dmin = _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(dmin), _mm256_extracti128_si256(dmin, 1)));
-}
-
-INLINE void unpack_q4_k(struct tile * tile, const char * const row[GROUP], int64_t b) {
-    const size_t at = (size_t) b * sizeof(block_q4_K);
-    unpack_head(tile, row, at);
-    for (int part = 0; part < 8; part++) {  // 32 bytes hold sub-blocks 2j (low nibbles) and 2j + 1 (high nibbles)
-        __m256i packed[4];
-        transpose(packed, row, at + offsetof(block_q4_K, qs) + 16 * (size_t) part);
-        __m256i * q = tile->q + part / 2 * 16 + part % 2 * 4;
-        for (int i = 0; i < 4; i++) {
-            q[i]     = nibble(packed[i], 0);
-            q[i + 8] = nibble(packed[i], 4);
-        }
-    }
-}
-
-INLINE void unpack_q5_k(struct tile * tile, const char * const row[GROUP], int64_t b) {
-    const size_t at = (size_t) b * sizeof(block_q5_K);
-    unpack_head(tile, row, at);
-    for (int half = 0; half < 2; half++) {
-        __m256i high[4], packed[4];
-        transpose(high, row, at + offsetof(block_q5_K, qh) + 16 * (size_t) half);
-        for (int j = 0; j < 4; j++) {  // as Q4_K; bits 2j and 2j + 1 of qh are the fifth ones
-            transpose(packed, row, at + offsetof(block_q5_K, qs) + 32 * (size_t) j + 16 * (size_t) half);
-            __m256i * q = tile->q + 16 * j + 4 * half;
-            for (int i = 0; i < 4; i++) {
-                q[i]     = _mm256_or_si256(nibble(packed[i], 0), bits(high[i], 4, 16));
-                q[i + 8] = _mm256_or_si256(nibble(packed[i], 4), bits(high[i], 3, 16));
-                high[i]  = _mm256_srli_epi16(high[i], 2);
-            }
-        }
-    }
-}
-
-// q counts from -32: the minimum is 32 times the scale.
-INLINE void unpack_q6_k(struct tile * tile, const char * const row[GROUP], int64_t b) {
-    const size_t at = (size_t) b * sizeof(block_q6_K);
-    __m256i scales[4], low[4], middle[4], high[4];
-    transpose(scales, row, at + offsetof(block_q6_K, scales));
-    for (int j = 0; j < 16; j++) {
-        tile->scale[j] = widened(scales[j / 4], j % 4, j % 4);
-    }
-    for (int i = 0; i < 8; i++) {
-        tile->min[i] = _mm256_slli_epi16(widened(scales[i / 2], 2 * (i % 2), 2 * (i % 2) + 1), 5);
-    }
-    tile->d = halves(row, at + offsetof(block_q6_K, d));
-    for (int part = 0; part < 4; part++) {
-        const size_t n = (size_t) part / 2, p = (size_t) part % 2;
-        transpose(low,    row, at + offsetof(block_q6_K, ql) + 64 * n + 16 * p);
-        transpose(middle, row, at + offsetof(block_q6_K, ql) + 64 * n + 16 * p + 32);
-        transpose(high,   row, at + offsetof(block_q6_K, qh) + 32 * n + 16 * p);
-        __m256i * q = tile->q + 32 * n + 4 * p;
-        for (int i = 0; i < 4; i++) {
-            q[i]      = _mm256_or_si256(nibble(low[i], 0),    bits(high[i], 4, 48));
-            q[i + 8]  = _mm256_or_si256(nibble(middle[i], 0), bits(high[i], 2, 48));
-            q[i + 16] = _mm256_or_si256(nibble(low[i], 4),    bits(high[i], 0, 48));
-            q[i + 24] = _mm256_or_si256(nibble(middle[i], 4), bits(high[i], -2, 48));
-        }
-    }
-}
-
-INLINE void unpack_q8_0(struct tile * tile, const char * const row[GROUP], int64_t b) {
-    const size_t at = (size_t) b * sizeof(block_q8_0);
-    transpose(tile->sign,     row, at + offsetof(block_q8_0, qs));
-    transpose(tile->sign + 4, row, at + offsetof(block_q8_0, qs) + 16);
-    for (int i = 0; i < 8; i++) {
-        tile->q[i] = _mm256_abs_epi8(tile->sign[i]);
-    }
-    tile->scale[0] = _mm256_set1_epi16(1);
-    tile->d        = halves(row, at + offsetof(block_q8_0, d));
-}
-
-// q counts from -8.
-INLINE void unpack_q4_0(struct tile * tile, const char * const row[GROUP], int64_t b) {
-    const size_t at = (size_t) b * sizeof(block_q4_0);
-    __m256i packed[4];
-    transpose(packed, row, at + offsetof(block_q4_0, qs));
-    for (int i = 0; i < 4; i++) {
-        tile->q[i]     = nibble(packed[i], 0);
-        tile->q[i + 4] = nibble(packed[i], 4);
-    }
-    tile->scale[0] = _mm256_set1_epi16(1);
-    tile->min[0]   = _mm256_set1_epi16(8);
-    tile->d        = halves(row, at + offsetof(block_q4_0, d));
-}
-
-// --- a single row of x, for formats whose transposition costs more than it saves ------------------------------------
-
-// Lane r: the sum of the lanes of in[r].
-INLINE __m256i lane_sums(const __m256i in[GROUP]) {
-    const __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(in[0], in[1]), _mm256_hadd_epi32(in[2], in[3]));
-    const __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(in[4], in[5]), _mm256_hadd_epi32(in[6], in[7]));
-    return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
-}
-
-INLINE __m256i loaded(const void * bytes) {
-    return _mm256_loadu_si256((const __m256i *) bytes);
-}
-
-INLINE __m256i dot_q8_0(const char * block, const int8_t * x, const int16_t * sums) {
-    (void) sums;
-    const __m256i w = loaded(block + offsetof(block_q8_0, qs));
-    return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(loaded(x), w)), _mm256_set1_epi16(1));
-}
-
-INLINE __m256i dot_q6_k(const char * block, const int8_t * x, const int16_t * sums) {
-    const __m128i bytes  = _mm_loadu_si128((const __m128i *) (block + offsetof(block_q6_K, scales)));
-    const __m256i scales = _mm256_broadcastsi128_si256(bytes);
-    const __m256i low    = _mm256_set1_epi16(0x0080), one = _mm256_set1_epi16(0x0100);
-    __m256i which = _mm256_or_si256(low, _mm256_set_m128i(_mm_set1_epi16(0x0100), _mm_setzero_si128()));
-    __m256i total = _mm256_madd_epi16(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 5), loaded(sums));
-    total = _mm256_sub_epi32(_mm256_setzero_si256(), total);
-    for (int half = 0; half < 2; half++) {
-        const __m256i a = loaded(block + 64 * half), b = loaded(block + 64 * half + 32);
-        const __m256i high = loaded(block + offsetof(block_q6_K, qh) + 32 * half);
-        const __m256i q[4] = {
-            _mm256_or_si256(nibble(a, 0), bits(high, 4, 48)), _mm256_or_si256(nibble(b, 0), bits(high, 2, 48)),
-            _mm256_or_si256(nibble(a, 4), bits(high, 0, 48)), _mm256_or_si256(nibble(b, 4), bits(high, -2, 48)),
-        };
-        for (int i = 0; i < 4; i++) {
-            const __m256i scale = _mm256_srai_epi16(_mm256_shuffle_epi8(scales, which), 8);
-            which = _mm256_add_epi16(which, _mm256_add_epi16(one, one));
-            total = _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(q[i], loaded(x + 128 * half + 32 * i)), scale));
-        }
-    }
-    return total;
 }
 
 // --- the product -------------------------------------------------------------------------------------------------
@@ -386,19 +206,21 @@ INLINE __m256i repeated(const void * four_bytes) {
 }
 
 // acc[i] += block b of the tile's rows times that of row t + i of x, for n rows.
-INLINE void add_block(struct format f, const struct tile * tile, const struct activations * x, int64_t b, int64_t t, int n,
-                      __m256 * acc) {
-    const int8_t *  q    = x->q + t * x->K + b * x->block;
-    const int16_t * sums = x->sums + (t * x->K + b * x->block) / f.sum_of;
+INLINE void add_block(struct format f, const struct tile * tile, const struct activations * x, int64_t b, int64_t t,
+                      int n, __m256 * acc) {
+    const int8_t *  q     = x->q + t * x->K + b * x->block;
+    const int16_t * sums  = x->sums + (t * x->K + b * x->block) / f.sum_of;
+    const float *   scale = x->scale + t * (x->K / x->block) + b;
     __m256i total[4], run[4];
     for (int i = 0; i < n; i++) {
         total[i] = _mm256_setzero_si256();
         for (int j = 0; j < f.minima; j++) {
-            total[i] = _mm256_sub_epi32(total[i], _mm256_madd_epi16(tile->min[j], repeated(sums + i * (x->K / f.sum_of) + 2 * j)));
+            const __m256i two_sums = repeated(sums + i * (x->K / f.sum_of) + 2 * j);
+            total[i] = _mm256_sub_epi32(total[i], _mm256_madd_epi16(tile->min[j], two_sums));
         }
         if (f.has_dmin) {
-            const __m256 scale = _mm256_mul_ps(tile->dmin, _mm256_set1_ps(x->scale[(t + i) * (x->K / x->block) + b]));
-            acc[i]   = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(total[i]), acc[i]);
+            const __m256 unit = _mm256_mul_ps(tile->dmin, _mm256_set1_ps(scale[i * (x->K / x->block)]));
+            acc[i]   = _mm256_fmadd_ps(unit, _mm256_cvtepi32_ps(total[i]), acc[i]);
             total[i] = _mm256_setzero_si256();
         }
     }
@@ -407,9 +229,11 @@ INLINE void add_block(struct format f, const struct tile * tile, const struct ac
         for (int r = s; r < s + f.run; r++) {
 #pragma GCC unroll 4
             for (int i = 0; i < n; i++) {
-                __m256i four = repeated(q + i * x->K + 4 * r);
-                four   = _mm256_maddubs_epi16(tile->q[r], f.is_signed ? _mm256_sign_epi8(four, tile->sign[r]) : four);
-                run[i] = r == s ? four : _mm256_add_epi16(run[i], four);
+                const __m256i four  = repeated(q + i * x->K + 4 * r);
+                const __m256i pairs = _mm256_maddubs_epi16(
+                    tile->q[r], f.is_signed ? _mm256_sign_epi8(four, tile->sign[r]) : four);
+                run[i] = r == s ? pairs : _mm256_add_epi16(run[i], pairs);
+                __asm__("" : "+x"(run[i]));  // compilers otherwise take all products first and run out of registers
             }
         }
 #pragma GCC unroll 4
@@ -418,8 +242,8 @@ INLINE void add_block(struct format f, const struct tile * tile, const struct ac
         }
     }
     for (int i = 0; i < n; i++) {
-        const __m256 scale = _mm256_mul_ps(tile->d, _mm256_set1_ps(x->scale[(t + i) * (x->K / x->block) + b]));
-        acc[i] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(total[i]), acc[i]);
+        const __m256 unit = _mm256_mul_ps(tile->d, _mm256_set1_ps(scale[i * (x->K / x->block)]));
+        acc[i] = _mm256_fmadd_ps(unit, _mm256_cvtepi32_ps(total[i]), acc[i]);
     }
 }
 
@@ -439,6 +263,13 @@ INLINE void store_group(const struct ggml_tensor * dst, int64_t t, int64_t m, in
     }
 }
 
+// Lane r: the sum of the lanes of in[r].
+INLINE __m256i lane_sums(const __m256i in[GROUP]) {
+    const __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(in[0], in[1]), _mm256_hadd_epi32(in[2], in[3]));
+    const __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(in[4], in[5]), _mm256_hadd_epi32(in[6], in[7]));
+    return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+}
+
 // A single row of x, by the format's own dot product.
 INLINE void multiply_one(struct format f, const struct activations * x, const struct ggml_tensor * dst, int64_t begin,
                          int64_t end) {
@@ -452,8 +283,8 @@ INLINE void multiply_one(struct format f, const struct activations * x, const st
             for (int r = 0; r < GROUP; r++) {
                 total[r] = f.dot(row[r] + at, x->q + b * x->block, x->sums + b * (x->block / f.sum_of));
             }
-            const __m256 scale = _mm256_mul_ps(halves(row, at + f.d), _mm256_set1_ps(x->scale[b]));
-            acc = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(lane_sums(total)), acc);
+            const __m256 unit = _mm256_mul_ps(halves(row, at + f.d), _mm256_set1_ps(x->scale[b]));
+            acc = _mm256_fmadd_ps(unit, _mm256_cvtepi32_ps(lane_sums(total)), acc);
         }
         store_group(dst, 0, m, end, acc);
     }
@@ -491,6 +322,7 @@ INLINE void multiply(struct format f, const struct ggml_tensor * dst, int64_t be
         }
     }
 }
+
 // One copy of the code for each format, so that everything in it is a constant.
 #define FORMAT(name, ...)                                                                             \
     static void multiply_##name(const struct ggml_tensor * dst, int64_t begin, int64_t end) {         \
@@ -501,6 +333,117 @@ FORMAT(q5_k, { unpack_q5_k, NULL,     64, 4, 8, 4, 32, false, true,  0, 0 })
 FORMAT(q6_k, { unpack_q6_k, dot_q6_k, 64, 2, 4, 8, 16, false, false, sizeof(block_q6_K), offsetof(block_q6_K, d) })
 FORMAT(q8_0, { unpack_q8_0, dot_q8_0,  8, 1, 8, 0, 16, true,  false, sizeof(block_q8_0), offsetof(block_q8_0, d) })
 FORMAT(q4_0, { unpack_q4_0, NULL,      8, 8, 8, 1, 16, false, false, 0, 0 })
+
+// --- f16, bf16 and f32 weights -----------------------------------------------------------------------------------
+
+#define CHUNK 128  // k of eight rows that are converted at a time: 4 KiB, which stay in the L1 cache
+
+INLINE __m256 load_f32(const char * at) {
+    return _mm256_loadu_ps((const float *) at);
+}
+
+INLINE __m256 load_f16(const char * at) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) at));
+}
+
+INLINE __m256 load_bf16(const char * at) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) at)), 16));
+}
+
+// The rows of x, rounded as ggml does for this weight type, in f32.
+INLINE const float * round_floats(__m256 (*load)(const char *), const struct ggml_tensor * dst) {
+    const enum ggml_type    type       = dst->src[1]->type;
+    const ggml_from_float_t from_float = ggml_get_type_traits_cpu(type)->from_float;
+    const int64_t K = dst->src[0]->ne[0], T = dst->ne[1];
+    const size_t  size = ggml_type_size(type);
+    float * rows    = (float *) scratch((size_t) (T + 1) * (size_t) K * sizeof(float));
+    char *  rounded = (char *) (rows + T * K);
+    for (int64_t t = 0; t < T; t++) {
+        from_float(x_row(dst, t), rounded, K);
+        for (int64_t k = 0; k < K; k += GROUP) {
+            _mm256_storeu_ps(rows + t * K + k, load(rounded + (size_t) k * size));
+        }
+    }
+    return rows;
+}
+
+// sums[r] += w[r] * x over a chunk, row r starting at w + r * CHUNK / 8: lane l takes k = l, l + 8, ... in order.
+INLINE void add_chunk(__m256 sums[GROUP], const __m256 * w, const float * x, int64_t count) {
+    __m256 acc[GROUP];
+    memcpy(acc, sums, sizeof(acc));
+    for (int64_t i = 0; i < count / 8; i++) {
+        const __m256 values = _mm256_loadu_ps(x + 8 * i);
+#pragma GCC unroll 8
+        for (int r = 0; r < GROUP; r++) {
+            acc[r] = _mm256_fmadd_ps(w[r * (CHUNK / 8) + i], values, acc[r]);
+        }
+    }
+    memcpy(sums, acc, sizeof(acc));
+}
+
+// The same over a whole row for the only row of x, which is not worth a conversion through memory.
+INLINE void add_row(__m256 sums[GROUP], __m256 (*load)(const char *), const char * const row[GROUP], size_t size,
+                    const float * x, int64_t K) {
+    __m256 acc[GROUP];
+    memcpy(acc, sums, sizeof(acc));
+    for (int64_t k = 0; k < K; k += 8) {
+        const __m256 values = _mm256_loadu_ps(x + k);
+#pragma GCC unroll 8
+        for (int r = 0; r < GROUP; r++) {
+            acc[r] = _mm256_fmadd_ps(load(row[r] + (size_t) k * size), values, acc[r]);
+        }
+    }
+    memcpy(sums, acc, sizeof(acc));
+}
+
+// Lane r: the sum of the lanes of in[r].
+INLINE __m256 float_lane_sums(const __m256 in[GROUP]) {
+    const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(in[0], in[1]), _mm256_hadd_ps(in[2], in[3]));
+    const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(in[4], in[5]), _mm256_hadd_ps(in[6], in[7]));
+    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+
+INLINE void multiply_floats(__m256 (*load)(const char *), const struct ggml_tensor * dst, int64_t begin, int64_t end) {
+    const int64_t K = dst->src[0]->ne[0], T = dst->ne[1];
+    const size_t  size = ggml_type_size(dst->src[1]->type);
+    const float * x    = round_floats(load, dst);
+    for (int64_t m = begin; m < end; m += GROUP) {
+        const char * row[GROUP];
+        group_rows(row, dst, m, end);
+        __m256 sums[MAX_ROWS][GROUP], w[GROUP][CHUNK / 8];
+        memset(sums, 0, (size_t) T * sizeof(sums[0]));
+        if (T == 1) {
+            add_row(sums[0], load, row, size, x, K);
+        }
+        for (int64_t k = 0; T > 1 && k < K; k += CHUNK) {
+            const int64_t count = K - k < CHUNK ? K - k : CHUNK;
+            for (int r = 0; r < GROUP; r++) {
+                for (int64_t i = 0; i < count / 8; i++) {
+                    w[r][i] = load(row[r] + (size_t) (k + 8 * i) * size);
+                }
+            }
+            for (int64_t t = 0; t < T; t++) {
+                add_chunk(sums[t], &w[0][0], x + t * K + k, count);
+            }
+        }
+        for (int64_t t = 0; t < T; t++) {
+            store_group(dst, t, m, end, float_lane_sums(sums[t]));
+        }
+    }
+}
+
+static void multiply_f32(const struct ggml_tensor * dst, int64_t begin, int64_t end) {
+    multiply_floats(load_f32, dst, begin, end);
+}
+
+static void multiply_f16(const struct ggml_tensor * dst, int64_t begin, int64_t end) {
+    multiply_floats(load_f16, dst, begin, end);
+}
+
+static void multiply_bf16(const struct ggml_tensor * dst, int64_t begin, int64_t end) {
+    multiply_floats(load_bf16, dst, begin, end);
+}
+
 #endif
 
 void pydflash_linear_cpu(struct ggml_tensor * dst, int ith, int nth, void * op) {
@@ -517,6 +460,9 @@ void pydflash_linear_cpu(struct ggml_tensor * dst, int ith, int nth, void * op) 
         case GGML_TYPE_Q6_K: multiply_q6_k(dst, begin, end); break;
         case GGML_TYPE_Q8_0: multiply_q8_0(dst, begin, end); break;
         case GGML_TYPE_Q4_0: multiply_q4_0(dst, begin, end); break;
+        case GGML_TYPE_F16: multiply_f16(dst, begin, end); break;
+        case GGML_TYPE_BF16: multiply_bf16(dst, begin, end); break;
+        case GGML_TYPE_F32: multiply_f32(dst, begin, end); break;
 #endif
         default: multiply_any(dst, begin, end);
     }

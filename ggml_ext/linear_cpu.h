@@ -1,0 +1,205 @@
+// The quantised weight formats as the CPU's products read them (linear.c): a block of eight rows at a time into a tile,
+// or a block of one row times one row of x. Needs AVX2.
+#pragma once
+
+#define GGML_COMMON_DECL_C
+#include "ggml-common.h"
+
+#include <immintrin.h>
+#include <stddef.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define GROUP 8   // weight rows together: 32-bit lanes of a register
+#define STEPS 64  // of four k, in the largest block
+
+// weight = d * (scale * q) - dmin * min, or d * (scale * q - min) where the format folds the minimum.
+struct tile {
+    __m256i q[STEPS];     // a step: eight rows of four unsigned bytes; magnitudes when the weights are signed
+    __m256i sign[8];      // the signed bytes (Q8_0 only)
+    __m256i scale[16];    // per sub-block: the row's scale twice, as int16
+    __m256i min[8];       // per two sums of x: the minima of the row, as int16
+    __m256  d, dmin;
+};
+
+INLINE __m256i loaded(const void * bytes) {
+    return _mm256_loadu_si256((const __m256i *) bytes);
+}
+
+// Sixteen bytes at the same place in each row: dword i of all rows in out[i].
+INLINE void transpose(__m256i out[4], const char * const row[GROUP], size_t offset) {
+    __m256i in[4];
+    for (int r = 0; r < 4; r++) {
+        const __m128i low = _mm_loadu_si128((const __m128i *) (row[r] + offset));
+        const __m128i high = _mm_loadu_si128((const __m128i *) (row[r + 4] + offset));
+        in[r] = _mm256_set_m128i(high, low);
+    }
+    const __m256i a = _mm256_unpacklo_epi32(in[0], in[1]), b = _mm256_unpackhi_epi32(in[0], in[1]);
+    const __m256i c = _mm256_unpacklo_epi32(in[2], in[3]), d = _mm256_unpackhi_epi32(in[2], in[3]);
+    out[0] = _mm256_unpacklo_epi64(a, c);
+    out[1] = _mm256_unpackhi_epi64(a, c);
+    out[2] = _mm256_unpacklo_epi64(b, d);
+    out[3] = _mm256_unpackhi_epi64(b, d);
+}
+
+INLINE __m256i nibble(__m256i bytes, int shift) {
+    return _mm256_and_si256(_mm256_srli_epi16(bytes, shift), _mm256_set1_epi8(15));
+}
+
+// Bits of `mask` in every byte, after a shift to the left (negative: to the right).
+INLINE __m256i bits(__m256i bytes, int shift, int mask) {
+    const __m256i moved = shift < 0 ? _mm256_srli_epi16(bytes, -shift) : _mm256_slli_epi16(bytes, shift);
+    return _mm256_and_si256(moved, _mm256_set1_epi8((char) mask));
+}
+
+// Two of the four bytes of every lane, as int16 with their signs.
+INLINE __m256i widened(__m256i bytes, int first, int second) {
+    const int     pair  = (int) (0x00800080u | (unsigned) first << 8 | (unsigned) second << 24);
+    const __m128i lanes = _mm_setr_epi32(pair, pair + 0x04000400, pair + 0x08000800, pair + 0x0c000c00);
+    return _mm256_srai_epi16(_mm256_shuffle_epi8(bytes, _mm256_set_m128i(lanes, lanes)), 8);
+}
+
+INLINE __m256 halves(const char * const row[GROUP], size_t offset) {
+    __m128i half[GROUP];
+    for (int r = 0; r < GROUP; r++) {
+        half[r] = _mm_loadu_si16(row[r] + offset);
+    }
+    const __m128i a = _mm_unpacklo_epi16(half[0], half[1]), b = _mm_unpacklo_epi16(half[2], half[3]);
+    const __m128i c = _mm_unpacklo_epi16(half[4], half[5]), d = _mm_unpacklo_epi16(half[6], half[7]);
+    return _mm256_cvtph_ps(_mm_unpacklo_epi64(_mm_unpacklo_epi32(a, b), _mm_unpacklo_epi32(c, d)));
+}
+
+// The common head of Q4_K and Q5_K: d, dmin and eight scales and minima of six bits.
+INLINE void unpack_head(struct tile * tile, const char * const row[GROUP], size_t at) {
+    __m256i head[4], scales[2], minima[2];
+    transpose(head, row, at);
+    scales[0] = bits(head[1], 0, 63);
+    minima[0] = bits(head[2], 0, 63);
+    scales[1] = _mm256_or_si256(nibble(head[3], 0), bits(head[1], -2, 48));
+    minima[1] = _mm256_or_si256(nibble(head[3], 4), bits(head[2], -2, 48));
+    for (int j = 0; j < 8; j++) {
+        tile->scale[j] = widened(scales[j / 4], j % 4, j % 4);
+    }
+    for (int i = 0; i < 4; i++) {
+        tile->min[i] = widened(minima[i / 2], 2 * (i % 2), 2 * (i % 2) + 1);
+    }
+    const __m256i d = _mm256_and_si256(head[0], _mm256_set1_epi32(0xffff)), dmin = _mm256_srli_epi32(head[0], 16);
+    tile->d    = _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(d), _mm256_extracti128_si256(d, 1)));
+    tile->dmin = _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(dmin), _mm256_extracti128_si256(dmin, 1)));
+}
+
+INLINE void unpack_q4_k(struct tile * tile, const char * const row[GROUP], int64_t b) {
+    const size_t at = (size_t) b * sizeof(block_q4_K);
+    unpack_head(tile, row, at);
+    for (int part = 0; part < 8; part++) {  // 32 bytes hold sub-blocks 2j (low nibbles) and 2j + 1 (high nibbles)
+        __m256i packed[4];
+        transpose(packed, row, at + offsetof(block_q4_K, qs) + 16 * (size_t) part);
+        __m256i * q = tile->q + part / 2 * 16 + part % 2 * 4;
+        for (int i = 0; i < 4; i++) {
+            q[i]     = nibble(packed[i], 0);
+            q[i + 8] = nibble(packed[i], 4);
+        }
+    }
+}
+
+INLINE void unpack_q5_k(struct tile * tile, const char * const row[GROUP], int64_t b) {
+    const size_t at = (size_t) b * sizeof(block_q5_K);
+    unpack_head(tile, row, at);
+    for (int half = 0; half < 2; half++) {
+        __m256i high[4], packed[4];
+        transpose(high, row, at + offsetof(block_q5_K, qh) + 16 * (size_t) half);
+        for (int j = 0; j < 4; j++) {  // as Q4_K; bits 2j and 2j + 1 of qh are the fifth ones
+            transpose(packed, row, at + offsetof(block_q5_K, qs) + 32 * (size_t) j + 16 * (size_t) half);
+            __m256i * q = tile->q + 16 * j + 4 * half;
+            for (int i = 0; i < 4; i++) {
+                q[i]     = _mm256_or_si256(nibble(packed[i], 0), bits(high[i], 4, 16));
+                q[i + 8] = _mm256_or_si256(nibble(packed[i], 4), bits(high[i], 3, 16));
+                high[i]  = _mm256_srli_epi16(high[i], 2);
+            }
+        }
+    }
+}
+
+// q counts from -32: the minimum is 32 times the scale.
+INLINE void unpack_q6_k(struct tile * tile, const char * const row[GROUP], int64_t b) {
+    const size_t at = (size_t) b * sizeof(block_q6_K);
+    __m256i scales[4], low[4], middle[4], high[4];
+    transpose(scales, row, at + offsetof(block_q6_K, scales));
+    for (int j = 0; j < 16; j++) {
+        tile->scale[j] = widened(scales[j / 4], j % 4, j % 4);
+    }
+    for (int i = 0; i < 8; i++) {
+        tile->min[i] = _mm256_slli_epi16(widened(scales[i / 2], 2 * (i % 2), 2 * (i % 2) + 1), 5);
+    }
+    tile->d = halves(row, at + offsetof(block_q6_K, d));
+    for (int part = 0; part < 4; part++) {
+        const size_t n = (size_t) part / 2, p = (size_t) part % 2;
+        transpose(low,    row, at + offsetof(block_q6_K, ql) + 64 * n + 16 * p);
+        transpose(middle, row, at + offsetof(block_q6_K, ql) + 64 * n + 16 * p + 32);
+        transpose(high,   row, at + offsetof(block_q6_K, qh) + 32 * n + 16 * p);
+        __m256i * q = tile->q + 32 * n + 4 * p;
+        for (int i = 0; i < 4; i++) {
+            q[i]      = _mm256_or_si256(nibble(low[i], 0),    bits(high[i], 4, 48));
+            q[i + 8]  = _mm256_or_si256(nibble(middle[i], 0), bits(high[i], 2, 48));
+            q[i + 16] = _mm256_or_si256(nibble(low[i], 4),    bits(high[i], 0, 48));
+            q[i + 24] = _mm256_or_si256(nibble(middle[i], 4), bits(high[i], -2, 48));
+        }
+    }
+}
+
+INLINE void unpack_q8_0(struct tile * tile, const char * const row[GROUP], int64_t b) {
+    const size_t at = (size_t) b * sizeof(block_q8_0);
+    transpose(tile->sign,     row, at + offsetof(block_q8_0, qs));
+    transpose(tile->sign + 4, row, at + offsetof(block_q8_0, qs) + 16);
+    for (int i = 0; i < 8; i++) {
+        tile->q[i] = _mm256_abs_epi8(tile->sign[i]);
+    }
+    tile->scale[0] = _mm256_set1_epi16(1);
+    tile->d        = halves(row, at + offsetof(block_q8_0, d));
+}
+
+// q counts from -8.
+INLINE void unpack_q4_0(struct tile * tile, const char * const row[GROUP], int64_t b) {
+    const size_t at = (size_t) b * sizeof(block_q4_0);
+    __m256i packed[4];
+    transpose(packed, row, at + offsetof(block_q4_0, qs));
+    for (int i = 0; i < 4; i++) {
+        tile->q[i]     = nibble(packed[i], 0);
+        tile->q[i + 4] = nibble(packed[i], 4);
+    }
+    tile->scale[0] = _mm256_set1_epi16(1);
+    tile->min[0]   = _mm256_set1_epi16(8);
+    tile->d        = halves(row, at + offsetof(block_q4_0, d));
+}
+
+// --- one row times one row: the sum of the eight lanes is that of q * x (Q6_K: of scale * q * x), an exact integer ---
+
+INLINE __m256i dot_q8_0(const char * block, const int8_t * x, const int16_t * sums) {
+    (void) sums;
+    const __m256i w     = loaded(block + offsetof(block_q8_0, qs));
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(loaded(x), w));
+    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+
+INLINE __m256i dot_q6_k(const char * block, const int8_t * x, const int16_t * sums) {
+    const __m128i packed = _mm_loadu_si128((const __m128i *) (block + offsetof(block_q6_K, scales)));
+    const __m256i scales = _mm256_set_m128i(packed, packed);
+    const __m256i minima = _mm256_slli_epi16(_mm256_cvtepi8_epi16(packed), 5);
+    __m256i total = _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_madd_epi16(minima, loaded(sums)));
+    __m256i which = _mm256_set_m128i(_mm_set1_epi16(0x0180), _mm_set1_epi16(0x0080));  // scale 0, scale 1
+    for (int half = 0; half < 2; half++) {
+        const __m256i low  = loaded(block + 64 * half), middle = loaded(block + 64 * half + 32);
+        const __m256i high = loaded(block + offsetof(block_q6_K, qh) + 32 * half);
+        const __m256i q[4] = {
+            _mm256_or_si256(nibble(low, 0), bits(high, 4, 48)), _mm256_or_si256(nibble(middle, 0), bits(high, 2, 48)),
+            _mm256_or_si256(nibble(low, 4), bits(high, 0, 48)), _mm256_or_si256(nibble(middle, 4), bits(high, -2, 48)),
+        };
+        for (int i = 0; i < 4; i++) {
+            const __m256i scale = _mm256_srai_epi16(_mm256_shuffle_epi8(scales, which), 8);
+            const __m256i pairs = _mm256_maddubs_epi16(q[i], loaded(x + 128 * half + 32 * i));
+            total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, scale));
+            which = _mm256_add_epi16(which, _mm256_set1_epi16(0x0200));
+        }
+    }
+    return total;
+}
