@@ -27,7 +27,7 @@ Head = Literal["last", "all", "none"]
 _WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 CHUNKS = tuple(width for width in _WIDTHS if width > EXACT_ROWS)
 """Valid values of ``chunk``."""
-_WIDE_GRAPHS_KEPT = 3  # prefill graphs are large and used in order of their spans
+_WIDE_GRAPHS_KEPT = 8  # prefill graphs are large; a long prompt uses them in order of their spans
 
 
 def width_for(rows: int) -> int:

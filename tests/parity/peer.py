@@ -1,0 +1,71 @@
+"""What llama.cpp says about a file, computed in a process of its own.
+
+Both packages bring libraries called libggml-base.so; in one process the loader would give the second one the first one's.
+Usage: ``python -m tests.parity.peer REQUEST.json RESULT.npz``. The request holds ``path`` and either ``texts`` to tokenize,
+or ``tokens`` to evaluate at each of ``widths``.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+ROOT = Path(__file__).parents[2]
+
+
+def peer_logits(
+    path: Path, tokens: Sequence[int], widths: Sequence[int], folder: Path, cache: str = "f32"
+) -> dict[int, npt.NDArray[np.float32]]:
+    """Logits (len(tokens), vocab) by the number of rows that llama.cpp evaluates at once."""
+    request = {"path": str(path), "tokens": list(map(int, tokens)), "widths": list(widths), "cache": cache}
+    arrays = _ask(request, folder)
+    return {width: arrays[f"width_{width}"] for width in widths}
+
+
+def peer_tokens(path: Path, texts: Sequence[str], folder: Path, special: bool) -> list[list[int]]:
+    """The token ids of each text, without a BOS."""
+    arrays = _ask({"path": str(path), "texts": list(texts), "special": special}, folder)
+    return [arrays[f"text_{i}"].tolist() for i in range(len(texts))]
+
+
+def _ask(request: dict[str, Any], folder: Path) -> dict[str, npt.NDArray[Any]]:
+    question, answer = folder / "request.json", folder / "result.npz"
+    question.write_text(json.dumps(request), encoding="utf-8")
+    command = [sys.executable, "-m", "tests.parity.peer", str(question), str(answer)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    if done.returncode:
+        raise RuntimeError(f"llama.cpp failed on {request['path']}:\n{done.stderr[-2000:]}")
+    with np.load(answer) as arrays:
+        return dict(arrays)
+
+
+def _answer(request: dict[str, Any]) -> dict[str, npt.NDArray[Any]]:
+    import llama_cpp
+
+    if "texts" in request:
+        model = llama_cpp.Llama(request["path"], vocab_only=True, verbose=False)
+        texts = [t.encode() for t in request["texts"]]
+        ids = [model.tokenize(t, add_bos=False, special=request["special"]) for t in texts]
+        return {f"text_{i}": np.array(row, np.int32) for i, row in enumerate(ids)}
+    tokens, cache = request["tokens"], {"f32": 0, "f16": 1}[request["cache"]]
+    arrays = {}
+    for width in request["widths"]:
+        model = llama_cpp.Llama(
+            request["path"], n_ctx=-(-len(tokens) // 256) * 256, n_batch=width, n_ubatch=width, n_threads=1,
+            n_threads_batch=1, logits_all=True, type_k=cache, type_v=cache, flash_attn=False, verbose=False,
+        )  # fmt: skip
+        model.eval(tokens)
+        arrays[f"width_{width}"] = np.array(model.scores[: len(tokens)], np.float32)
+        model.close()
+    return arrays
+
+
+if __name__ == "__main__":
+    np.savez(sys.argv[2], **_answer(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
