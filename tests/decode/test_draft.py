@@ -1,4 +1,4 @@
-"""The draft equals its oracle: logits of the block, for any layer kind, any context, and however the context was built."""
+"""The draft equals its oracle: logits of a block, for any layer kind, any context, and however that was built."""
 
 from __future__ import annotations
 

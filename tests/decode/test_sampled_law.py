@@ -1,8 +1,9 @@
 """Sampling with a draft follows the target's own law: the distribution of whole sequences, penalties and all.
 
-The target is a table of logits by last token, so that its law is known exactly and 100,000 draws take seconds; everything
-between the logits and the tokens is the real code. A sequence of DEPTH tokens has a probability that the sampler itself states,
-token by token. Penalties make every factor depend on all tokens before it, so a draw that sees a wrong history shows.
+The target is a table of logits by last token, so that its law is known exactly and 100,000 draws take seconds;
+everything between the logits and the tokens is the real code. A sequence of DEPTH tokens has a probability that the
+sampler itself states, token by token. Penalties make every factor depend on all tokens before it, so a draw that sees a
+wrong history shows.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class TableDraft:
 
 
 class RememberingSampler(Sampler):
-    """The sampler, which works out the law after a history once: there are a few hundred histories and 100,000 draws."""
+    """The sampler, which works out the law after a history once: a few hundred histories make 100,000 draws."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

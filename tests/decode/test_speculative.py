@@ -16,6 +16,7 @@ from pydflash.ggml_types import GGMLType
 from pydflash.sampling import Sampler, SamplingParams
 from pydflash.session import Proposal, Session
 from tests.decode.conftest import Pair
+from tests.helpers import run_chunks
 from tests.reference.dflash import DraftReference, speculative_reference
 from tests.reference.qwen35 import Array, Reference
 
@@ -104,7 +105,9 @@ def proposals(text: list[int]) -> dict[str, Choose]:
 SCRIPTS = list(proposals([]))
 
 
-def run(session: Session, draft: DraftSession, prompt: list[int], stats: Stats, count: int, **options: object) -> list[int]:
+def run(
+    session: Session, draft: DraftSession, prompt: list[int], stats: Stats, count: int, **options: object
+) -> list[int]:
     steps = speculative(session, draft, prompt, greedy(), max_tokens=count, stats=stats, **options)  # type: ignore[arg-type]
     return [token for step in steps for token in step.tokens]
 
@@ -235,10 +238,9 @@ def continues_like_a_fresh_run(pair: Pair, session: Session, text: list[int]) ->
     assert session.length == len(text) - 1
     assert session.pending == 0
     with Session(pair.model, 256, "f32", "f32") as fresh:
-        for start in range(0, len(text) - 1, 16):
-            piece = text[:-1][start : start + 16]
-            fresh.forward(piece, "none")
-            fresh.commit(len(piece))
+        fresh.forward(PROMPT, "none")  # in one piece: a wide step need not be bit-equal to narrow ones
+        fresh.commit(len(PROMPT))
+        run_chunks(fresh, text[len(PROMPT) : -1], 16)
         follow = [text[-1], 5, 6]
         assert np.array_equal(session.forward(follow, "all").logits, fresh.forward(follow, "all").logits)
     session.commit(0)

@@ -1,8 +1,8 @@
 """What llama.cpp says about a file, computed in a process of its own.
 
-Both packages bring libraries called libggml-base.so; in one process the loader would give the second one the first one's.
-Usage: ``python -m tests.parity.peer REQUEST.json RESULT.npz``. The request holds ``path`` and either ``texts`` to tokenize,
-or ``tokens`` to evaluate at each of ``widths``.
+Both packages bring libraries called libggml-base.so; in one process the loader would give the second one the first
+one's. Usage: ``python -m tests.parity.peer REQUEST.json RESULT.npz``. The request holds ``path`` and either ``texts``
+to tokenize, or ``tokens`` to evaluate at each of ``widths``.
 """
 
 from __future__ import annotations
