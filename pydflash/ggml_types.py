@@ -58,7 +58,8 @@ class GGMLType(IntEnum):
 
     @property
     def is_weight(self) -> bool:
-        """Whether ggml multiplies with matrices of this type; the others are integers, doubles and activation formats."""
+        """Whether ggml multiplies with matrices of this type; the others are integers, doubles and activation
+        formats."""
         return self not in _NOT_WEIGHTS
 
     def nbytes(self, elements: int) -> int:

@@ -21,7 +21,17 @@ from pydflash.ggml_types import GGMLType
 from pydflash.graph import Graph
 from pydflash.tensor import Shape, Tensor
 
-__all__ = ["CACHE_TYPES", "K_BASES", "DeltaState", "KBasis", "KVCache", "StepInputs", "cache_type", "k_basis", "tape_shape"]
+__all__ = [
+    "CACHE_TYPES",
+    "K_BASES",
+    "DeltaState",
+    "KBasis",
+    "KVCache",
+    "StepInputs",
+    "cache_type",
+    "k_basis",
+    "tape_shape",
+]
 
 CACHE_TYPES = {t.name.lower(): t for t in (GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.Q8_0, GGMLType.Q4_0)}
 """Types of a K or V cache, by the names that options use."""

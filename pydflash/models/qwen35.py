@@ -152,7 +152,8 @@ class Config:
                     "attn_qkv.weight": (channels, c), "attn_gate.weight": (inner, c),
                     "ssm_conv1d.weight": (channels, self.conv_kernel),
                     "ssm_alpha.weight": (self.v_heads, c), "ssm_beta.weight": (self.v_heads, c),
-                    "ssm_a": (self.v_heads,), "ssm_dt.bias": (self.v_heads,), "ssm_norm.weight": (self.state_size,), "ssm_out.weight": (c, inner),
+                    "ssm_a": (self.v_heads,), "ssm_dt.bias": (self.v_heads,), "ssm_norm.weight": (self.state_size,),
+                    "ssm_out.weight": (c, inner),
                 }  # fmt: skip
             else:
                 q = self.heads * self.head_size
