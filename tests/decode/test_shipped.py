@@ -79,7 +79,7 @@ def test_speculative_text_is_autoregressive_text_on_20_held_out_prompts(pair: Pa
     assert acceptance_over(pair, 20, 64) >= 4
 
 
-@pytest.mark.skipif(not os.environ.get("SLOW_TESTS"), reason="takes most of an hour; set SLOW_TESTS=1")
+@pytest.mark.skipif(not os.environ.get("SLOW_TESTS"), reason="takes four minutes; set SLOW_TESTS=1")
 def test_speculative_text_is_autoregressive_text_on_200_held_out_prompts(pair: Pair) -> None:
     assert acceptance_over(pair, 200, 256) >= 4
 
