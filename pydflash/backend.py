@@ -18,7 +18,6 @@ from pydflash.tensor import Shape, Tensor, new_tensor
 __all__ = ["Arena", "Backend", "cuda_device_count", "default_threads"]
 
 _USAGE_WEIGHTS = 1
-_USAGE_COMPUTE = 2
 
 
 def default_threads() -> int:
@@ -131,10 +130,6 @@ class Backend:
         """Fill contiguous ``out`` from the start of ``tensor``; waits for the device."""
         lib.ggml_backend_tensor_get_async(self.c, tensor.c, ffi.from_buffer(out, require_writable=True), 0, out.nbytes)
         lib.ggml_backend_synchronize(self.c)
-
-    def graph_compute(self, graph: Any) -> None:
-        """Enqueue a graph; the CPU runs it before this returns."""
-        check(lib.ggml_backend_graph_compute_async(self.c, graph), "running a graph")
 
 
 class Arena:

@@ -61,9 +61,9 @@ class Output:
     likely token of each row; which of equal ones is the device's choice, the same at every width.
     """
 
-    def __init__(self, session: Session, graph: _StepGraph | None, first: int, rows: int) -> None:
+    def __init__(self, session: Session, graph: _StepGraph | None, rows: int) -> None:
         self._session, self._graph, self._serial = session, graph, session.serial
-        self._first, self._rows = first, rows
+        self._rows = rows
         self._logits: npt.NDArray[np.float32] | None = None
         self._argmax: npt.NDArray[np.int32] | None = None
 
@@ -305,7 +305,7 @@ class Session:
         self.serial += 1
         if not keep:
             self._replay = 0
-        return Output(self, None if head == "none" else step, 0, count if head == "all" else 1)
+        return Output(self, None if head == "none" else step, count if head == "all" else 1)
 
     def _span(self, width: int, needed: int) -> int:
         """Cache rows that the graph for ``needed`` positions spans: few distinct values, so that graphs are reused."""
