@@ -240,14 +240,16 @@ def state_of(session: Session, model: Model) -> dict[str, npt.NDArray[Any]]:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def dequantised(source: Path, path: Path) -> Path:
-    """Write the model in ``source`` to ``path`` with every tensor as f32, metadata unchanged."""
+def dequantised(source: Path, path: Path, flags: dict[str, bool] | None = None) -> Path:
+    """Write the model in ``source`` to ``path`` with every tensor as f32, metadata unchanged but for new ``flags``."""
     reader = gguf.GGUFReader(str(source))
     writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
         if not name.startswith("GGUF.") and name != "general.architecture":
             sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(name, field.contents(), field.types[0], sub_type=sub_type)
+    for key, value in (flags or {}).items():
+        writer.add_bool(key, value)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
     writer.write_header_to_file()
