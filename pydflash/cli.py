@@ -1,4 +1,4 @@
-"""The command line: ``pydflash demo|generate|chat|info|doctor|explain|convert-draft``.
+"""The command line: ``pydflash demo|generate|chat|info|doctor|explain|convert-draft|ab``.
 
 Text goes to stdout, everything about it to stderr. The engine is imported when a command needs it, so that help is
 fast.
@@ -269,6 +269,54 @@ def convert_draft(
     _note(f"{output}: {size:,} bytes")
 
 
+@app.command()
+def ab(
+    model: Model,
+    a: Annotated[
+        list[str] | None, typer.Option(help="Settings of arm A: NAME=VALUE,... ; speculate=false too.")
+    ] = None,
+    b: Annotated[list[str] | None, typer.Option(help="Settings of arm B; may be given several times.")] = None,
+    draft: Draft = None,
+    max_context: MaxContext = None,
+    cache_k: CacheK = None,
+    cache_v: CacheV = None,
+    k_rotation: KRotation = None,
+    device: Device = None,
+    threads: Threads = None,
+    chunk: ChunkRows = None,
+    draft_max: DraftMax = None,
+    adaptive: Adaptive = None,
+    draft_causal: DraftCausal = None,
+    repeats: Annotated[int, typer.Option(help="Pairs of runs; at least 6.")] = 7,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of random prompts.")] = 512,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate in each run.")] = 128,
+    prompts: Annotated[
+        Path | None, typer.Option(help='JSON lines with a "prompt" each, instead of random ones.')
+    ] = None,
+    within: Annotated[float | None, typer.Option(help="Margin of equivalence in percent.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write everything measured to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the ratios of all repeats to this file.")] = None,
+) -> None:
+    """Compare two configurations: speed with intervals and a noise floor, outputs, acceptance. The other options hold
+    for both arms.
+    """
+    given = locals()
+    from pydflash import ab as harness
+
+    options = {name: given[name] for name in _ENGINE_NAMES if name != "draft"}
+    arms = [harness.parse_arm(n, t or (), options, draft=draft is not None) for n, t in (("A", a), ("B", b))]
+    protocol = harness.Protocol(repeats, prompt_tokens, max_tokens, prompts, within)
+    if plot is not None:
+        harness.pyplot()  # a missing matplotlib is told before anything is measured
+    with _progress_bar("loading") as progress:
+        report = harness.compare(model, draft, arms[0], arms[1], protocol, progress=progress, note=_note)
+    print(report)
+    if json is not None:
+        report.write_json(json)
+    if plot is not None:
+        harness.plot(report, plot)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line. An error of ours is one line on stderr and exit code 2."""
     try:
@@ -313,6 +361,9 @@ def _progress_bar(what: str) -> Iterator[Progress]:
             started = True
             bar.start()
         bar.update(task, completed=done, total=total)
+        if done >= total and started:  # nothing may draw while a command works or measures
+            started = False
+            bar.stop()
 
     try:
         yield progress

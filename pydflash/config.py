@@ -16,7 +16,7 @@ from pydflash.errors import ConfigError
 from pydflash.session import CHUNKS
 from pydflash.state import CACHE_TYPES, K_BASES
 
-__all__ = ["EngineConfig", "Setting", "table"]
+__all__ = ["EngineConfig", "Setting", "parsed", "table", "truth"]
 
 _PREFIX = "PYDFLASH_"
 # Read by the build, and harmless where they stay exported.
@@ -133,22 +133,27 @@ def _from_environment(environment: Mapping[str, str], names: list[str]) -> dict[
             valid = ", ".join((*known, _ALIAS))
             raise ConfigError(f"the environment variable {variable} is unknown; valid ones are {valid}")
         if text:
-            values[known[variable]] = _parsed(known[variable], variable, text)
+            values[known[variable]] = parsed(known[variable], variable, text)
     return values
 
 
-def _parsed(name: str, variable: str, text: str) -> int | bool | str:
-    """The text of a variable as the type of the setting ``name``."""
+def parsed(name: str, variable: str, text: str) -> int | bool | str:
+    """``text`` as the type of the setting ``name``. ``variable`` is where it stood, for the ConfigError that a number
+    or a truth value that is none raises; EngineConfig itself checks the value.
+    """
     if name in ("max_context", "threads", "chunk", "draft_max"):
         try:
             return int(text)
         except ValueError:
             raise ConfigError(f"{variable} is {text!r}; an integer is needed") from None
-    if name in ("adaptive", "draft_causal"):
-        if text.lower() not in _TRUTH:
-            raise ConfigError(f"{variable} is {text!r}; valid values are {', '.join(_TRUTH)}")
-        return _TRUTH[text.lower()]
-    return text
+    return truth(variable, text) if name in ("adaptive", "draft_causal") else text
+
+
+def truth(variable: str, text: str) -> bool:
+    """A truth value; ConfigError lists its spellings."""
+    if text.lower() not in _TRUTH:
+        raise ConfigError(f"{variable} is {text!r}; valid values are {', '.join(_TRUTH)}")
+    return _TRUTH[text.lower()]
 
 
 def _skips_rotation(environment: Mapping[str, str]) -> bool:

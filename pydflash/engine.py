@@ -109,6 +109,8 @@ class Engine:
 
     def __init__(self, model: Model, draft: Draft | None, config: EngineConfig, undo: ExitStack) -> None:
         """``undo`` owns what is open already; the engine adds its sessions and closes all of it."""
+        if draft is not None:
+            _check_draft_max(config, draft)
         self.model, self.draft, self.config, self._undo = model, draft, config, undo
         taps = draft.config.taps if draft else ()
         session = Session(
@@ -157,8 +159,24 @@ class Engine:
             loaded = load_draft(draft, model, progress, causal=config.draft_causal) if draft is not None else None
             if loaded is not None:
                 undo.enter_context(loaded)
-                _check_draft_max(config, loaded)
-            return cls(model, loaded, config, undo.pop_all())
+            return cls._owning(undo, model, loaded, config)
+
+    @classmethod
+    def share(cls, model: Model, draft: Draft | None, config: EngineConfig) -> Engine:
+        """An engine with sessions of its own on a model and a draft that stay the caller's: close it before them.
+
+        ``config.device``, ``threads`` and ``draft_causal`` were settled when those were loaded. Raises ConfigError or
+        OutOfMemory; nothing stays allocated then.
+        """
+        with ExitStack() as undo:
+            return cls._owning(undo, model, draft, config)
+
+    @classmethod
+    def _owning(cls, undo: ExitStack, model: Model, draft: Draft | None, config: EngineConfig) -> Engine:
+        """An engine that takes over what ``undo`` holds; when it cannot be made, ``undo`` is left as it is."""
+        engine = cls(model, draft, config, undo)
+        engine._undo = undo.pop_all()
+        return engine
 
     @property
     def tokenizer(self) -> Tokenizer:

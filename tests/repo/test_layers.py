@@ -32,8 +32,9 @@ LAYERS = (
     ("session",),
     ("draft",),
     ("decode",),
-    ("config", "convert", "doctor"),
+    ("config", "convert", "doctor", "verdict"),
     ("engine",),
+    ("ab",),
     ("cli",),
 )
 RANK = {name: rank for rank, group in enumerate(LAYERS) for name in group}

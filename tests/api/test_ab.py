@@ -1,0 +1,379 @@
+"""``pydflash ab``: its statistics against known answers, its protocol with a clock of our own, its report complete."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pydflash import ab, cli
+from pydflash.ab import Arm, Protocol, Report, compare, parse_arm
+from pydflash.config import EngineConfig
+from pydflash.engine import Engine
+from pydflash.errors import ConfigError, OutOfMemory
+from pydflash.verdict import Estimate, fewest, median_interval, noise_floor, paired_ratios, verdict
+from tests.shipped import DRAFT, TARGET, TEST_DATA, needs_pair
+
+OPTIONS = {"device": "cpu", "threads": 1, "max_context": 256}
+SHORT = Protocol(repeats=7, prompt_tokens=24, max_tokens=12)
+READS = 3  # of the clock in a run: start, first token, end
+
+
+def arms(a: str, b: str, *, draft: bool = False) -> tuple[Arm, Arm]:
+    first, second = (
+        parse_arm(name, [text], OPTIONS, draft=draft, environment={}) for name, text in (("A", a), ("B", b))
+    )
+    return first, second
+
+
+def run(a: str, b: str, protocol: Protocol = SHORT, *, draft: bool = False, clock: Callable[[], float]) -> Report:
+    return compare(TARGET, DRAFT if draft else None, *arms(a, b, draft=draft), protocol, clock=clock)
+
+
+class Clock:
+    """Each arm's runs take their given seconds, half of them for the prompt; ``ORDERS`` says whose turn it is."""
+
+    def __init__(self, **seconds: Sequence[float]) -> None:
+        """``seconds``: of A, B and again (A'); one value a repeat, used in turn."""
+        self.seconds = {"A": seconds["A"], "B": seconds["B"], "A'": seconds["again"]}
+        self.now, self.reads = 0.0, 0
+
+    def __call__(self) -> float:
+        turn, read = divmod(self.reads, READS)
+        repeat, position = divmod(turn, 3)
+        name = ab.ORDERS[repeat % len(ab.ORDERS)][position]
+        series = self.seconds[name]
+        self.reads += 1
+        if read:
+            self.now += series[repeat % len(series)] / 2
+        return self.now
+
+
+STEADY = {"A": (1.0,), "B": (1.0,), "again": (1.0,)}
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+def test_ratios_are_paired_by_repeat() -> None:
+    assert paired_ratios([1.0, 2.0, 4.0], [2.0, 2.0, 1.0]) == [2.0, 1.0, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("n", "rank", "coverage"), [(6, 1, 0.96875), (7, 1, 0.984375), (9, 2, 0.9609375), (15, 4, 0.96484375)]
+)
+def test_the_interval_is_that_of_the_sign_test(n: int, rank: int, coverage: float) -> None:
+    """Ranks and coverages as tables of the sign test give them."""
+    values = [float(value) for value in np.random.default_rng(n).permutation(np.arange(1, n + 1))]
+    assert median_interval(values) == Estimate((n + 1) / 2, float(rank), float(n + 1 - rank), coverage)
+
+
+def test_the_interval_holds_the_median_as_often_as_it_says() -> None:
+    draws = np.random.default_rng(0).exponential(size=(4000, 9))
+    found = [median_interval(row.tolist()) for row in draws]
+    share = np.mean([estimate.low <= math.log(2) <= estimate.high for estimate in found])
+    sigma = math.sqrt(0.9609375 * (1 - 0.9609375) / len(draws))
+    assert abs(share - 0.9609375) < 4 * sigma
+
+
+def test_too_few_repeats_give_no_interval() -> None:
+    assert fewest() == 6
+    with pytest.raises(ConfigError, match="at least 6"):
+        median_interval([1.0] * 5)
+    with pytest.raises(ConfigError, match="6 or more"):
+        Protocol(repeats=5)
+
+
+def test_the_noise_floor_is_the_end_of_the_interval_that_is_farther_from_1() -> None:
+    assert noise_floor(Estimate(1.001, 0.997, 1.002, 0.95)) == pytest.approx(0.003)
+    assert noise_floor(Estimate(1.001, 1.0005, 1.004, 0.95)) == pytest.approx(0.004)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "floor", "options", "kind", "said"),
+    [
+        ((1.012, 1.008, 1.016), 0.003, {}, "faster", "B is faster by 1.20 % [0.80, 1.60]"),
+        ((0.988, 0.984, 0.992), 0.003, {}, "slower", "B is slower by 1.20 % [0.80, 1.60]"),
+        ((0.988, 0.984, 0.992), 0.003, {"lower_is_better": True}, "faster", "B is faster by 1.20 % [0.80, 1.60]"),
+        ((1.002, 1.001, 1.003), 0.003, {}, "no difference", "no difference beyond the noise floor of 0.30 %"),
+        ((1.0, 1.0, 1.0), 0.0, {}, "no difference", "no difference beyond the noise floor of 0.00 %"),
+        ((1.04, 0.99, 1.09), 0.003, {}, "undecided", "0 is in the interval"),
+        ((1.002, 0.998, 1.003), 0.003, {"within": 0.3}, "within", "within +-0.3 %"),
+        ((1.002, 1.001, 1.004), 0.003, {"within": 0.3}, "no difference", "not shown to be within +-0.3 %; no diff"),
+        ((0.95, 0.94, 0.96), 0.003, {"within": 1.0}, "slower", "not shown to be within +-1 %; B is slower by 5.00 %"),
+    ],
+)
+def test_the_verdict(
+    ratio: tuple[float, float, float], floor: float, options: dict[str, float], kind: str, said: str
+) -> None:
+    found = verdict(Estimate(*ratio, 0.95), floor, **options)  # type: ignore[arg-type]
+    assert found.kind == kind
+    assert said in found.text
+
+
+# --- what can be asked for --------------------------------------------------------------------------------------------
+
+
+def test_every_setting_of_the_engine_can_be_given() -> None:
+    samples = {int: "64", bool: "true", str: "cpu"}
+    values = {"max_context": "64", "threads": "1", "draft_max": "3", "adaptive": "true", "draft_causal": "false"}
+    for field in dataclasses.fields(EngineConfig):
+        if field.name != "sources":
+            default = field.default
+            text = values.get(field.name, str(default) if default is not None else samples[str])
+            arm = parse_arm("A", [f"{field.name}={text}"], {}, environment={})
+            assert str(getattr(arm.config, field.name)).lower() == text
+            assert arm.config.sources[field.name] == "argument"
+
+
+def test_settings_come_comma_separated_or_one_by_one_and_win_over_common_ones() -> None:
+    texts = ["cache_k=q4_0, k_rotation=none", "speculate=false"]
+    arm = parse_arm("B", texts, {"cache_k": "q8_0", "chunk": 64}, draft=True, environment={"PYDFLASH_CACHE_V": "bf16"})
+    assert (arm.config.cache_k, arm.config.k_rotation, arm.config.cache_v) == ("q4_0", "none", "bf16")
+    assert (arm.config.chunk, arm.speculate) == (64, False)
+    assert arm.label == "B: cache_k=q4_0, k_rotation=none, speculate=false"
+
+
+@pytest.mark.parametrize(
+    ("text", "listed"),
+    [
+        ("k_rotaion=none", "k_rotation.*speculate"),
+        ("k_rotation", "NAME=VALUE"),
+        ("sources=x", "max_context"),
+        ("k_rotation=hadamard", "auto, none, hadamard-256"),
+        ("cache_k=q9", "f16, bf16"),
+        ("adaptive=2", "true, yes"),
+        ("chunk=many", "integer"),
+        ("speculate=2", "true, yes"),
+        ("speculate=true", "--draft"),
+        ("chunk=32,chunk=64", "twice"),
+    ],
+)
+def test_an_unknown_name_or_value_is_an_error_that_lists_the_valid_ones(text: str, listed: str) -> None:
+    with pytest.raises(ConfigError, match=listed):
+        parse_arm("B", [text], OPTIONS, environment={})
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ('{"prompt": "a"}\n{"prompt": "a"}\n' * 9, "holds 1 different"),
+        ('{"text": "a"}\n' * 9, "prompt"),
+        ("not json\n", "JSON lines"),
+        ("\n".join(f'{{"prompt": {i}}}' for i in range(9)), "none empty"),
+    ],
+)
+def test_a_file_of_prompts_is_checked(tmp_path: Path, lines: str, said: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(lines)
+    with pytest.raises(ConfigError, match=said):
+        Protocol(prompts=path).texts()
+
+
+# --- the protocol -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[int, ...]]]:
+    """(engine, prompt) of every run, warm-ups included."""
+    seen: list[tuple[int, tuple[int, ...]]] = []
+    measure = ab.measure
+
+    def recorded(engine: Engine, prompt: Sequence[int], *rest: object) -> object:
+        seen.append((id(engine), tuple(prompt)))
+        return measure(engine, prompt, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ab, "measure", recorded)
+    return seen
+
+
+@needs_pair
+def test_nothing_differs_between_an_arm_and_itself() -> None:
+    report = run("", "", clock=Clock(**STEADY))
+    for outcome in report.outcomes:
+        assert outcome.ratio == outcome.again == Estimate(1.0, 1.0, 1.0, 0.984375)
+        assert outcome.verdict.kind == "no difference"
+    assert report.outputs.b_differs is report.outputs.again_differs is None
+    assert len(set(report.outputs.sha256.values())) == 1
+    assert "no difference beyond the noise floor of 0.00 %" in str(report)
+
+
+@needs_pair
+def test_a_slower_arm_is_told_apart_from_noise() -> None:
+    noise = (1.0, 1.01, 0.99, 1.0, 1.02, 0.98, 1.0)
+    drift = [1.0 + repeat for repeat in range(7)]  # of the machine: larger than what is sought, the same in all arms
+    slow = Clock(A=drift, B=[1.25 * seconds for seconds in drift], again=[x * d for x, d in zip(noise, drift)])
+    prefill, decode = run("", "", clock=slow).outcomes
+    for outcome in (prefill, decode):
+        assert outcome.verdict.kind == "slower"
+        assert outcome.verdict.text == "B is slower by 20.00 % [20.00, 20.00]"
+        assert outcome.noise_floor == pytest.approx(1 / 0.98 - 1)
+    assert decode.a == pytest.approx(11 / 2.0)  # 11 tokens after the first in half of the median repeat's 4 s
+    assert prefill.a == pytest.approx(24 / 2.0)
+
+
+@needs_pair
+def test_both_orders_are_used_and_prompts_never_repeat(runs: list[tuple[int, tuple[int, ...]]]) -> None:
+    report = run("", "k_rotation=none", clock=Clock(**STEADY))
+    first = [names.index("A") < names.index("B") for names in report.order]
+    assert first == [True, False, True, False, True, False, True]
+    assert set(report.order[:6]) == {
+        (x, y, z) for x in ab.ARMS for y in ab.ARMS for z in ab.ARMS if len({x, y, z}) == 3
+    }
+    warm, measured = runs[:3], runs[3:]
+    assert len({engine for engine, _ in warm}) == 3
+    engines = dict(zip(ab.ARMS, (engine for engine, _ in warm)))
+    assert [engine for engine, _ in measured] == [engines[name] for names in report.order for name in names]
+    prompts = [prompt for _, prompt in measured]
+    assert all(prompts[i] == prompts[i + 1] == prompts[i + 2] for i in range(0, len(prompts), 3))
+    assert len({*prompts[::3], *(prompt for _, prompt in warm)}) == 7 + 3
+    placed = [(sample.arm, sample.position) for sample in report.samples]
+    assert placed == [(name, at) for names in report.order for at, name in enumerate(names)]
+
+
+@needs_pair
+def test_weights_are_loaded_once_for_arms_that_differ_in_their_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[str] = []
+    load_model, load_draft = ab.load_model, ab.load_draft
+    monkeypatch.setattr(ab, "load_model", lambda *a, **k: (loads.append("model"), load_model(*a, **k))[1])
+    monkeypatch.setattr(ab, "load_draft", lambda *a, **k: (loads.append("draft"), load_draft(*a, **k))[1])
+    run("cache_k=q8_0", "chunk=32,draft_max=7", Protocol(6, 8, 3), draft=True, clock=Clock(**STEADY))
+    assert loads == ["model", "draft"]
+    loads.clear()
+    run("threads=1", "threads=2", Protocol(6, 8, 3), clock=Clock(**STEADY))
+    assert loads == ["model", "model"]
+
+
+@needs_pair
+def test_arms_that_do_not_fit_together_run_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One engine at a time is all the memory there is; the results are those of arms side by side."""
+    together = run("", "k_rotation=none", clock=Clock(**STEADY))
+    open_engines: list[Engine] = []
+    share, close = Engine.share, Engine.close
+
+    def scarce(model, draft, config):  # type: ignore[no-untyped-def]
+        if open_engines:
+            raise OutOfMemory("no room for a second engine")
+        open_engines.append(share(model, draft, config))
+        return open_engines[-1]
+
+    def closed(engine: Engine) -> None:
+        open_engines.clear()
+        close(engine)
+
+    monkeypatch.setattr(Engine, "share", scarce)
+    monkeypatch.setattr(Engine, "close", closed)
+    alone = run("", "k_rotation=none", clock=Clock(**STEADY))
+    assert (together.in_turn, alone.in_turn) == (False, True)
+    assert alone.outputs == together.outputs
+    monkeypatch.setattr(Engine, "share", lambda *_: (_ for _ in ()).throw(OutOfMemory("no room at all")))
+    with pytest.raises(OutOfMemory, match="no room at all"):
+        run("", "", clock=Clock(**STEADY))
+
+
+@needs_pair
+def test_a_context_too_small_for_the_runs_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"max_context of B is 32; .* need 52"):
+        run("", "max_context=32", clock=Clock(**STEADY))
+
+
+# --- outputs and acceptance -------------------------------------------------------------------------------------------
+
+
+@needs_pair
+def test_an_f16_cache_knows_no_difference_between_no_rotation_and_auto() -> None:
+    protocol = Protocol(repeats=6, max_tokens=24, prompts=TEST_DATA / "held_out.jsonl")
+    report = run("k_rotation=none", "k_rotation=auto", protocol, draft=True, clock=Clock(**STEADY))
+    a, b = report.acceptance["A"], report.acceptance["B"]
+    assert report.outputs.sha256["A"] == report.outputs.sha256["B"]
+    assert report.same_acceptance
+    assert a == b
+    assert a.accepted == sum(a.trace) == sum(a.accepted_per_position) > 0
+    assert a.length == 1 + a.accepted / a.cycles
+    assert [outcome.what for outcome in report.outcomes] == ["prefill", "decode", "cycle"]
+    assert "outputs: equal" in str(report)
+    assert "accepted tokens of every cycle are equal" in str(report)
+
+
+@needs_pair
+def test_a_draft_changes_no_token_and_only_one_arm_accepts() -> None:
+    protocol = Protocol(repeats=6, max_tokens=24, prompts=TEST_DATA / "held_out.jsonl")
+    report = run("speculate=false", "", protocol, draft=True, clock=Clock(**STEADY))
+    assert report.outputs.b_differs is None
+    assert report.acceptance["A"].drafted == 0 < report.acceptance["B"].accepted
+    assert not report.same_acceptance
+    assert [outcome.what for outcome in report.outcomes] == ["prefill", "decode"]
+
+
+@needs_pair
+def test_the_first_differing_token_is_found() -> None:
+    report = run("", "cache_k=q4_0,cache_v=q4_0,k_rotation=none", Protocol(6, 128, 32), clock=Clock(**STEADY))
+    assert report.outputs.b_differs is not None
+    assert report.outputs.again_differs is None
+    assert report.outputs.sha256["A"] == report.outputs.sha256["A'"] != report.outputs.sha256["B"]
+    repeat, token = report.outputs.b_differs
+    texts = {sample.arm: sample.tokens for sample in report.samples if sample.repeat == repeat}
+    assert texts["A"][:token] == texts["B"][:token]
+    assert texts["A"][token] != texts["B"][token]
+    assert f"outputs: differ, first in repeat {repeat + 1} at token {token}" in str(report)
+
+
+def test_the_first_difference_of_given_lists() -> None:
+    assert ab.first_difference([(1, 2), (3, 4)], [(1, 2), (3, 4)]) is None
+    assert ab.first_difference([(1, 2), (3, 4)], [(1, 2), (3, 5)]) == (1, 1)
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+@needs_pair
+def test_the_json_holds_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "ab.json"
+    command = ["ab", str(TARGET), "--a", "k_rotation=none", "--b", "k_rotation=auto", "--b", "cache_v=q8_0"]
+    command += ["--draft", str(DRAFT), "--device", "cpu", "--threads", "1", "--max-context", "256", "--repeats", "6"]
+    command += ["--prompt-tokens", "24", "--max-tokens", "8", "--within", "0.3", "--json", str(path)]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(command)
+    captured = capsys.readouterr()
+    assert not ended.value.code
+    assert "B: k_rotation=auto, cache_v=q8_0" in captured.out
+    assert captured.err.count("repeat ") == 6
+    found = json.loads(path.read_text())
+    assert set(found) == {field.name for field in dataclasses.fields(Report)}
+    assert found["date"][:2] == "20"
+    assert {"pydflash", "ggml", "CPU"} <= set(found["versions"])
+    assert found["protocol"]["within"] == 0.3
+    settings = {name: {s["name"]: s["value"] for s in found["settings"][name]} for name in "AB"}
+    assert (settings["A"]["cache_v"], settings["B"]["cache_v"]) == ("f16", "q8_0")
+    assert "cpu" in settings["A"]["device in use"]
+    assert len(found["samples"]) == 18
+    for sample in found["samples"]:
+        assert sample["prefill_seconds"] > 0 < sample["decode_seconds"]
+        assert (len(sample["tokens"]), sample["prompt_tokens"]) == (8, 24)
+        assert sum(sample["trace"]) == sample["accepted"]
+    assert len(found["order"]) == 6
+    for outcome in found["outcomes"]:
+        assert len(outcome["ratios"]) == len(outcome["again_ratios"]) == 6
+        assert outcome["verdict"]["text"] in captured.out
+
+
+@needs_pair
+def test_a_plot_is_written(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    ab.plot(run("", "", draft=True, clock=Clock(**STEADY)), tmp_path / "ab.png")
+    assert (tmp_path / "ab.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_plot_without_matplotlib_is_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["ab", "none.gguf", "--plot", "out.png"])
+    assert ended.value.code == 2
+    assert "pip install 'pydflash[bench]'" in capsys.readouterr().err
