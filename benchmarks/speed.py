@@ -162,7 +162,7 @@ class CycleBench:
             self.fill()
             anchor = 0
             for cycle in range(WARM_CYCLES + cycles):
-                times, anchor = self._cycle(anchor, proposed, kept, parts)
+                times, anchor = self.cycle(anchor, proposed, kept, parts)
                 if cycle < WARM_CYCLES:
                     continue
                 if parts:
@@ -172,9 +172,7 @@ class CycleBench:
                     seconds.total.append(sum(times))
         return seconds
 
-    def _cycle(
-        self, anchor: int, proposed: int, kept: int, synchronise: bool
-    ) -> tuple[tuple[float, float, float], int]:
+    def cycle(self, anchor: int, proposed: int, kept: int, synchronise: bool) -> tuple[tuple[float, float, float], int]:
         """Seconds of draft, verify and rest, and the next anchor: the target's token after the last kept row."""
         backend = self.session.model.backend
         begin = time.perf_counter()
