@@ -35,7 +35,11 @@ app = typer.Typer(
 )
 
 ACCEPTED_STYLE = "green"
-DEMO_PROMPT = "def read_lines(path):\n    "
+DEMO_PROMPT = '''class SilverRiver:
+    """A silver river with level, width, limit and owner."""
+
+    def __init__(self, level: float, width: int, limit: float, owner: str) -> None:
+'''
 DATA = Path(__file__).with_name("data")
 
 # --- options, spelled like the parameters -----------------------------------------------------------------------------
@@ -184,6 +188,7 @@ def demo(
         warm = _params({"max_tokens": min(max_tokens, 40)})  # builds every graph, so that no run pays for it
         for speculate in (True, False):
             engine.generate(prompt, warm, speculate=speculate)
+        print(prompt, end="")
         with_draft = _print_stream(engine, prompt, params)
         without = engine.generate(prompt, params, speculate=False)
         _compare(with_draft, without)
