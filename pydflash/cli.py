@@ -182,6 +182,7 @@ def demo(
     params = _params({"max_tokens": max_tokens})
     with _engine(model, options) as engine:
         if engine.draft is None:
+            print(prompt, end="")
             done = _print_stream(engine, prompt, params)
             _note(f"{done.stats.tokens_per_second:.0f} tokens/s; there is no draft at {draft}, so nothing to compare")
             return
