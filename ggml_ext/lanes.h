@@ -1,0 +1,82 @@
+// A register of floats, for the CPU references: as many lanes as the CPU the library is built for has. GCC and Clang
+// translate the arithmetic of these vectors for any CPU. An op that is written in them rounds alike in every copy of
+// its code: a multiply-add is one instruction where there is one, and sums have a fixed order.
+#pragma once
+
+#include <string.h>
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+typedef float lanes __attribute__((vector_size(4 * LANES)));
+typedef float four_lanes __attribute__((vector_size(16)));
+
+#define LANES_INLINE static inline __attribute__((always_inline))
+
+LANES_INLINE lanes load_lanes(const float * from) {
+    lanes x;
+    memcpy(&x, from, sizeof(x));
+    return x;
+}
+
+LANES_INLINE void store_lanes(float * to, lanes x) {
+    memcpy(to, &x, sizeof(x));
+}
+
+LANES_INLINE lanes all_lanes(float value) {
+    return value - (lanes) { 0 };
+}
+
+// a * b + c, rounded once where the CPU has such an instruction.
+LANES_INLINE lanes multiply_add(lanes a, lanes b, lanes c) {
+#if defined(__AVX512F__)
+    return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX__) && defined(__FMA__)
+    return _mm256_fmadd_ps(a, b, c);
+#else
+    for (int i = 0; i < LANES; i++) {
+#ifdef __FP_FAST_FMAF
+        c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+#else
+        c[i] += a[i] * b[i];
+#endif
+    }
+    return c;
+#endif
+}
+
+// Lanes i, i + 4, i + 8, ... added up, in pairs.
+LANES_INLINE four_lanes fold_lanes(lanes x) {
+    four_lanes part[LANES / 4];
+    memcpy(part, &x, sizeof(x));
+#pragma GCC unroll 2
+    for (int n = LANES / 8; n > 0; n /= 2) {
+#pragma GCC unroll 2
+        for (int i = 0; i < n; i++) {
+            part[i] += part[i + n];
+        }
+    }
+    return part[0];
+}
+
+LANES_INLINE float sum_lanes(lanes x) {
+    const four_lanes f = fold_lanes(x);
+    return (f[0] + f[2]) + (f[1] + f[3]);
+}
+
+// sum_lanes of four registers.
+LANES_INLINE four_lanes sum_four(const lanes x[4]) {
+    const four_lanes a = fold_lanes(x[0]), b = fold_lanes(x[1]), c = fold_lanes(x[2]), d = fold_lanes(x[3]);
+    const four_lanes f0 = { a[0], b[0], c[0], d[0] }, f1 = { a[1], b[1], c[1], d[1] };
+    const four_lanes f2 = { a[2], b[2], c[2], d[2] }, f3 = { a[3], b[3], c[3], d[3] };
+    return (f0 + f2) + (f1 + f3);
+}
