@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.peer import tools
-from benchmarks.speed import Report, Result, decode_speed, feed, prefill_speed, random_ids
+from pydflash.bench import Report, Result, decode_speed, feed, prefill_speed, random_ids
 from pydflash.models import Model, load_model
 from pydflash.session import Session
 
@@ -37,7 +37,7 @@ def _decode(model: Model, options: argparse.Namespace) -> float:
     with Session(model, options.tokens + 8) as session:
         for _ in range(options.repeats):
             session.reset()
-            feed(session, random_ids(model, 1))
+            feed(session, random_ids(model.config.vocab, 1))
             speeds += decode_speed(session, options.tokens, 1)
     return statistics.fmean(speeds)
 

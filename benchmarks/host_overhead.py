@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.speed import Report, Result, random_ids
+from pydflash.bench import Report, Result, random_ids
 from pydflash.decode import autoregressive
 from pydflash.engine import Engine
 from pydflash.graph import Graph
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             load_model(options.model, "cpu", threads=options.threads) as model,
             Session(model, PROMPT + options.tokens) as session,
         ):
-            prompt = random_ids(model, PROMPT)
+            prompt = random_ids(model.config.vocab, PROMPT)
             sampler = Sampler(params, model.config.vocab)
             loop = autoregressive(session, prompt, sampler, max_tokens=options.tokens)
             results.append(("loop", *overheads(loop, clock)))

@@ -5,7 +5,7 @@
 Traces every kernel of a few warmed-up steps with CUPTI, through PyTorch's profiler: PyTorch must be installed, and does
 nothing else here. Kernels inside replayed CUDA graphs are seen as well. Per step: launches, microseconds, and their
 share of the wall time of the same steps; what is left of it is gaps between kernels. Tracing itself slows steps down a
-little: compare shares, and take absolute times from benchmarks.speed.
+little: compare shares, and take absolute times from pydflash bench.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.speed import CYCLE_PROMPT, CycleBench, Report, Result, cycle_context, decode_speed, feed, random_ids
+from pydflash.bench import CYCLE_PROMPT, CycleBench, Report, Result, cycle_context, decode_speed, feed, random_ids
+from pydflash.config import EngineConfig
 from pydflash.draft import load_draft
 from pydflash.models import Model, load_model
 from pydflash.session import Session
@@ -56,7 +57,7 @@ def show(what: str, kernels: dict[str, tuple[int, float]], wall: float, steps: i
 
 def trace_decode(model: Model, steps: int) -> tuple[dict[str, tuple[int, float]], float]:
     with Session(model, CYCLE_PROMPT + 3 * steps + 16) as session:
-        feed(session, random_ids(model, CYCLE_PROMPT))
+        feed(session, random_ids(model.config.vocab, CYCLE_PROMPT))
         decode_speed(session, steps, 1)
         return trace(lambda: decode_speed(session, steps, 1))
 
@@ -94,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.draft is not None:
             with (
                 load_draft(options.draft, model) as draft,
-                CycleBench(model, draft, cycle_context(4 * steps, 1), "f16", "f16") as bench,
+                CycleBench(model, draft, EngineConfig(max_context=cycle_context(4 * steps, 1))) as bench,
             ):
                 what = f"cycle of {options.draft_max + 1} rows"
                 show(what, *trace_cycles(bench, options.draft_max, steps), steps, options.top, report)

@@ -14,7 +14,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.speed import (
+from benchmarks.speed import numbers
+from pydflash.bench import (
     CYCLE_PROMPT,
     CycleBench,
     Report,
@@ -22,9 +23,9 @@ from benchmarks.speed import (
     cycle_context,
     decode_speed,
     feed,
-    numbers,
     random_ids,
 )
+from pydflash.config import EngineConfig
 from pydflash.draft import Draft, load_draft
 from pydflash.models import Model, load_model
 from pydflash.session import Session
@@ -34,7 +35,7 @@ def base_line(model: Model, options: argparse.Namespace) -> Result:
     """Autoregressive tokens per second after the prompt that the cycles start from."""
     steps = 2 * options.cycles
     with Session(model, CYCLE_PROMPT + 4 * steps, options.cache_k, options.cache_v) as session:
-        feed(session, random_ids(model, CYCLE_PROMPT))
+        feed(session, random_ids(model.config.vocab, CYCLE_PROMPT))
         return Result(
             "autoregressive",
             "tok/s",
@@ -50,8 +51,10 @@ def curve(
     points = []
     proposed = min(options.draft_max or draft.config.block_size - 1, draft.config.block_size - 1)
     lengths = [n for n in options.lengths if 1 <= n <= proposed + 1]
-    context = cycle_context(options.cycles, max(lengths))
-    with CycleBench(model, draft, context, options.cache_k, options.cache_v) as bench:
+    config = EngineConfig.resolve(
+        max_context=cycle_context(options.cycles, max(lengths)), cache_k=options.cache_k, cache_v=options.cache_v
+    )
+    with CycleBench(model, draft, config) as bench:
         for length in lengths:
             seconds = bench.run(proposed, length, options.cycles, split=False).total
             values = [length / value for value in seconds]

@@ -23,6 +23,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from pydflash.bench import random_ids
 from pydflash.config import EngineConfig, parsed, truth
 from pydflash.doctor import examine
 from pydflash.draft import Draft, load_draft
@@ -142,8 +143,7 @@ class _Source:
 
     def draw(self, length: int) -> list[int]:
         self._count += 1
-        ids: list[int] = np.random.default_rng([self._seed, self._count]).integers(0, self._vocab, length).tolist()
-        return ids
+        return random_ids(self._vocab, length, (self._seed, self._count))
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------

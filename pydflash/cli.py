@@ -1,4 +1,4 @@
-"""The command line: ``pydflash demo|generate|chat|info|doctor|explain|convert-draft|ab``.
+"""The command line: ``pydflash demo|generate|chat|info|doctor|explain|convert-draft|bench|ab``.
 
 Text goes to stdout, everything about it to stderr. The engine is imported when a command needs it, so that help is
 fast.
@@ -273,6 +273,40 @@ def convert_draft(
     with _progress_bar("converting") as progress:
         size = convert(source, output, target=target, type=type, progress=progress)
     _note(f"{output}: {size:,} bytes")
+
+
+@app.command()
+def bench(
+    model: Model,
+    draft: Draft = None,
+    cache_k: CacheK = None,
+    cache_v: CacheV = None,
+    k_rotation: KRotation = None,
+    device: Device = None,
+    threads: Threads = None,
+    chunk: ChunkRows = None,
+    draft_max: DraftMax = None,
+    draft_causal: DraftCausal = None,
+    prompt_tokens: Annotated[
+        list[int] | None,
+        typer.Option("-p", "--prompt-tokens", help="Prefill so many tokens; may be repeated [512]."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option("-n", "--max-tokens", help="Decode so many tokens; 0 for none.")] = 128,
+    depth: Annotated[
+        list[int] | None, typer.Option("-d", "--depth", help="Decode after so many tokens; may be repeated [0].")
+    ] = None,
+    repeats: Annotated[int, typer.Option("-r", "--repeats", help="Of each measurement.")] = 5,
+    json: Annotated[Path | None, typer.Option(help="Append results to this file, one JSON object a line.")] = None,
+) -> None:
+    """Measure prefill, decode and, with a draft, its cycles, by llama-bench's definitions."""
+    given = locals()
+    from pydflash import bench as harness
+    from pydflash.config import EngineConfig
+
+    options = {name: given.get(name) for name in _ENGINE_NAMES if name != "draft"}
+    plan = harness.Plan(tuple(prompt_tokens or (512,)), max_tokens, tuple(depth or (0,)), repeats)
+    with _progress_bar("loading") as progress:
+        harness.bench(model, draft, EngineConfig.resolve(**options), plan, json, progress=progress)
 
 
 @app.command()

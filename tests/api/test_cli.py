@@ -13,7 +13,7 @@ from pydflash import cli, doctor
 from pydflash.engine import Engine
 from pydflash.sampling import SamplingParams
 
-COMMANDS = ("demo", "generate", "chat", "info", "doctor", "explain", "convert-draft", "ab")
+COMMANDS = ("demo", "generate", "chat", "info", "doctor", "explain", "convert-draft", "bench", "ab")
 PROMPT = "the cat sat on"
 
 

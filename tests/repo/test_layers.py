@@ -34,6 +34,7 @@ LAYERS = (
     ("decode",),
     ("config", "convert", "doctor", "verdict"),
     ("engine",),
+    ("bench",),
     ("ab",),
     ("cli",),
 )
