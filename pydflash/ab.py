@@ -23,7 +23,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from pydflash.bench import random_ids
+from pydflash.bench import WARM_UPS, random_ids
 from pydflash.config import EngineConfig, parsed, truth
 from pydflash.doctor import examine
 from pydflash.draft import Draft, load_draft
@@ -476,8 +476,8 @@ def _check_room(tokens: int, *arms: Arm) -> None:
 
 
 def _warm(engine: Engine, source: _Source, lengths: set[int], count: int) -> None:
-    """Run every shape that will be measured once: this builds the graphs."""
-    for length in sorted(lengths):
+    """Run every shape that will be measured, so that all graphs are there."""
+    for length in sorted(lengths) * WARM_UPS:
         measure(engine, source.draw(length), count, time.perf_counter)
 
 

@@ -47,6 +47,8 @@ __all__ = [
 
 CYCLE_PROMPT = 512
 """Tokens before the first DFlash cycle."""
+WARM_UPS = 2
+"""Runs before the measured ones: the first builds graphs, at the second ggml captures them as CUDA graphs."""
 WARM_CYCLES = 3
 CYCLES = 32
 """Measured cycles of each kind."""
@@ -114,13 +116,13 @@ def feed(session: Session, ids: Sequence[int], draft: DraftSession | None = None
 def prefill_speed(session: Session, count: int, repeats: int) -> list[float]:
     """Prompt tokens per second of a fresh sequence of ``count`` tokens, one value a repeat."""
     speeds = []
-    for repeat in range(1 + repeats):
+    for repeat in range(WARM_UPS + repeats):
         ids = random_ids(session.model.config.vocab, count, repeat)
         session.reset()
         begin = time.perf_counter()
         feed(session, ids)
         speeds.append(count / (time.perf_counter() - begin))
-    return speeds[1:]
+    return speeds[WARM_UPS:]
 
 
 def decode_speed(session: Session, count: int, repeats: int) -> list[float]:

@@ -343,7 +343,7 @@ def ab(
     given = locals()
     from pydflash import ab as harness
 
-    options = {name: given[name] for name in _ENGINE_NAMES if name != "draft"}
+    options = {name: given.get(name) for name in _ENGINE_NAMES if name != "draft"}
     arms = [harness.parse_arm(n, t or (), options, draft=draft is not None) for n, t in (("A", a), ("B", b))]
     protocol = harness.Protocol(repeats, prompt_tokens, max_tokens, prompts, within)
     if plot is not None:

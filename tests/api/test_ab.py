@@ -13,6 +13,7 @@ import pytest
 
 from pydflash import ab, cli
 from pydflash.ab import Arm, Protocol, Report, compare, parse_arm
+from pydflash.bench import WARM_UPS
 from pydflash.config import EngineConfig
 from pydflash.engine import Engine
 from pydflash.errors import ConfigError, OutOfMemory
@@ -120,12 +121,10 @@ def test_the_verdict(
 
 
 def test_every_setting_of_the_engine_can_be_given() -> None:
-    samples = {int: "64", bool: "true", str: "cpu"}
     values = {"max_context": "64", "threads": "1", "draft_max": "3", "adaptive": "true", "draft_causal": "false"}
     for field in dataclasses.fields(EngineConfig):
         if field.name != "sources":
-            default = field.default
-            text = values.get(field.name, str(default) if default is not None else samples[str])
+            text = values.get(field.name, str(field.default).lower())
             arm = parse_arm("A", [f"{field.name}={text}"], {}, environment={})
             assert str(getattr(arm.config, field.name)).lower() == text
             assert arm.config.sources[field.name] == "argument"
@@ -225,13 +224,15 @@ def test_both_orders_are_used_and_prompts_never_repeat(runs: list[tuple[int, tup
     assert set(report.order[:6]) == {
         (x, y, z) for x in ab.ARMS for y in ab.ARMS for z in ab.ARMS if len({x, y, z}) == 3
     }
-    warm, measured = runs[:3], runs[3:]
-    assert len({engine for engine, _ in warm}) == 3
-    engines = dict(zip(ab.ARMS, (engine for engine, _ in warm)))
+    count = 3 * WARM_UPS
+    warm, measured = runs[:count], runs[count:]
+    engines = dict(zip(ab.ARMS, (engine for engine, _ in warm[::WARM_UPS])))
+    assert len(set(engines.values())) == 3
+    assert [engine for engine, _ in warm] == [engines[name] for name in ab.ARMS for _ in range(WARM_UPS)]
     assert [engine for engine, _ in measured] == [engines[name] for names in report.order for name in names]
     prompts = [prompt for _, prompt in measured]
     assert all(prompts[i] == prompts[i + 1] == prompts[i + 2] for i in range(0, len(prompts), 3))
-    assert len({*prompts[::3], *(prompt for _, prompt in warm)}) == 7 + 3
+    assert len({*prompts[::3], *(prompt for _, prompt in warm)}) == 7 + count
     placed = [(sample.arm, sample.position) for sample in report.samples]
     assert placed == [(name, at) for names in report.order for at, name in enumerate(names)]
 

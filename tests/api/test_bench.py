@@ -76,7 +76,7 @@ def test_every_repeat_of_a_prefill_has_another_prompt(target_path: Path, monkeyp
     with load_model(target_path, "cpu", threads=1) as model:
         (result,) = prefill_results(model, CONFIG, [20], 3)
     assert len(result.values) == 3
-    assert len(set(seen)) == len(seen) == 1 + 3  # the first warms up
+    assert len(set(seen)) == len(seen) == bench.WARM_UPS + 3
     assert {len(ids) for ids in seen} == {20}
 
 
