@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from pydflash.errors import PydflashError
+from pydflash.errors import ConfigError, PydflashError
 
 if TYPE_CHECKING:
     from pydflash.decode import Stats
@@ -313,9 +313,9 @@ def bench(
 def ab(
     model: Model,
     a: Annotated[
-        list[str] | None, typer.Option(help="Settings of arm A: NAME=VALUE,... ; speculate=false too.")
+        list[str] | None, typer.Option(help="Of arm A: NAME=VALUE,... of what explain lists, or speculate=false.")
     ] = None,
-    b: Annotated[list[str] | None, typer.Option(help="Settings of arm B; may be given several times.")] = None,
+    b: Annotated[list[str] | None, typer.Option(help="Of arm B, likewise; may be given several times.")] = None,
     draft: Draft = None,
     max_context: MaxContext = None,
     cache_k: CacheK = None,
@@ -346,8 +346,11 @@ def ab(
     options = {name: given.get(name) for name in _ENGINE_NAMES if name != "draft"}
     arms = [harness.parse_arm(n, t or (), options, draft=draft is not None) for n, t in (("A", a), ("B", b))]
     protocol = harness.Protocol(repeats, prompt_tokens, max_tokens, prompts, within)
+    for path in (json, plot):  # what cannot be written is told before anything is measured
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(f"{path} was asked for, but there is no folder {path.parent}; make it first")
     if plot is not None:
-        harness.pyplot()  # a missing matplotlib is told before anything is measured
+        harness.pyplot()
     with _progress_bar("loading") as progress:
         report = harness.compare(model, draft, arms[0], arms[1], protocol, progress=progress, note=_note)
     print(report)

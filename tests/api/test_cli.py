@@ -142,6 +142,12 @@ def test_doctor_tells_build_and_machine_apart(run, monkeypatch: pytest.MonkeyPat
         (("info", "{folder}"), "not a regular file"),
         (("explain", "--chunk", "17"), "chunk"),
         (("demo", "--model", "none.gguf"), "none.gguf"),
+        (("ab", "{target}", "--a", "k_rotaion=none"), "k_rotation"),
+        (("ab", "{target}", "--repeats", "3"), "6 or more"),
+        (("ab", "{target}", "--max-context", "64"), "--max-context"),
+        (("ab", "{target}", "--json", "none/out.json"), "no folder"),
+        (("bench", "none.gguf"), "none.gguf"),
+        (("bench", "{target}", "--repeats", "0"), "repeats"),
         (("convert-draft", "{folder}", "out.gguf", "--target", "{target}"), "config.json"),
     ],
 )
