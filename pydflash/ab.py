@@ -419,10 +419,11 @@ def compare(
     """
     protocol = protocol or Protocol()
     texts = protocol.texts()
+    if not texts:
+        _check_room(protocol.prompt_tokens + protocol.max_tokens, a, b)
     versions = dict(examine().facts)
     arms = dict(zip(ARMS, (a, b, a)))
     order: list[tuple[str, ...]] = [ORDERS[repeat % len(ORDERS)] for repeat in range(protocol.repeats)]
-    samples: list[Sample] = []
     settings: dict[str, list[dict[str, Any]]] = {}
     with closing(_Pool(model, draft, progress)) as pool:
         source = _Source(pool.model(a).config.vocab, protocol.seed)
@@ -431,10 +432,11 @@ def compare(
         pool.warm = partial(_warm, source=source, lengths=set(map(len, prompts)), count=protocol.max_tokens)
         for name, arm in arms.items():  # what does not fit is known before the first measurement
             settings[name] = [setting._asdict() for setting in pool.engine(name, arm).settings()]
+        samples: list[Sample] = []
         for repeat, (names, prompt) in enumerate(zip(order, prompts)):
             for position, name in enumerate(names):
-                engine = pool.engine(name, arms[name])
-                samples.append(Sample(name, repeat, position, **measure(engine, prompt, protocol.max_tokens, clock)))
+                found = measure(pool.engine(name, arms[name]), prompt, protocol.max_tokens, clock)
+                samples.append(Sample(name, repeat, position, **found))
             if note is not None:
                 note(_line(samples[-len(names) :], protocol.repeats))
         in_turn = pool.in_turn
