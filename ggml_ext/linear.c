@@ -13,7 +13,8 @@
 //
 // Work goes in groups of eight weight rows, one to a 32-bit lane. A step is four consecutive k of the eight rows: one
 // register of unsigned bytes, multiplied with four bytes of x that are repeated in every lane. Products are summed in
-// 16 bits for as many steps as cannot overflow, then in 32 bits, times the scale of the sub-block. The transposition
+// 16 bits for as many steps as cannot overflow, then in 32 bits, times the scale of the sub-block; CPUs with AVX512-VNNI
+// take a step's products and sum them in 32 bits with one instruction. The transposition
 // that this takes happens on the packed bits, 16 bytes of each row at a time. It does not pay for a single row of x
 // where the weights have many bits (Q8_0, Q6_K): there the same integers come from a dot product along k.
 //
@@ -195,6 +196,7 @@ struct format {
     int  minima;        // registers of them
     int  sum_of;        // values of x that share a minimum
     bool is_signed;
+    bool has_scales;    // within a block
     bool has_dmin;      // minima have a scale of their own
     size_t bytes, d;    // size of a block, offset of its scale
 };
@@ -211,7 +213,7 @@ INLINE void add_block(struct format f, const struct tile * tile, const struct ac
     const int8_t *  q     = x->q + t * x->K + b * x->block;
     const int16_t * sums  = x->sums + (t * x->K + b * x->block) / f.sum_of;
     const float *   scale = x->scale + t * (x->K / x->block) + b;
-    __m256i total[4], run[4];
+    __m256i total[TOGETHER], run[TOGETHER];
     for (int i = 0; i < n; i++) {
         total[i] = _mm256_setzero_si256();
         for (int j = 0; j < f.minima; j++) {
@@ -224,6 +226,25 @@ INLINE void add_block(struct format f, const struct tile * tile, const struct ac
             total[i] = _mm256_setzero_si256();
         }
     }
+#ifdef DOT_OF_FOUR
+    for (int s = 0; s < f.steps; s += f.per_scale) {
+        for (int i = 0; i < n; i++) {
+            run[i] = _mm256_setzero_si256();
+        }
+#pragma GCC unroll 8
+        for (int r = s; r < s + f.per_scale; r++) {
+#pragma GCC unroll 8
+            for (int i = 0; i < n; i++) {
+                run[i] = _mm256_dpbusd_epi32(run[i], tile->q[r], repeated(q + i * x->K + 4 * r));
+            }
+        }
+        const __m256i weight = _mm256_srai_epi32(tile->scale[s / f.per_scale], 16);
+#pragma GCC unroll 8
+        for (int i = 0; i < n; i++) {
+            total[i] = _mm256_add_epi32(total[i], f.has_scales ? _mm256_mullo_epi32(run[i], weight) : run[i]);
+        }
+    }
+#else
     for (int s = 0; s < f.steps; s += f.run) {
 #pragma GCC unroll 8
         for (int r = s; r < s + f.run; r++) {
@@ -241,6 +262,7 @@ INLINE void add_block(struct format f, const struct tile * tile, const struct ac
             total[i] = _mm256_add_epi32(total[i], _mm256_madd_epi16(run[i], tile->scale[s / f.per_scale]));
         }
     }
+#endif
     for (int i = 0; i < n; i++) {
         const __m256 unit = _mm256_mul_ps(tile->d, _mm256_set1_ps(scale[i * (x->K / x->block)]));
         acc[i] = _mm256_fmadd_ps(unit, _mm256_cvtepi32_ps(total[i]), acc[i]);
@@ -320,6 +342,9 @@ INLINE void multiply(struct format f, const struct ggml_tensor * dst, int64_t be
                 fetch(row, (size_t) (b + 1) * f.bytes, f.bytes);
             }
             int64_t t = 0;
+            for (; t + TOGETHER <= x.T; t += TOGETHER) {
+                add_block(f, &tile, &x, b, t, TOGETHER, acc + t);
+            }
             for (; t + 4 <= x.T; t += 4) {
                 add_block(f, &tile, &x, b, t, 4, acc + t);
             }
@@ -341,11 +366,12 @@ INLINE void multiply(struct format f, const struct ggml_tensor * dst, int64_t be
     static void multiply_##name(const struct ggml_tensor * dst, int64_t begin, int64_t end) {         \
         multiply((struct format) __VA_ARGS__, dst, begin, end);                                       \
     }
-FORMAT(q4_k, { unpack_q4_k, NULL,     64, 8, 8, 4, 32, false, true,  sizeof(block_q4_K), 0 })
-FORMAT(q5_k, { unpack_q5_k, NULL,     64, 4, 8, 4, 32, false, true,  sizeof(block_q5_K), 0 })
-FORMAT(q6_k, { unpack_q6_k, dot_q6_k, 64, 2, 4, 8, 16, false, false, sizeof(block_q6_K), offsetof(block_q6_K, d) })
-FORMAT(q8_0, { unpack_q8_0, dot_q8_0,  8, 1, 8, 0, 16, true,  false, sizeof(block_q8_0), offsetof(block_q8_0, d) })
-FORMAT(q4_0, { unpack_q4_0, NULL,      8, 8, 8, 1, 16, false, false, sizeof(block_q4_0), 0 })
+FORMAT(q4_k, { unpack_q4_k, NULL,     64, 8, 8, 4, 32, false, true,  true,  sizeof(block_q4_K), 0 })
+FORMAT(q5_k, { unpack_q5_k, NULL,     64, 4, 8, 4, 32, false, true,  true,  sizeof(block_q5_K), 0 })
+FORMAT(q6_k, { unpack_q6_k, dot_q6_k, 64, 2, 4, 8, 16, false, true,  false, sizeof(block_q6_K), offsetof(block_q6_K, d) })
+FORMAT(q8_0, { unpack_q8_0, dot_q8_0,  8, 1, 8, Q8_0_MINIMA, 16, !Q8_0_MINIMA, false, false, sizeof(block_q8_0),
+               offsetof(block_q8_0, d) })
+FORMAT(q4_0, { unpack_q4_0, NULL,      8, 8, 8, 1, 16, false, false, false, sizeof(block_q4_0), 0 })
 
 // --- f16, bf16 and f32 weights -----------------------------------------------------------------------------------
 

@@ -13,6 +13,15 @@
 #define GROUP 8   // weight rows together: 32-bit lanes of a register
 #define STEPS 64  // of four k, in the largest block
 
+// One instruction multiplies four unsigned with four signed bytes and adds the products to 32 bits. It frees registers:
+// more rows of x share the loads of a weight.
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define DOT_OF_FOUR
+#define TOGETHER 8
+#else
+#define TOGETHER 4
+#endif
+
 // weight = d * (scale * q) - dmin * min, or d * (scale * q - min) where the format folds the minimum.
 struct tile {
     __m256i q[STEPS];     // a step: eight rows of four unsigned bytes; magnitudes when the weights are signed
@@ -147,14 +156,21 @@ INLINE void unpack_q6_k(struct tile * tile, const char * const row[GROUP], int64
     }
 }
 
+// Bytes are signed: magnitudes and, beside them, the signs; or, where products cannot overflow, bytes from -128 on.
+#ifdef DOT_OF_FOUR
+#define Q8_0_MINIMA 1
+#else
+#define Q8_0_MINIMA 0
+#endif
 INLINE void unpack_q8_0(struct tile * tile, const char * const row[GROUP], int64_t b) {
     const size_t at = (size_t) b * sizeof(block_q8_0);
     transpose(tile->sign,     row, at + offsetof(block_q8_0, qs));
     transpose(tile->sign + 4, row, at + offsetof(block_q8_0, qs) + 16);
     for (int i = 0; i < 8; i++) {
-        tile->q[i] = _mm256_abs_epi8(tile->sign[i]);
+        tile->q[i] = Q8_0_MINIMA ? _mm256_xor_si256(tile->sign[i], _mm256_set1_epi8(-128)) : _mm256_abs_epi8(tile->sign[i]);
     }
     tile->scale[0] = _mm256_set1_epi16(1);
+    tile->min[0]   = _mm256_set1_epi16(128);
     tile->d        = halves(row, at + offsetof(block_q8_0, d));
 }
 
