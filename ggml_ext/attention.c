@@ -1,17 +1,19 @@
 #include "attention.h"
 
 #include "ggml-cpu.h"
+#include "lanes.h"
+#include "vec.h"  // ggml_vec_soft_max_f32
 
 #include <assert.h>
 #include <math.h>
 #include <stdbool.h>
 #include <string.h>
 
-// Slots are taken in aligned blocks of BLOCK: scores first, then values, which are converted to f32 once for up to
-// BATCH (row, head) items of a key/value head. The block is cut at fixed slots, so an item's arithmetic is the same
-// in any batch.
-#define BLOCK 64
-#define BATCH 16
+// Slots are taken in aligned blocks of BLOCK: scores first, then values. Values, and keys of a float type, are
+// converted to f32 once for up to BATCH (row, head) items of a key/value head. The block is cut at fixed slots, so an
+// item's arithmetic is the same in any batch.
+#define BLOCK 32
+#define BATCH 96
 #define MAX_HEAD 256
 
 // Everything about one node that its (row, head) items share.
@@ -26,14 +28,19 @@ struct attention {
     int32_t                    window;
     int64_t                    group;           // query heads per key/value head
     int64_t                    columns;         // D
-    ggml_vec_dot_t             dot;
+    ggml_vec_dot_t             dot;             // NULL: keys are used as f32
     ggml_from_float_t          q_from_float;    // NULL: K is f32 and q is used as it is
+    ggml_to_float_t            k_to_float;      // NULL: K is f32, or not used as such
     ggml_to_float_t            v_to_float;      // NULL: V is f32
 };
 
 // The converter in the type traits is scalar; this one uses the CPU's instructions.
 static void f16_to_float(const void * restrict x, float * restrict y, int64_t n) {
     ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) x, y, n);
+}
+
+static ggml_to_float_t to_float(enum ggml_type type) {
+    return type == GGML_TYPE_F32 ? NULL : type == GGML_TYPE_F16 ? f16_to_float : ggml_get_type_traits(type)->to_float;
 }
 
 static struct attention read_node(const struct ggml_tensor * dst) {
@@ -49,25 +56,13 @@ static struct attention read_node(const struct ggml_tensor * dst) {
         .columns = dst->src[0]->ne[0],
     };
     const struct ggml_type_traits_cpu * k_traits = ggml_get_type_traits_cpu(a.k->type);
-    a.dot          = k_traits->vec_dot;
+    a.dot          = ggml_is_quantized(a.k->type) ? k_traits->vec_dot : NULL;
     a.q_from_float = k_traits->vec_dot_type == GGML_TYPE_F32
                    ? NULL : ggml_get_type_traits_cpu(k_traits->vec_dot_type)->from_float;
-    a.v_to_float   = a.v->type == GGML_TYPE_F32 ? NULL
-                   : a.v->type == GGML_TYPE_F16 ? f16_to_float : ggml_get_type_traits(a.v->type)->to_float;
+    a.k_to_float   = a.dot ? NULL : to_float(a.k->type);
+    a.v_to_float   = to_float(a.v->type);
     assert(a.columns <= MAX_HEAD);
     return a;
-}
-
-static void scale_row(float * restrict y, int64_t n, float factor) {
-    for (int64_t i = 0; i < n; i++) {
-        y[i] *= factor;
-    }
-}
-
-static void add_row(float * restrict y, const float * restrict x, int64_t n, float factor) {
-    for (int64_t i = 0; i < n; i++) {
-        y[i] += factor * x[i];
-    }
 }
 
 // One (row, head) with its online softmax: the sum of exp(score - max), and the values so weighed.
@@ -75,9 +70,9 @@ struct item {
     struct pydflash_span span;
     float *              dst;
     const void *         q;                          // as the dot product wants it
-    float                converted[MAX_HEAD + 64];   // holds it when it is not q itself; never wider than f32
     float                max;
     float                sum;
+    _Alignas(64) float   converted[MAX_HEAD + 64];   // holds q when it is not q itself; never wider than f32
     float                out[MAX_HEAD];
 };
 
@@ -89,7 +84,11 @@ static void begin_item(const struct attention * a, struct item * item, int64_t r
     item->max  = -INFINITY;
     item->sum  = 0.0f;
     memset(item->out, 0, sizeof(item->out));
-    if (a->q_from_float) {
+    if (a->q_from_float && a->k_to_float) {  // q as it is after rounding to K's type
+        char rounded[MAX_HEAD * sizeof(float)];
+        a->q_from_float((const float *) q, rounded, a->columns);
+        a->k_to_float(rounded, item->converted, a->columns);
+    } else if (a->q_from_float) {
         a->q_from_float((const float *) q, item->converted, a->columns);
     }
 }
@@ -101,14 +100,19 @@ static void end_item(const struct attention * a, const struct item * item) {
     }
 }
 
-// A block of the cache: where its slots start, what they hold, and their values as f32 once somebody needs them.
+// One side of a block of the cache: where its slots start, and their f32 values once somebody needs them.
+struct side {
+    const char *       slots;
+    size_t             stride;
+    ggml_to_float_t    to_float;  // NULL: the slots hold f32
+    bool               loaded[BLOCK];
+    _Alignas(64) float values[BLOCK][MAX_HEAD];
+};
+
 struct block {
-    const char * k;
-    const char * v;
-    int          count;
-    int32_t      positions[BLOCK];
-    bool         loaded[BLOCK];
-    float        values[BLOCK][MAX_HEAD];
+    int         count;
+    int32_t     positions[BLOCK];
+    struct side k, v;
 };
 
 static const char * head_slice(const struct ggml_tensor * cache, int64_t kv_head, int64_t columns, int64_t slot) {
@@ -116,54 +120,117 @@ static const char * head_slice(const struct ggml_tensor * cache, int64_t kv_head
     return (const char *) cache->data + (size_t) slot * cache->nb[1] + (size_t) kv_head * head;
 }
 
+static void begin_side(struct side * side, const struct ggml_tensor * cache, ggml_to_float_t to_float,
+                       const char * slots) {
+    side->slots    = slots;
+    side->stride   = cache->nb[1];
+    side->to_float = to_float;
+    memset(side->loaded, 0, sizeof(side->loaded));
+}
+
 static void begin_block(const struct attention * a, struct block * block, int64_t kv_head, int64_t slot) {
     const int64_t left = a->k->ne[1] - slot;
-    block->k     = head_slice(a->k, kv_head, a->columns, slot);
-    block->v     = head_slice(a->v, kv_head, a->columns, slot);
     block->count = left < BLOCK ? (int) left : BLOCK;
+    begin_side(&block->k, a->k, a->k_to_float, head_slice(a->k, kv_head, a->columns, slot));
+    begin_side(&block->v, a->v, a->v_to_float, head_slice(a->v, kv_head, a->columns, slot));
     for (int i = 0; i < block->count; i++) {
         block->positions[i] = a->slot_positions ? a->slot_positions[slot + i] : (int32_t) slot + i;
-        block->loaded[i]    = false;
     }
 }
 
-static const float * value_row(const struct attention * a, struct block * block, int i) {
-    const char * row = block->v + (size_t) i * a->v->nb[1];
-    if (!a->v_to_float) {
-        return (const float *) row;
+static const float * float_row(struct side * side, int64_t columns, int i) {
+    const char * slot = side->slots + (size_t) i * side->stride;
+    if (!side->to_float) {
+        return (const float *) slot;
     }
-    if (!block->loaded[i]) {
-        a->v_to_float(row, block->values[i], a->columns);
-        block->loaded[i] = true;
+    if (!side->loaded[i]) {
+        side->to_float(slot, side->values[i], columns);
+        side->loaded[i] = true;
     }
-    return block->values[i];
+    return side->values[i];
+}
+
+// q times four keys.
+static four_lanes dot_four(const float * q, const float * const key[4], int64_t columns) {
+    lanes sum[4] = { 0 };
+#pragma GCC unroll 1
+    for (int64_t c = 0; c < columns; c += LANES) {
+        const lanes x = load_lanes(q + c);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            sum[i] = multiply_add(x, load_lanes(key[i] + c), sum[i]);
+        }
+    }
+    return sum_four(sum);
+}
+
+// scores[i] = q . key of slot seen[i]; up to three more are written.
+static void score(const struct attention * a, const struct item * item, struct block * block, const int * seen, int count,
+                  float * scores) {
+    for (int i = 0; i < count && a->dot; i++) {
+        const char * key = block->k.slots + (size_t) seen[i] * block->k.stride;
+        a->dot((int) a->columns, &scores[i], 0, key, 0, item->q, 0, 1);
+    }
+    for (int i = 0; i < count && !a->dot; i += 4) {
+        const float * key[4];
+        for (int j = 0; j < 4; j++) {
+            key[j] = float_row(&block->k, a->columns, seen[i + j < count ? i + j : i]);
+        }
+        const four_lanes four = dot_four((const float *) item->q, key, a->columns);
+        memcpy(scores + i, &four, sizeof(four));
+    }
+}
+
+// out = factor * out + the rows' values, weighed, slot after slot.
+static void add_values(float * out, float factor, const float * const * rows, const float * weights, int count,
+                       int64_t columns) {
+    for (int64_t c = 0; c < columns; c += 4 * LANES) {
+        lanes sum[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            sum[j] = factor * load_lanes(out + c + j * LANES);
+        }
+#pragma GCC unroll 1
+        for (int i = 0; i < count; i++) {
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                sum[j] = multiply_add(all_lanes(weights[i]), load_lanes(rows[i] + c + j * LANES), sum[j]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            store_lanes(out + c + j * LANES, sum[j]);
+        }
+    }
 }
 
 static void add_block(const struct attention * a, struct item * item, struct block * block) {
-    int   seen[BLOCK];
-    int   count = 0;
-    float scores[BLOCK];
-    float max = item->max;
+    int           seen[BLOCK];
+    const float * values[BLOCK];
+    float         scores[BLOCK], weights[BLOCK];
+    int           count = 0;
+    float         max   = item->max;
     for (int i = 0; i < block->count; i++) {
         seen[count] = i;
         count += block->positions[i] >= item->span.first && block->positions[i] <= item->span.last;
     }
+    if (count == 0) {
+        return;
+    }
+    score(a, item, block, seen, count, scores);
     for (int i = 0; i < count; i++) {
-        a->dot((int) a->columns, &scores[i], 0, block->k + (size_t) seen[i] * a->k->nb[1], 0, item->q, 0, 1);
         scores[i] *= a->scale;
         max = scores[i] > max ? scores[i] : max;
+        values[i] = float_row(&block->v, a->columns, seen[i]);
     }
-    if (max > item->max) {
-        const float factor = expf(item->max - max);  // 0 the first time, when item->max is -infinity
-        scale_row(item->out, a->columns, factor);
-        item->sum *= factor;
-        item->max = max;
+    for (int i = count; i < BLOCK; i++) {  // whole vectors, so that every exponential is computed alike
+        scores[i] = -INFINITY;
     }
-    for (int i = 0; i < count; i++) {
-        const float p = expf(scores[i] - item->max);
-        add_row(item->out, value_row(a, block, seen[i]), a->columns, p);
-        item->sum += p;
-    }
+    const float factor = expf(item->max - max);  // 0 the first time, when item->max is -infinity
+    const float sum    = (float) ggml_vec_soft_max_f32(BLOCK, weights, scores, max);
+    add_values(item->out, factor, values, weights, count, a->columns);
+    item->sum = item->sum * factor + sum;
+    item->max = max;
 }
 
 // Items [begin, end) of one key/value head, counted by row and then by head; at most BATCH of them.
