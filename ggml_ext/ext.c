@@ -4,6 +4,8 @@
 #include "delta_inputs.h"
 #include "delta_rule.h"
 #include "linear.h"
+#include "norm_rope.h"
+#include "store_kv.h"
 #include "turbo_wht.h"
 
 #include <string.h>
@@ -14,6 +16,8 @@ static const struct pydflash_op OPS[PYDFLASH_OP_COUNT] = {
     [PYDFLASH_OP_DELTA_INPUTS] = { PYDFLASH_MAGIC, PYDFLASH_OP_DELTA_INPUTS, "delta_inputs", pydflash_delta_inputs_cpu },
     [PYDFLASH_OP_DELTA_RULE] = { PYDFLASH_MAGIC, PYDFLASH_OP_DELTA_RULE, "delta_rule", pydflash_delta_rule_cpu },
     [PYDFLASH_OP_ATTENTION]  = { PYDFLASH_MAGIC, PYDFLASH_OP_ATTENTION,  "attention",  pydflash_attention_cpu  },
+    [PYDFLASH_OP_NORM_ROPE]  = { PYDFLASH_MAGIC, PYDFLASH_OP_NORM_ROPE,  "norm_rope",  pydflash_norm_rope_cpu  },
+    [PYDFLASH_OP_STORE_KV]   = { PYDFLASH_MAGIC, PYDFLASH_OP_STORE_KV,   "store_kv",   pydflash_store_kv_cpu   },
 };
 
 const struct pydflash_op * pydflash_op_get(enum pydflash_op_id id) {

@@ -1,8 +1,9 @@
 #include "turbo_wht.h"
 
 #include <math.h>
+#include <string.h>
 
-// One group in place: the butterflies of the fast Walsh-Hadamard transform, then the scale 1/sqrt(n).
+// The butterflies of the fast Walsh-Hadamard transform, then the scale 1/sqrt(n).
 static void transform(float * x, int n) {
     for (int half = 1; half < n; half *= 2) {
         for (int base = 0; base < n; base += 2 * half) {
@@ -20,15 +21,24 @@ static void transform(float * x, int n) {
     }
 }
 
+void pydflash_rotate(float * x, int n, const float * signs, int inverse) {
+    const float * before = signs ? signs + (inverse ? n : 0) : NULL;
+    const float * after  = signs ? signs + (inverse ? 0 : n) : NULL;
+    for (int i = 0; before && i < n; i++) {
+        x[i] *= before[i];
+    }
+    transform(x, n);
+    for (int i = 0; after && i < n; i++) {
+        x[i] *= after[i];
+    }
+}
+
 void pydflash_turbo_wht_cpu(struct ggml_tensor * dst, int ith, int nth, void * op) {
     (void) op;
     const struct ggml_tensor * x     = dst->src[0];
     const struct ggml_tensor * signs = dst->src[1];
     const int n       = pydflash_node_params(dst)[0];
     const int inverse = pydflash_node_params(dst)[1];
-
-    const float * before = signs ? (const float *) signs->data + (inverse ? n : 0) : NULL;
-    const float * after  = signs ? (const float *) signs->data + (inverse ? 0 : n) : NULL;
 
     int64_t begin, end;
     pydflash_share(ggml_nrows(x), ith, nth, &begin, &end);
@@ -38,14 +48,9 @@ void pydflash_turbo_wht_cpu(struct ggml_tensor * dst, int ith, int nth, void * o
         const int64_t i3 = row / (x->ne[1] * x->ne[2]);
         const float * from = (const float *) ((const char *) x->data + i1 * x->nb[1] + i2 * x->nb[2] + i3 * x->nb[3]);
         float *       to   = (float *) dst->data + row * x->ne[0];
+        memcpy(to, from, (size_t) x->ne[0] * sizeof(float));
         for (int64_t group = 0; group < x->ne[0]; group += n) {
-            for (int i = 0; i < n; i++) {
-                to[group + i] = before ? from[group + i] * before[i] : from[group + i];
-            }
-            transform(to + group, n);
-            for (int i = 0; after && i < n; i++) {
-                to[group + i] *= after[i];
-            }
+            pydflash_rotate(to + group, n, signs ? (const float *) signs->data : NULL, inverse);
         }
     }
 }

@@ -52,8 +52,13 @@ MaxContext = Annotated[int | None, typer.Option(help="Most positions of prompt a
 CacheK = Annotated[str | None, typer.Option(help="Type of the K cache: f32, f16, bf16, q8_0 or q4_0 [f16].")]
 CacheV = Annotated[str | None, typer.Option(help="Type of the V cache [f16].")]
 KRotation = Annotated[
-    str | None, typer.Option(help="Basis of the K cache: auto, none, hadamard-256, hadamard-128 or signed-128 [auto].")
+    str | None,
+    typer.Option(help="Of the K cache: auto, none, hadamard-256, hadamard-128, hadamard-64 or signed-128 [auto]."),
 ]
+VRotation = Annotated[
+    str | None, typer.Option(help="Of the V cache: none, hadamard-256, hadamard-128 or hadamard-64 [none].")
+]
+Fused = Annotated[bool | None, typer.Option(help="Take Q, K and V to attention in one kernel each [yes].")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N [auto].")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the CPU [all].")]
 ChunkRows = Annotated[int | None, typer.Option("--chunk", help="Rows of a prefill step [512].")]
@@ -76,8 +81,8 @@ IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Generate past end
 ShowStats = Annotated[bool, typer.Option("--stats", help="Print what the generation cost.")]
 
 _ENGINE_NAMES = (
-    "draft", "max_context", "cache_k", "cache_v", "k_rotation", "device", "threads", "chunk", "draft_max", "adaptive",
-    "draft_causal",
+    "draft", "max_context", "cache_k", "cache_v", "k_rotation", "v_rotation", "fused", "device", "threads", "chunk",
+    "draft_max", "adaptive", "draft_causal",
 )  # fmt: skip
 _SAMPLING_NAMES = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "seed",
@@ -97,6 +102,8 @@ def generate(
     cache_k: CacheK = None,
     cache_v: CacheV = None,
     k_rotation: KRotation = None,
+    v_rotation: VRotation = None,
+    fused: Fused = None,
     device: Device = None,
     threads: Threads = None,
     chunk: ChunkRows = None,
@@ -135,6 +142,8 @@ def chat(
     cache_k: CacheK = None,
     cache_v: CacheV = None,
     k_rotation: KRotation = None,
+    v_rotation: VRotation = None,
+    fused: Fused = None,
     device: Device = None,
     threads: Threads = None,
     chunk: ChunkRows = None,
@@ -241,6 +250,8 @@ def explain(
     cache_k: CacheK = None,
     cache_v: CacheV = None,
     k_rotation: KRotation = None,
+    v_rotation: VRotation = None,
+    fused: Fused = None,
     device: Device = None,
     threads: Threads = None,
     chunk: ChunkRows = None,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from pydflash.errors import ConfigError
 from pydflash.session import CHUNKS
-from pydflash.state import CACHE_TYPES, K_BASES
+from pydflash.state import CACHE_TYPES, K_BASES, V_BASES
 
 __all__ = ["EngineConfig", "Setting", "parsed", "table", "truth"]
 
@@ -46,7 +46,9 @@ class EngineConfig:
 
     max_context: most positions of prompt and output together.
     cache_k, cache_v: types of the K and V cache: f32, f16, bf16, q8_0 or q4_0.
-    k_rotation: basis of the K cache: auto, none, hadamard-256, hadamard-128 or signed-128.
+    k_rotation: basis of the K cache: auto, none, hadamard-256, hadamard-128, hadamard-64 or signed-128.
+    v_rotation: basis of the V cache: none, hadamard-256, hadamard-128 or hadamard-64.
+    fused: take Q, K and V to attention in one kernel each; the results are the same.
     device: auto, cpu, cuda or cuda:N.
     threads: of the CPU; None takes all the process may use.
     chunk: rows of a prefill step.
@@ -62,6 +64,8 @@ class EngineConfig:
     cache_k: str = "f16"
     cache_v: str = "f16"
     k_rotation: str = "auto"
+    v_rotation: str = "none"
+    fused: bool = True
     device: str = "auto"
     threads: int | None = None
     chunk: int = 512
@@ -75,6 +79,8 @@ class EngineConfig:
         self._check_choice("cache_k", tuple(CACHE_TYPES))
         self._check_choice("cache_v", tuple(CACHE_TYPES))
         self._check_choice("k_rotation", ("auto", *K_BASES))
+        self._check_choice("v_rotation", tuple(V_BASES))
+        self._check_choice("fused", (True, False))
         if not isinstance(self.device, str):
             raise ConfigError(f"device is {self.device!r}; valid values are 'auto', 'cpu', 'cuda', 'cuda:0', ...")
         if self.threads is not None:
@@ -146,7 +152,7 @@ def parsed(name: str, variable: str, text: str) -> int | bool | str:
             return int(text)
         except ValueError:
             raise ConfigError(f"{variable} is {text!r}; an integer is needed") from None
-    return truth(variable, text) if name in ("adaptive", "draft_causal") else text
+    return truth(variable, text) if name in ("fused", "adaptive", "draft_causal") else text
 
 
 def truth(variable: str, text: str) -> bool:

@@ -91,7 +91,7 @@ class DraftSession:
         self.draft, self.target = draft, target
         self.block = draft.config.block_size
         backend = draft.target.backend
-        self.cache = DraftCache(backend, draft.config, target.max_context + self.block)
+        self.cache = DraftCache(backend, draft.config, target.max_context + self.block, fused=target.cache.path.fused)
         self._proposal = Arena(backend, {"tokens": ((ops.EXACT_ROWS,), GGMLType.I32)}, "a proposal")
         self._graphs: dict[tuple[Any, ...], _DraftGraph] = {}
         self._held = [np.full(c, -1, np.int32) for c in self.cache.capacities]  # position that each slot holds

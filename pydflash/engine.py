@@ -114,8 +114,8 @@ class Engine:
         self.model, self.draft, self.config, self._undo = model, draft, config, undo
         taps = draft.config.taps if draft else ()
         session = Session(
-            model, config.max_context, config.cache_k, config.cache_v, config.k_rotation,
-            chunk=config.chunk, capture=taps, environment={},
+            model, config.max_context, config.cache_k, config.cache_v, config.k_rotation, config.v_rotation,
+            fused=config.fused, chunk=config.chunk, capture=taps, environment={},
         )  # fmt: skip
         self.session = undo.enter_context(session)
         self.draft_session = undo.enter_context(DraftSession(draft, self.session)) if draft else None
@@ -133,6 +133,8 @@ class Engine:
         cache_k: str | None = None,
         cache_v: str | None = None,
         k_rotation: str | None = None,
+        v_rotation: str | None = None,
+        fused: bool | None = None,
         device: str | None = None,
         threads: int | None = None,
         chunk: int | None = None,
@@ -151,7 +153,7 @@ class Engine:
         """
         config = EngineConfig.resolve(
             environment, max_context=max_context, cache_k=cache_k, cache_v=cache_v, k_rotation=k_rotation,
-            device=device, threads=threads, chunk=chunk,
+            v_rotation=v_rotation, fused=fused, device=device, threads=threads, chunk=chunk,
             draft_max=draft_max, adaptive=adaptive, draft_causal=draft_causal,
         )  # fmt: skip
         with ExitStack() as undo:
@@ -305,6 +307,7 @@ class Engine:
             ("threads in use", backend.threads or None, "threads"),
             ("weights", f"{model.weights.nbytes:,} bytes", "model"),
             ("K basis", session.cache.basis.name, "k_rotation, cache_k, head size"),
+            ("V basis", session.cache.v_basis.name, "v_rotation"),
             (
                 "K/V cache",
                 f"{session.cache.nbytes:,} bytes, {session.cache.capacity:,} positions",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pydflash._ffi import ffi, lib
@@ -19,6 +20,7 @@ from pydflash.tensor import Shape, Tensor, ggml_shape
 __all__ = [
     "EXACT_ROWS",
     "TAPE_ROWS",
+    "NormRope",
     "argmax",
     "attention",
     "attention_prefill",
@@ -27,11 +29,13 @@ __all__ = [
     "delta_rule",
     "get_rows",
     "linear",
+    "norm_rope",
     "rms_norm",
     "rope",
     "set_rows",
     "sigmoid",
     "silu",
+    "store_kv",
     "swiglu",
     "turbo_wht",
 ]
@@ -56,8 +60,12 @@ def _custom(
     operands: Sequence[Tensor],
     shape: Shape,
     params: Sequence[int | float] = (),
+    inplace: Tensor | None = None,
 ) -> Tensor:
-    """One of our own nodes (ggml_ext/ext.h). Float parameters travel as their bits."""
+    """One of our own nodes (ggml_ext/ext.h). Float parameters travel as their bits.
+
+    The result is new, f32 and of ``shape``; or a view of ``inplace``, an operand that the node writes.
+    """
     words = [p if isinstance(p, int) else struct.unpack("<i", struct.pack("<f", p))[0] for p in params]
     words += [0] * (8 - len(words))
     node = lib.pydflash_op_new(
@@ -68,9 +76,9 @@ def _custom(
         ffi.new("struct ggml_tensor *[]", [t.c for t in operands]),
         len(operands),
         ffi.new("int32_t[8]", words),
-        ffi.NULL,
+        ffi.NULL if inplace is None else inplace.c,
     )
-    return operands[0].derive(node, shape, GGMLType.F32)
+    return operands[0].derive(node, shape, GGMLType.F32 if inplace is None else inplace.dtype)
 
 
 # --- rows of tables and caches ----------------------------------------------------------------------------------------
@@ -185,6 +193,99 @@ def turbo_wht(x: Tensor, group: int, signs: Tensor | None = None, inverse: bool 
     _require(x.dtype == GGMLType.F32, f"turbo_wht: {x!r} is not f32")
     operands = [x] if signs is None else [x, signs]
     return _custom(lib.PYDFLASH_OP_TURBO_WHT, operands, x.shape, [group, int(inverse)])
+
+
+# --- the ways of Q, K and V to attention ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NormRope:
+    """What a head of Q or of K goes through: RMS norm by ``weight`` (D,), then RoPE of its first ``dims`` values."""
+
+    weight: Tensor
+    eps: float
+    dims: int
+    base: float
+
+    def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
+        """(T, H, D) and (T,) int32 positions to (T, H, D), one operation after the other."""
+        return rope(rms_norm(x, self.weight, self.eps), positions, self.dims, self.base)
+
+
+def norm_rope(x: Tensor, norm: NormRope, positions: Tensor, group: int = 0, signs: Tensor | None = None) -> Tensor:
+    """``norm``, then ``turbo_wht`` unless ``group`` is 0, in one kernel with the same bits (ggml_ext/norm_rope.h).
+
+    (T, H, D), strided or not, to (T, H, D). D is 64, 128 or 256; the rest as in ``rope`` and ``turbo_wht``.
+    """
+    _check_heads("norm_rope", x, norm, positions, group, signs)
+    operands = [x, norm.weight, positions] if signs is None else [x, norm.weight, positions, signs]
+    return _custom(lib.PYDFLASH_OP_NORM_ROPE, operands, x.shape, [norm.dims, float(norm.base), float(norm.eps), group])
+
+
+def store_kv(
+    k: Tensor,
+    v: Tensor,
+    norm: NormRope,
+    positions: Tensor,
+    rows: Tensor,
+    k_table: Tensor,
+    v_table: Tensor,
+    *,
+    k_group: int = 0,
+    signs: Tensor | None = None,
+    v_group: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """K through ``norm`` and rotated, and V rotated, into rows of their tables, in one kernel (ggml_ext/store_kv.h).
+
+    k and v (T, Hkv, D), strided or not; rows (T,) int32; tables (P, Hkv*D) of f32, f16, bf16, q8_0 or q4_0 each.
+    ``signs`` are K's; a group of 0 does not rotate. Returns both tables after it, with ``set_rows``'s bytes.
+    """
+    _check_heads("store_kv", k, norm, positions, k_group, signs)
+    _check_group("store_kv", v, v_group, None)
+    _require(v.shape == k.shape and v.dtype == GGMLType.F32, f"store_kv: v {v!r} does not fit k {k!r}")
+    _require(
+        rows.dtype == GGMLType.I32 and rows.shape == k.shape[:1], f"store_kv: {rows!r} are not a row for each of {k!r}"
+    )
+    width = k.shape[1] * k.shape[2]
+    for table in (k_table, v_table):
+        _require(
+            len(table.shape) == 2 and table.shape[1] == width and table.dtype in _TABLE_TYPES,
+            f"store_kv: table {table!r} is not (P, {width}) of {', '.join(t.name for t in _TABLE_TYPES)}",
+        )
+    operands = [k, v, norm.weight, positions, rows, k_table, v_table, *(() if signs is None else (signs,))]
+    params = [norm.dims, float(norm.base), float(norm.eps), k_group, v_group]
+    # The node is K's table; V's is the tensor it was, and what reads it comes later in program order.
+    return _custom(lib.PYDFLASH_OP_STORE_KV, operands, k_table.shape, params, inplace=k_table), v_table
+
+
+_TABLE_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.Q8_0, GGMLType.Q4_0)
+
+
+def _check_heads(op: str, x: Tensor, norm: NormRope, positions: Tensor, group: int, signs: Tensor | None) -> None:
+    """What the fused ways ask of heads (T, H, D) of Q or K."""
+    _require(
+        len(x.shape) == 3 and x.shape[2] in (64, 128, 256) and x.dtype == GGMLType.F32 and x.c.nb[0] == 4,
+        f"{op}: {x!r} is not (T, H, D) f32 with D 64, 128 or 256 and contiguous heads",
+    )
+    _require(
+        norm.weight.shape == x.shape[2:] and norm.weight.dtype == GGMLType.F32,
+        f"{op}: weight {norm.weight!r} does not fit {x!r}",
+    )
+    _require(
+        positions.shape == x.shape[:1] and positions.dtype == GGMLType.I32,
+        f"{op}: positions {positions!r} are not an i32 for each row of {x!r}",
+    )
+    _require(0 < norm.dims <= x.shape[2] and norm.dims % 2 == 0, f"{op}: RoPE of {norm.dims} dims of {x!r}")
+    _check_group(op, x, group, signs)
+
+
+def _check_group(op: str, x: Tensor, group: int, signs: Tensor | None) -> None:
+    _require(group in (0, 64, 128, 256), f"{op}: group {group} is not one of 0, 64, 128, 256")
+    _require(not group or x.shape[-1] % group == 0, f"{op}: group {group} does not divide the last axis of {x!r}")
+    _require(
+        signs is None or (group > 0 and signs.shape == (2, group) and signs.dtype == GGMLType.F32),
+        f"{op}: signs {signs!r} are not (2, {group}) f32",
+    )
 
 
 # --- attention --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from pydflash.ggml_types import GGMLType
 from pydflash.graph import Graph
 from pydflash.models import Model
 from pydflash.ops import EXACT_ROWS, argmax, copy_into, get_rows
-from pydflash.state import DeltaState, KVCache, StepInputs, cache_type, k_basis
+from pydflash.state import DeltaState, KVCache, StepInputs, cache_type, check_pair, k_basis, v_basis
 from pydflash.tensor import Tensor
 
 __all__ = ["CHUNKS", "Head", "Output", "Proposal", "Session", "width_for"]
@@ -118,13 +118,15 @@ class Session:
         cache_k: str = "f16",
         cache_v: str = "f16",
         k_rotation: str = "auto",
+        v_rotation: str = "none",
         *,
+        fused: bool = True,
         chunk: int = 512,
         capture: Sequence[int] = (),
         environment: Mapping[str, str] = os.environ,
     ) -> None:
-        """``max_context``: positions. ``cache_k``, ``cache_v``: f32, f16, bf16, q8_0 or q4_0. ``chunk``: rows of a
-        prefill step.
+        """``max_context``: positions. ``cache_k``, ``cache_v``: f32, f16, bf16, q8_0 or q4_0; f32 on the CPU only.
+        ``chunk``: rows of a prefill step. ``fused`` False takes Q, K and V to attention operation by operation.
 
         Raises ConfigError, OutOfMemory.
         """
@@ -136,9 +138,13 @@ class Session:
         if not all(0 <= layer < config.layers for layer in capture):
             raise ConfigError(f"capture is {tuple(capture)}; the model has layers 0..{config.layers - 1}")
         k_type, v_type = cache_type(cache_k, "cache_k"), cache_type(cache_v, "cache_v")
+        check_pair(k_type, v_type, backend.is_cuda)
         basis = k_basis(k_type, config.head_size, k_rotation, environment)
+        v_rotated = v_basis(config.head_size, v_rotation)
         self.model, self.max_context, self.chunk, self.capture = model, max_context, chunk, tuple(capture)
-        self.cache = KVCache(backend, config, -(-max_context // 256) * 256, k_type, v_type, basis)
+        self.cache = KVCache(
+            backend, config, -(-max_context // 256) * 256, k_type, v_type, basis, v_rotated, fused=fused
+        )
         self.delta = DeltaState(backend, config)
         self._features = (
             Arena(backend, {"features": ((chunk, len(self.capture), config.hidden), GGMLType.F32)}, "captured features")

@@ -19,18 +19,23 @@ from pydflash.backend import Arena, Backend
 from pydflash.errors import ConfigError
 from pydflash.ggml_types import GGMLType
 from pydflash.graph import Graph
+from pydflash.ops import NormRope
 from pydflash.tensor import Shape, Tensor
 
 __all__ = [
     "CACHE_TYPES",
     "K_BASES",
+    "V_BASES",
+    "Basis",
     "DeltaState",
-    "KBasis",
     "KVCache",
+    "KVPath",
     "StepInputs",
     "cache_type",
+    "check_pair",
     "k_basis",
     "tape_shape",
+    "v_basis",
 ]
 
 CACHE_TYPES = {t.name.lower(): t for t in (GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.Q8_0, GGMLType.Q4_0)}
@@ -44,12 +49,26 @@ def cache_type(name: str, option: str) -> GGMLType:
     return CACHE_TYPES[name]
 
 
-# --- the basis in which K is stored -----------------------------------------------------------------------------------
+def check_pair(k_type: GGMLType, v_type: GGMLType, cuda: bool) -> None:
+    """ConfigError unless the device's attention, exact and prefill, takes a cache of these types; the CPU takes any.
+
+    ggml's CUDA prefill converts every type to f16, built in as a pair or not; our CUDA kernel reads all but f32.
+    """
+    valid = [name for name, dtype in CACHE_TYPES.items() if dtype != GGMLType.F32]
+    if cuda and GGMLType.F32 in (k_type, v_type):
+        raise ConfigError(
+            f"cache_k {k_type.name.lower()} with cache_v {v_type.name.lower()}: attention on CUDA reads no f32 cache; "
+            f"valid for either are {', '.join(valid)}"
+        )
+
+
+# --- the bases in which K and V are stored ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class KBasis:
-    """An orthonormal rotation of every K and Q head after RoPE; scores do not change, quantisation error does."""
+class Basis:
+    """An orthonormal rotation of every head. K's is Q's after RoPE too, so that scores do not change; what V's does to
+    the output of attention is undone after it. Quantisation error does change."""
 
     name: str
     group: int = 0
@@ -59,18 +78,22 @@ class KBasis:
 K_BASES = {
     basis.name: basis
     for basis in (
-        KBasis("none"),
-        KBasis("hadamard-256", 256),
-        KBasis("hadamard-128", 128),
-        KBasis("signed-128", 128, signed=True),
+        Basis("none"),
+        Basis("hadamard-256", 256),
+        Basis("hadamard-128", 128),
+        Basis("hadamard-64", 64),
+        Basis("signed-128", 128, signed=True),
     )
 }
-"""The bases by name. 'hadamard-256' is llama.cpp's for heads of 256."""
+"""The bases of K by name. 'hadamard-256' is llama.cpp's for heads of 256."""
+
+V_BASES = {name: basis for name, basis in K_BASES.items() if not basis.signed}
+"""The bases of V by name: those that undo themselves. 'hadamard-64' is llama.cpp's."""
 
 
 def k_basis(
     k_type: GGMLType, head_size: int, requested: str = "auto", environment: Mapping[str, str] | None = None
-) -> KBasis:
+) -> Basis:
     """The rule: which basis a K cache is stored in.
 
     An explicit ``requested`` name wins, then PYDFLASH_K_ROTATION, then DFLASH_SKIP_WHT=1 (no rotation for a q4_0
@@ -85,13 +108,24 @@ def k_basis(
         skip = environment.get("DFLASH_SKIP_WHT") == "1"
         group = next((g for g in (256, 128) if head_size % g == 0), 0)
         requested = f"hadamard-{group}" if k_type == GGMLType.Q4_0 and group and not skip else "none"
-    if requested not in K_BASES:
-        raise ConfigError(f"k_rotation is {requested!r}; valid values are auto, {', '.join(K_BASES)}")
-    basis = K_BASES[requested]
+    return _named("k_rotation", requested, K_BASES, head_size, ("auto",))
+
+
+def v_basis(head_size: int, requested: str = "none") -> Basis:
+    """The basis of V called ``requested``. Raises ConfigError for an unknown name or one that does not fit."""
+    return _named("v_rotation", requested, V_BASES, head_size)
+
+
+def _named(
+    option: str, requested: str, bases: Mapping[str, Basis], head_size: int, also: tuple[str, ...] = ()
+) -> Basis:
+    if requested not in bases:
+        raise ConfigError(f"{option} is {requested!r}; valid values are {', '.join((*also, *bases))}")
+    basis = bases[requested]
     if basis.group and head_size % basis.group:
-        fitting = ["auto", *(b.name for b in K_BASES.values() if not b.group or head_size % b.group == 0)]
+        fitting = [*also, *(b.name for b in bases.values() if not b.group or head_size % b.group == 0)]
         raise ConfigError(
-            f"k_rotation {requested!r} does not divide heads of {head_size}; valid values are {', '.join(fitting)}"
+            f"{option} {requested!r} does not divide heads of {head_size}; valid values are {', '.join(fitting)}"
         )
     return basis
 
@@ -100,6 +134,51 @@ def rotation_signs(group: int) -> np.ndarray:
     """The fixed sign vectors D1 and D2 of a signed basis: (2, group) f32 of +1 and -1, from PCG64 seed 0x70796466."""
     generator = np.random.Generator(np.random.PCG64(0x70796466))
     return np.where(generator.integers(0, 2, (2, group)) == 1, 1.0, -1.0).astype(np.float32)
+
+
+# --- the ways of Q, K and V -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KVPath:
+    """The ways of raw Q, K and V from a model's projections to attention and its tables, and of the output back.
+
+    ``fused``: one kernel each; else operation by operation, with the same bits. ``signs``: of a signed basis of K.
+    """
+
+    fused: bool
+    k: Basis = K_BASES["none"]
+    v: Basis = V_BASES["none"]
+    signs: Tensor | None = None
+
+    def query(self, q: Tensor, norm: NormRope, positions: Tensor) -> Tensor:
+        """(T, H, D) through ``norm``, into K's basis."""
+        if self.fused:
+            return ops.norm_rope(q, norm, positions, self.k.group, self.signs)
+        return self._rotated(norm(q, positions), self.k, self.signs)
+
+    def store(
+        self, k: Tensor, v: Tensor, norm: NormRope, positions: Tensor, rows: Tensor, tables: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """k, (T, Hkv, D), through ``norm`` and v into rows of the tables of K and V; returns the tables after it."""
+        graph, width = k.graph, k.shape[1] * k.shape[2]
+        assert graph is not None
+        if self.fused:
+            k_table, v_table = ops.store_kv(
+                k, v, norm, positions, rows, *tables, k_group=self.k.group, signs=self.signs, v_group=self.v.group
+            )
+            return graph.effect(k_table), v_table
+        k, v = self._rotated(norm(k, positions), self.k, self.signs), self._rotated(v, self.v)
+        k_table = graph.effect(ops.set_rows(tables[0], rows, k.reshape(k.shape[0], width)))
+        return k_table, graph.effect(ops.set_rows(tables[1], rows, v.reshape(v.shape[0], width)))
+
+    def output(self, o: Tensor) -> Tensor:
+        """What attention read from the table of V, (T, H, D), out of V's basis."""
+        return self._rotated(o, self.v)
+
+    @staticmethod
+    def _rotated(x: Tensor, basis: Basis, signs: Tensor | None = None) -> Tensor:
+        return ops.turbo_wht(x, basis.group, signs) if basis.group else x
 
 
 # --- one step's inputs ------------------------------------------------------------------------------------------------
@@ -149,9 +228,12 @@ class KVCache:
         capacity: int,
         k_type: GGMLType,
         v_type: GGMLType,
-        basis: KBasis,
+        basis: Basis,
+        v_basis: Basis = V_BASES["none"],
+        *,
+        fused: bool = True,
     ) -> None:
-        self.capacity, self.basis, self.kv_heads = capacity, basis, geometry.kv_heads
+        self.capacity, self.basis, self.v_basis, self.kv_heads = capacity, basis, v_basis, geometry.kv_heads
         self.k_type, self.v_type = k_type, v_type
         width = geometry.kv_heads * geometry.head_size
         for option, dtype in (("cache_k", k_type), ("cache_v", v_type)):
@@ -168,6 +250,7 @@ class KVCache:
         self.arena = Arena(backend, specs, f"a K/V cache of {capacity:,} positions")
         if basis.signed:
             backend.write(self.arena["signs"], rotation_signs(basis.group))
+        self.path = KVPath(fused, basis, v_basis, self.arena["signs"] if basis.signed else None)
 
     @property
     def nbytes(self) -> int:
@@ -178,23 +261,18 @@ class KVCache:
         """The row that padding is written to and nothing reads."""
         return self.capacity
 
-    def rotate(self, x: Tensor) -> Tensor:
-        """(T, H, D) into the cache's K basis."""
-        if not self.basis.group:
-            return x
-        return ops.turbo_wht(x, self.basis.group, self.arena["signs"] if self.basis.signed else None)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: StepInputs) -> Tensor:
-        """Store the rows' k and v, (T, Hkv, D) each, and attend: q (T, H, D) to (T, H, D)."""
-        rows = k.shape[0]
-        width = self.kv_heads * k.shape[2]
-        k_table, v_table = (self.arena[f"{side}.{layer}"].within(step.graph) for side in "kv")
-        k_table = step.graph.effect(ops.set_rows(k_table, step.rows, self.rotate(k).reshape(rows, width)))
-        v_table = step.graph.effect(ops.set_rows(v_table, step.rows, v.reshape(rows, width)))
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, q_norm: NormRope, k_norm: NormRope, step: StepInputs
+    ) -> Tensor:
+        """Normalise and turn q and k, store the rows' k and v, and attend: q (T, H, D), k and v (T, Hkv, D) to
+        (T, H, D)."""
+        tables = (self.arena[f"k.{layer}"].within(step.graph), self.arena[f"v.{layer}"].within(step.graph))
+        k_table, v_table = self.path.store(k, v, k_norm, step.positions, step.rows, tables)
         k_view, v_view = k_table.slice(0, 0, step.slots), v_table.slice(0, 0, step.slots)
+        q = self.path.query(q, q_norm, step.positions)
         if step.mask is None:
-            return ops.attention(self.rotate(q), k_view, v_view, step.positions, self.kv_heads)
-        return ops.attention_prefill(self.rotate(q), k_view, v_view, step.mask, self.kv_heads)
+            return self.path.output(ops.attention(q, k_view, v_view, step.positions, self.kv_heads))
+        return self.path.output(ops.attention_prefill(q, k_view, v_view, step.mask, self.kv_heads))
 
     def close(self) -> None:
         self.arena.close()
@@ -297,9 +375,9 @@ class DraftCache:
     into a last row.
     """
 
-    def __init__(self, backend: Backend, geometry: DraftGeometry, context: int) -> None:
+    def __init__(self, backend: Backend, geometry: DraftGeometry, context: int, *, fused: bool = True) -> None:
         """``context``: positions that a full layer must hold, the block included."""
-        self.geometry = geometry
+        self.geometry, self.path = geometry, KVPath(fused)
         self.windows = sorted(set(geometry.windows))
         self.ring_of = [self.windows.index(w) for w in geometry.windows]
         full = -(-context // 256) * 256
@@ -315,20 +393,24 @@ class DraftCache:
     def nbytes(self) -> int:
         return self.arena.nbytes
 
-    def store(self, layer: int, k: Tensor, v: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v, (T, Hkv, D) each, to table rows; returns the layer's tables after it."""
+    def store(
+        self, layer: int, k: Tensor, v: Tensor, k_norm: NormRope, positions: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Normalise and turn k, and write k and v, (T, Hkv, D) each, to table rows; returns the layer's tables after
+        it."""
         graph = k.graph
         assert graph is not None
-        width = k.shape[1] * k.shape[2]
-        k_table, v_table = (self.arena[f"{side}.{layer}"].within(graph) for side in "kv")
-        k_table = graph.effect(ops.set_rows(k_table, rows, k.reshape(k.shape[0], width)))
-        v_table = graph.effect(ops.set_rows(v_table, rows, v.reshape(v.shape[0], width)))
-        return k_table, v_table
+        tables = (self.arena[f"k.{layer}"].within(graph), self.arena[f"v.{layer}"].within(graph))
+        return self.path.store(k, v, k_norm, positions, rows, tables)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, inputs: DraftInputs) -> Tensor:
-        """Store the block's k and v and attend over [context | block]: q (T, H, D) to (T, H, D)."""
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, q_norm: NormRope, k_norm: NormRope, inputs: DraftInputs
+    ) -> Tensor:
+        """Normalise and turn q and k, store the block's k and v and attend over [context | block]: q (T, H, D) to
+        (T, H, D)."""
         ring, window, causal = self.ring_of[layer], self.geometry.windows[layer], self.geometry.causal[layer]
-        k_table, v_table = self.store(layer, k, v, inputs.rows[ring])
+        k_table, v_table = self.store(layer, k, v, k_norm, inputs.positions, inputs.rows[ring])
+        q = self.path.query(q, q_norm, inputs.positions)
         slots = inputs.slots[ring]
         k_view, v_view = k_table.slice(0, 0, slots), v_table.slice(0, 0, slots)
         if window:

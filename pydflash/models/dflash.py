@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pydflash import ops
 from pydflash.errors import BadMetadata, DraftMismatch, UnsupportedArchitecture
 from pydflash.gguf import GGUFFile
+from pydflash.ops import NormRope
 from pydflash.state import DraftCache, DraftInputs
 from pydflash.tensor import Shape, Tensor
 from pydflash.weights import Linear, Weights
@@ -198,27 +199,28 @@ class DraftLayer:
         def linear(name: str) -> Linear:
             return Linear(named(name))
 
+        def norm_rope(name: str) -> NormRope:
+            return NormRope(named(name), config.eps, config.head_size, config.rope_base)
+
         self.layer, self.config = layer, config
         self.attn_norm, self.ffn_norm = named("attn_norm"), named("ffn_norm")
-        self.attn_q_norm, self.attn_k_norm = named("attn_q_norm"), named("attn_k_norm")
+        self.attn_q_norm, self.attn_k_norm = norm_rope("attn_q_norm"), norm_rope("attn_k_norm")
         self.attn_q, self.attn_k, self.attn_v = linear("attn_q"), linear("attn_k"), linear("attn_v")
         self.attn_output = linear("attn_output")
         self.ffn_gate, self.ffn_up, self.ffn_down = linear("ffn_gate"), linear("ffn_up"), linear("ffn_down")
 
-    def keys_values(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, hidden) to K after norm and RoPE, and V: (T, Hkv, D) each. The same for context and block rows."""
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, hidden) to raw K and V: (T, Hkv, D) each. The same for context and block rows."""
         c, T = self.config, x.shape[0]
-        k = ops.rms_norm(self.attn_k(x).reshape(T, c.kv_heads, c.head_size), self.attn_k_norm, c.eps)
-        v = self.attn_v(x).reshape(T, c.kv_heads, c.head_size)
-        return ops.rope(k, positions, c.head_size, c.rope_base), v
+        k = self.attn_k(x).reshape(T, c.kv_heads, c.head_size)
+        return k, self.attn_v(x).reshape(T, c.kv_heads, c.head_size)
 
     def __call__(self, x: Tensor, inputs: DraftInputs, cache: DraftCache) -> Tensor:
         c, T = self.config, x.shape[0]
         h = ops.rms_norm(x, self.attn_norm, c.eps)
-        q = ops.rms_norm(self.attn_q(h).reshape(T, c.heads, c.head_size), self.attn_q_norm, c.eps)
-        q = ops.rope(q, inputs.positions, c.head_size, c.rope_base)
-        k, v = self.keys_values(h, inputs.positions)
-        o = cache.attend(self.layer, q, k, v, inputs)  # (T, H, D)
+        q = self.attn_q(h).reshape(T, c.heads, c.head_size)
+        k, v = self.keys_values(h)
+        o = cache.attend(self.layer, q, k, v, self.attn_q_norm, self.attn_k_norm, inputs)  # (T, H, D)
         x = x + self.attn_output(o.reshape(T, c.heads * c.head_size))
         h = ops.rms_norm(x, self.ffn_norm, c.eps)
         return x + self.ffn_down(ops.swiglu(self.ffn_gate(h), self.ffn_up(h)))
@@ -239,8 +241,8 @@ class DFlash:
         injection)."""
         h = ops.rms_norm(self.fc(features), self.hidden_norm, self.config.eps)  # no input norm on context rows
         for layer, table_rows in zip(self.layers, rows):
-            k, v = layer.keys_values(h, positions)
-            cache.store(layer.layer, k, v, table_rows)
+            k, v = layer.keys_values(h)
+            cache.store(layer.layer, k, v, layer.attn_k_norm, positions, table_rows)
 
     def propose(self, x: Tensor, inputs: DraftInputs, cache: DraftCache) -> Tensor:
         """(T, hidden) embeddings of [anchor, MASK, ...] to the hidden rows that the target's head reads."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pydflash import ops
 from pydflash.errors import BadMetadata, UnsupportedArchitecture
 from pydflash.gguf import GGUFFile
+from pydflash.ops import NormRope
 from pydflash.state import DeltaState, KVCache, StepInputs
 from pydflash.tensor import Shape, Tensor
 from pydflash.weights import Weights
@@ -183,14 +184,14 @@ class GatedAttention:
     """Full attention with q/k norm, partial RoPE and an output gate."""
 
     def __init__(self, weights: Weights, layer: int, config: Config) -> None:
+        def norm_rope(name: str) -> NormRope:
+            return NormRope(weights[f"{block}.{name}.weight"], config.eps, config.rope_dims, config.rope_base)
+
         block = f"blk.{layer}"
         self.layer, self.config = layer, config
         self.attn_q, self.attn_k = weights.linear(f"{block}.attn_q"), weights.linear(f"{block}.attn_k")
         self.attn_v, self.attn_output = weights.linear(f"{block}.attn_v"), weights.linear(f"{block}.attn_output")
-        self.attn_q_norm, self.attn_k_norm = (
-            weights[f"{block}.attn_q_norm.weight"],
-            weights[f"{block}.attn_k_norm.weight"],
-        )
+        self.attn_q_norm, self.attn_k_norm = norm_rope("attn_q_norm"), norm_rope("attn_k_norm")
 
     def __call__(self, x: Tensor, step: StepInputs, cache: KVCache, _delta: DeltaState) -> Tensor:
         c, T = self.config, x.shape[0]
@@ -198,9 +199,7 @@ class GatedAttention:
         q, gate = self.attn_q(x).reshape(T, H, 2 * D).split([D, D])  # (T, H, D) each
         k = self.attn_k(x).reshape(T, Hkv, D)
         v = self.attn_v(x).reshape(T, Hkv, D)
-        q = ops.rope(ops.rms_norm(q, self.attn_q_norm, c.eps), step.positions, c.rope_dims, c.rope_base)
-        k = ops.rope(ops.rms_norm(k, self.attn_k_norm, c.eps), step.positions, c.rope_dims, c.rope_base)
-        o = cache.attend(self.layer, q, k, v, step)  # (T, H, D)
+        o = cache.attend(self.layer, q, k, v, self.attn_q_norm, self.attn_k_norm, step)  # (T, H, D)
         return self.attn_output((o * ops.sigmoid(gate)).reshape(T, H * D))
 
 

@@ -1,0 +1,51 @@
+// norm_rope on CUDA. One block transforms one head of one row, one thread a value (norm_rope.cuh): partners of the rotary
+// embedding and of the butterflies meet through shuffles within a warp and through shared memory beyond. The kernel reads
+// and writes each value once; at the few rows of decoding its launch bounds it, in prefill device memory does.
+#include "norm_rope.h"
+#include "ext_cuda.cuh"
+#include "norm_rope.cuh"
+
+namespace {
+
+template <int D>
+__global__ void __launch_bounds__(D) norm_rope(const char * x, int64_t head_bytes, int64_t row_bytes, float * y,
+                                               head_transform h) {
+    __shared__ head_scratch<D> s;
+    const int     row  = blockIdx.y;
+    const float * from = (const float *) (x + blockIdx.x * head_bytes + row * row_bytes);
+    y[((int64_t) row * gridDim.x + blockIdx.x) * D + threadIdx.x] = transform_block<D>(from[threadIdx.x], row, h, s);
+}
+
+bool supports(const ggml_tensor * node) {
+    const ggml_tensor * x = node->src[0];
+    const int64_t size = x->ne[0];
+    return (size == 64 || size == 128 || size == 256) && x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) &&
+           x->ne[2] <= 65535;
+}
+
+bool launch(pydflash_cuda * cuda, ggml_tensor * node) {
+    const ggml_tensor * x = node->src[0];
+    head_transform h;
+    h.weight      = (const float *) node->src[1]->data;
+    h.positions   = (const int32_t *) node->src[2]->data;
+    h.signs       = node->src[3] ? (const float *) node->src[3]->data : nullptr;
+    h.dims        = pydflash_node_params(node)[0];
+    h.eps         = pydflash_node_param_f32(node, 2);
+    h.group       = pydflash_node_params(node)[3];
+    h.theta_scale = powf(pydflash_node_param_f32(node, 1), -2.0f / h.dims);
+    auto run = [&](auto kernel) {
+        const dim3 grid((unsigned) x->ne[1], (unsigned) x->ne[2]);
+        kernel<<<grid, (unsigned) x->ne[0], 0, cuda->stream>>>((const char *) x->data, (int64_t) x->nb[1],
+                                                               (int64_t) x->nb[2], (float *) node->data, h);
+    };
+    switch (x->ne[0]) {
+        case 64:  run(norm_rope<64>);  return true;
+        case 128: run(norm_rope<128>); return true;
+        case 256: run(norm_rope<256>); return true;
+        default:  return false;
+    }
+}
+
+}  // namespace
+
+const pydflash_cuda_op pydflash_cuda_norm_rope = { launch, supports };

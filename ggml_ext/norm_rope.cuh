@@ -1,0 +1,76 @@
+// What norm_rope and store_kv do to one head: a block of D threads, one value each.
+//
+// The bits are those of ggml's rms_norm_mul_rope_f32 (rope.cu) followed by turbo_wht.cu, which take the same sums in the
+// same order: squares over a warp, then over the warps; butterflies from the lowest bit of the index up. The products of
+// the rotary embedding are spelt as the compiler contracts ggml's.
+#pragma once
+
+#include "common.cuh"  // ggml-cuda's block_reduce
+
+struct head_transform {
+    const float *   weight;
+    const int32_t * positions;
+    const float *   signs;  // or nullptr
+    int             dims, group;
+    float           eps, theta_scale;
+};
+
+template <int D>
+struct head_scratch {
+    float values[D];
+    float sums[D / 32];
+};
+
+// The Walsh-Hadamard transform of groups of `group` values, thread i of the block holding value i.
+template <int D>
+static __device__ float hadamard_block(float v, int group, head_scratch<D> & s) {
+    const int i = threadIdx.x;
+#pragma unroll
+    for (int half = 1; half < 32; half *= 2) {
+        const float other = __shfl_xor_sync(0xffffffffu, v, half);
+        v = (i & half) ? other - v : v + other;
+    }
+#pragma unroll
+    for (int half = 32; half < D; half *= 2) {
+        if (half < group) {
+            __syncthreads();
+            s.values[i] = v;
+            __syncthreads();
+            const float other = s.values[i ^ half];
+            v = (i & half) ? other - v : v + other;
+        }
+    }
+    return v * (group == 64 ? 0.125f : group == 128 ? 0.08838834764831845f : 0.0625f);
+}
+
+// turbo_wht, forward. `signs` may be nullptr.
+template <int D>
+static __device__ float rotate_block(float v, int group, const float * signs, head_scratch<D> & s) {
+    const int i = threadIdx.x % group;
+    v = hadamard_block<D>(v * (signs ? signs[i] : 1.0f), group, s);
+    return v * (signs ? signs[group + i] : 1.0f);
+}
+
+// NEOX pairs (i, i + dims/2) turned by the row's position.
+template <int D>
+static __device__ float turn_block(float v, int position, const head_transform & h, head_scratch<D> & s) {
+    const int i = threadIdx.x, half = h.dims / 2;
+    s.values[i] = v;
+    __syncthreads();
+    if (i >= h.dims) {
+        return v;
+    }
+    const bool  first = i < half;
+    const float theta = position * powf(h.theta_scale, (float) (first ? i : i - half));
+    const float c = cosf(theta), d = sinf(theta);
+    const float other = s.values[first ? i + half : i - half];
+    return first ? fmaf(v, c, -__fmul_rn(other, d)) : fmaf(v, c, __fmul_rn(other, d));
+}
+
+template <int D>
+static __device__ float transform_block(float x, int row, const head_transform & h, head_scratch<D> & s) {
+    const float sum   = block_reduce<block_reduce_method::SUM, D>(x * x, s.sums);
+    const float scale = rsqrtf(sum / D + h.eps);  // D is a power of two: the division is exact
+    float v = turn_block<D>(scale * x * h.weight[threadIdx.x], h.positions[row], h, s);
+    return h.group ? rotate_block<D>(v, h.group, h.signs, s) : v;
+}

@@ -1,0 +1,127 @@
+// store_kv on CUDA. One block takes one head of one row of K (blockIdx.z 0: norm, RoPE, rotation) or of V (1: rotation),
+// one thread a value (norm_rope.cuh), and writes it in the table's type. A quantisation block is the 32 values of one
+// warp; the first lane packs it with ggml's own function, from shared memory. The kernel reads each value once and writes
+// less than that; its launch bounds it while decoding, device memory in prefill.
+#include "store_kv.h"
+#include "ext_cuda.cuh"
+#include "norm_rope.cuh"
+
+#include "cpy-utils.cuh"  // ggml-cuda's quantize_f32_*_block
+
+namespace {
+
+struct source {
+    const char * x;
+    int64_t      head_bytes, row_bytes;
+};
+
+struct table {
+    char *    rows;
+    int64_t   row_bytes;
+    ggml_type type;
+};
+
+struct arguments {
+    source          k, v;
+    table           k_table, v_table;
+    const int32_t * rows;
+    head_transform  head;
+    int             v_group;
+};
+
+template <int D>
+__device__ void put(float v, const table & t, int64_t row, int head, head_scratch<D> & s) {
+    const int i    = threadIdx.x;
+    const int warp = i / 32;
+    char *    to   = t.rows + row * t.row_bytes;
+    switch (t.type) {
+        case GGML_TYPE_F32:  ((float *) to)[head * D + i] = v; return;
+        case GGML_TYPE_F16:  ((half *) to)[head * D + i] = ggml_cuda_cast<half>(v); return;
+        case GGML_TYPE_BF16: ((nv_bfloat16 *) to)[head * D + i] = ggml_cuda_cast<nv_bfloat16>(v); return;
+        default: break;
+    }
+    __syncthreads();  // the rotation may still be reading
+    s.values[i] = v;
+    __syncwarp();
+    if (i % 32 == 0) {
+        const int block = head * (D / 32) + warp;
+        if (t.type == GGML_TYPE_Q8_0) {
+            quantize_f32_q8_0_block(s.values + 32 * warp, (block_q8_0 *) to + block);
+        } else {
+            quantize_f32_q4_0_block(s.values + 32 * warp, (block_q4_0 *) to + block);
+        }
+    }
+}
+
+template <int D>
+__device__ float load(const source & from, int head, int row) {
+    return ((const float *) (from.x + head * from.head_bytes + row * from.row_bytes))[threadIdx.x];
+}
+
+template <int D>
+__global__ void __launch_bounds__(D) store_kv(arguments a) {
+    __shared__ head_scratch<D> s;
+    const int     head = blockIdx.x, row = blockIdx.y;
+    const int64_t to   = a.rows[row];
+    if (blockIdx.z == 0) {
+        put<D>(transform_block<D>(load<D>(a.k, head, row), row, a.head, s), a.k_table, to, head, s);
+    } else {
+        const float v = load<D>(a.v, head, row);
+        put<D>(a.v_group ? rotate_block<D>(v, a.v_group, nullptr, s) : v, a.v_table, to, head, s);
+    }
+}
+
+bool is_source(const ggml_tensor * x) {
+    return x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float);
+}
+
+bool is_table(const ggml_tensor * t) {
+    return t->type == GGML_TYPE_F32 || t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_BF16 ||
+           t->type == GGML_TYPE_Q8_0 || t->type == GGML_TYPE_Q4_0;
+}
+
+bool supports(const ggml_tensor * node) {
+    const int64_t size = node->src[0]->ne[0];
+    return (size == 64 || size == 128 || size == 256) && node->src[0]->ne[2] <= 65535 && is_source(node->src[0]) &&
+           is_source(node->src[1]) && is_table(node->src[5]) && is_table(node->src[6]);
+}
+
+source source_of(const ggml_tensor * x) {
+    return { (const char *) x->data, (int64_t) x->nb[1], (int64_t) x->nb[2] };
+}
+
+table table_of(const ggml_tensor * t) {
+    return { (char *) t->data, (int64_t) t->nb[1], t->type };
+}
+
+bool launch(pydflash_cuda * cuda, ggml_tensor * node) {
+    const ggml_tensor * k = node->src[0];
+    arguments a;
+    a.k = source_of(k);
+    a.v = source_of(node->src[1]);
+    a.k_table = table_of(node->src[5]);
+    a.v_table = table_of(node->src[6]);
+    a.rows    = (const int32_t *) node->src[4]->data;
+    a.v_group = pydflash_node_params(node)[4];
+    a.head.weight      = (const float *) node->src[2]->data;
+    a.head.positions   = (const int32_t *) node->src[3]->data;
+    a.head.signs       = node->src[7] ? (const float *) node->src[7]->data : nullptr;
+    a.head.dims        = pydflash_node_params(node)[0];
+    a.head.eps         = pydflash_node_param_f32(node, 2);
+    a.head.group       = pydflash_node_params(node)[3];
+    a.head.theta_scale = powf(pydflash_node_param_f32(node, 1), -2.0f / a.head.dims);
+    auto run = [&](auto kernel) {
+        const dim3 grid((unsigned) k->ne[1], (unsigned) k->ne[2], 2);
+        kernel<<<grid, (unsigned) k->ne[0], 0, cuda->stream>>>(a);
+    };
+    switch (k->ne[0]) {
+        case 64:  run(store_kv<64>);  return true;
+        case 128: run(store_kv<128>); return true;
+        case 256: run(store_kv<256>); return true;
+        default:  return false;
+    }
+}
+
+}  // namespace
+
+const pydflash_cuda_op pydflash_cuda_store_kv = { launch, supports };

@@ -1,0 +1,31 @@
+// store_kv: a step's rows of K and V into their tables, each in the table's type.
+//
+//   k_table[rows[t]] = quantise(norm_rope(k[t]))            norm, RoPE and rotation as in norm_rope.h
+//   v_table[rows[t]] = quantise(turbo_wht(v[t], v_group))   v_group 0: unrotated; never with signs
+//
+//   src[0]   k           (T, Hkv, D) f32; D is 64, 128 or 256; the last axis contiguous, other axes strided
+//   src[1]   v           (T, Hkv, D) f32; as k
+//   src[2]   weight      (D,) f32, K's norm
+//   src[3]   positions   (T,) int32
+//   src[4]   rows        (T,) int32, each within the tables
+//   src[5]   k_table     (P, Hkv * D) f32, f16, bf16, q8_0 or q4_0; updated in place
+//   src[6]   v_table     (P, Hkv * D) as k_table; its type need not be k_table's
+//   src[7]   signs       (2, k_group) f32; optional
+//   params   [0] dims   [1] base (float)   [2] eps (float)   [3] k_group   [4] v_group: 0, 64, 128 or 256 dividing D
+//   result   a view of k_table
+//
+// Rows that share a table row (padding) leave any of their bytes there. Otherwise the tables have the bytes that ggml's
+// rms_norm, mul, rope_ext and set_rows around our turbo_wht leave, on the CPU and on CUDA each.
+#pragma once
+
+#include "ext.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+void pydflash_store_kv_cpu(struct ggml_tensor * dst, int ith, int nth, void * op);
+
+#ifdef __cplusplus
+}
+#endif
