@@ -24,7 +24,8 @@ def test_argument_wins_over_environment_wins_over_default() -> None:
 
 def test_every_field_has_a_variable_of_its_type() -> None:
     values = {
-        "max_context": 7, "cache_k": "q4_0", "cache_v": "q8_0", "k_rotation": "signed-128", "device": "cpu",
+        "max_context": 7, "cache_k": "q4_0", "cache_v": "q8_0", "k_rotation": "signed-128",
+        "v_rotation": "hadamard-64", "fused": False, "device": "cpu",
         "threads": 2, "chunk": 64, "draft_max": 3, "adaptive": True, "draft_causal": False,
     }  # fmt: skip
     assert set(values) == {field.name for field in dataclasses.fields(EngineConfig)} - {"sources"}
@@ -56,6 +57,9 @@ def test_an_unknown_argument_is_an_error_that_lists_the_valid_ones() -> None:
         ("cache_k", "q4_1", "q4_0"),
         ("cache_v", "F16", "f16"),
         ("k_rotation", "hadamard", "hadamard-256"),
+        ("v_rotation", "auto", "none, hadamard-256, hadamard-128, hadamard-64"),
+        ("v_rotation", "signed-128", "hadamard-64"),
+        ("fused", 1, "True"),
         ("device", 1, "cuda"),
         ("threads", 0, "1 to 512"),
         ("chunk", 100, "128"),

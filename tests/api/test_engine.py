@@ -272,6 +272,7 @@ def test_loading_reports_progress_of_both_files(target_path: Path, draft_path: P
         ({"device": "cuda:99"}, NoDevice),
         ({"environment": {"PYDFLASH_NOPE": "1"}}, ConfigError),
         ({"k_rotation": "hadamard-512"}, ConfigError),
+        ({"v_rotation": "hadamard-512"}, ConfigError),
     ],
 )
 def test_a_wrong_option_is_refused(target_path: Path, options: dict[str, object], error: type[Exception]) -> None:
@@ -307,13 +308,15 @@ def test_a_model_without_a_template_still_takes_raw_prompts(tmp_path: Path) -> N
 
 
 def test_explain_gives_every_effective_value_and_its_source(target_path: Path, draft_path: Path) -> None:
-    options = {**OPTIONS, "environment": {"PYDFLASH_CACHE_V": "q8_0"}}
-    with Engine.load(target_path, draft_path, cache_k="q4_0", **options) as engine:  # type: ignore[arg-type]
+    options = {**OPTIONS, "environment": {"PYDFLASH_CACHE_V": "q8_0", "PYDFLASH_V_ROTATION": "hadamard-64"}}
+    with Engine.load(target_path, draft_path, cache_k="q4_0", fused=False, **options) as engine:  # type: ignore[arg-type]
         settings = {s.name: (s.value, s.source) for s in engine.settings()}
         text = engine.explain()
     assert settings["cache_k"] == ("q4_0", "argument")
     assert settings["cache_v"] == ("q8_0", "environment (PYDFLASH_CACHE_V)")
+    assert settings["fused"] == (False, "argument")
     assert settings["K basis"][0] == "hadamard-256"
+    assert settings["V basis"][0] == "hadamard-64"
     assert settings["block size"] == (16, "draft")
     assert len(text.splitlines()) == len(settings)
 

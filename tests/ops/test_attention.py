@@ -159,7 +159,7 @@ def test_threads_do_not_change_a_bit(cpu: Backend, pair: tuple[str, str]) -> Non
         assert np.array_equal(*(attend(b, q, k, v, POSITIONS) for b in (cpu, two)))
 
 
-@pytest.mark.parametrize("pair", [("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "q4_0")], ids="/".join)
+@pytest.mark.parametrize("pair", list(product(CUDA_TYPES, CUDA_TYPES)), ids="/".join)
 def test_prefill_attention_agrees_with_the_exact_one(backend: Backend, pair: tuple[str, str]) -> None:
     q, k, v = operands(*pair, 128)
     sees = visible(POSITIONS, np.arange(SLOTS), True, 0)

@@ -24,7 +24,9 @@ SKIP, NAMED = {"DFLASH_SKIP_WHT": "1"}, {"PYDFLASH_K_ROTATION": "signed-128"}
 TABLE = [
     (Q4, 256, "auto", {}, "hadamard-256"),
     (Q4, 128, "auto", {}, "hadamard-128"),
-    (Q4, 64, "auto", {}, "none"),  # no group divides it
+    (Q4, 64, "auto", {}, "none"),  # neither 256 nor 128 divides it
+    (Q4, 64, "hadamard-64", {}, "hadamard-64"),
+    (Q4, 256, "hadamard-64", SKIP, "hadamard-64"),
     (Q8, 256, "auto", {}, "none"),
     (F16, 256, "auto", {}, "none"),
     (F32, 256, "auto", {}, "none"),
@@ -48,9 +50,10 @@ def test_the_rule(k_type: GGMLType, size: int, requested: str, environment: dict
     assert k_basis(k_type, size, requested, environment).name == basis
 
 
-@pytest.mark.parametrize("requested", ["Hadamard-256", "wht", "", "hadamard-64"])
+@pytest.mark.parametrize("requested", ["Hadamard-256", "wht", "", "hadamard-32"])
 def test_an_unknown_basis_lists_the_valid_ones(requested: str) -> None:
-    with pytest.raises(ConfigError, match="valid values are auto, none, hadamard-256, hadamard-128, signed-128"):
+    valid = "valid values are auto, none, hadamard-256, hadamard-128, hadamard-64, signed-128"
+    with pytest.raises(ConfigError, match=valid):
         k_basis(Q4, 256, requested)
     with pytest.raises(ConfigError, match="valid values are"):
         k_basis(Q4, 256, "auto", {"PYDFLASH_K_ROTATION": requested or "x"})
@@ -84,7 +87,7 @@ def test_a_rotated_f32_cache_gives_the_same_logits(model_of: Load, basis: str) -
         assert nmse(rotated.forward(tokens, "all").logits, plain.forward(tokens, "all").logits) < 1e-11
 
 
-@pytest.mark.parametrize("basis", ["hadamard-256", "hadamard-128", "signed-128"])
+@pytest.mark.parametrize("basis", ["hadamard-256", "hadamard-128", "hadamard-64", "signed-128"])
 def test_rotation_saves_a_q4_0_cache_from_outlier_channels(
     tmp_path_factory: pytest.TempPathFactory, basis: str
 ) -> None:

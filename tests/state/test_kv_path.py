@@ -1,0 +1,107 @@
+"""A session that takes Q, K and V to attention in one kernel each has the bytes of one that takes them step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pydflash._ffi import ffi, lib
+from pydflash.backend import cuda_device_count
+from pydflash.decode import Stats, speculative
+from pydflash.draft import Draft, DraftSession, load_draft
+from pydflash.models import Model, load_model
+from pydflash.sampling import Sampler, SamplingParams
+from pydflash.session import Session
+from tests.helpers import state_of
+from tests.tiny import GEOMETRIES, write_draft, write_target
+
+LOSSY = ("f16", "bf16", "q8_0", "q4_0")
+# Cache types and bases of K and V.
+CASES = [("f16", "f16", "none", "none"), ("q4_0", "q8_0", "auto", "none"), ("q4_0", "q4_0", "auto", "hadamard-64")]
+CASES += [("q8_0", "bf16", "signed-128", "hadamard-256"), ("q4_0", "f16", "hadamard-64", "hadamard-128")]
+
+
+@dataclass
+class Pair:
+    model: Model
+    draft: Draft
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Heads of 256 as in the 27B model, on every device; the draft's heads are of another size."""
+    if request.param == "cuda" and not cuda_device_count():
+        pytest.skip("no CUDA device, or a build without CUDA")
+    folder: Path = tmp_path_factory.mktemp("pair")
+    target = write_target(folder / "target.gguf", GEOMETRIES["gqa6"], "q8_0", seed=1)
+    written = write_draft(folder / "draft.gguf", GEOMETRIES["gqa6"], window=64)
+    threads = 2 if request.param == "cpu" else None
+    with load_model(target, request.param, threads=threads) as model, load_draft(written, model) as draft:
+        yield Pair(model, draft)
+
+
+def tokens_for(count: int, seed: int = 0) -> list[int]:
+    tokens: list[int] = np.random.default_rng(seed).integers(0, GEOMETRIES["gqa6"].vocab, count).tolist()
+    return tokens
+
+
+def opened(pair: Pair, case: tuple[str, str, str, str], fused: bool) -> Session:
+    return Session(pair.model, 512, *case, fused=fused, capture=pair.draft.config.taps)
+
+
+def assert_same_run(pair: Pair, case: tuple[str, str, str, str]) -> None:
+    """A prefill with padding, narrow steps, a part forgotten: logits and everything remembered, byte by byte."""
+    pieces = [(100, 100), (1, 1), (16, 9), (3, 3), (16, 16), (5, 0), (33, 33), (2, 1)]
+    with opened(pair, case, True) as fused, opened(pair, case, False) as plain:
+        for seed, (count, kept) in enumerate(pieces):
+            rows = [s.forward(tokens_for(count, seed), "all").logits for s in (fused, plain)]
+            assert np.array_equal(*rows), (seed, count)
+            for session in (fused, plain):
+                session.commit(kept)
+        here, there = (state_of(session, pair.model) for session in (fused, plain))
+    assert here.keys() == there.keys()
+    for name, values in there.items():
+        assert np.array_equal(here[name], values), name
+
+
+@pytest.mark.parametrize("case", CASES, ids="/".join)
+def test_logits_and_caches_have_the_same_bytes(pair: Pair, case: tuple[str, str, str, str]) -> None:
+    assert_same_run(pair, case)
+
+
+@pytest.mark.parametrize("types", list(product(LOSSY, LOSSY)), ids="/".join)
+def test_logits_and_caches_have_the_same_bytes_for_every_pair_of_types(pair: Pair, types: tuple[str, str]) -> None:
+    assert_same_run(pair, (*types, "auto", "none"))
+
+
+@pytest.mark.parametrize("case", CASES, ids="/".join)
+def test_speculation_proposes_and_accepts_the_same(pair: Pair, case: tuple[str, str, str, str]) -> None:
+    texts, traces, proposed = [], [], []
+    for fused in (True, False):
+        stats = Stats()
+        with opened(pair, case, fused) as session, DraftSession(pair.draft, session) as draft:
+            sampler = Sampler(SamplingParams(), pair.model.config.vocab)
+            steps = speculative(session, draft, tokens_for(40), sampler, max_tokens=60, stats=stats)
+            texts.append([token for step in steps for token in step.tokens])
+            traces.append(stats.trace)
+            proposed.append(draft.logits())
+    assert texts[0] == texts[1]
+    assert traces[0] == traces[1]
+    assert np.array_equal(*proposed)
+
+
+def test_a_fused_session_turns_and_stores_in_no_node_of_its_own(pair: Pair) -> None:
+    """No node turns or stores a row beside norm_rope and store_kv."""
+    for fused, each in ((True, 0), (False, 2)):
+        with opened(pair, ("q4_0", "q8_0", "auto", "none"), fused) as session:
+            session.forward(tokens_for(1), "none")
+            (step,) = session._graphs.values()
+            nodes = [lib.ggml_graph_node(step.graph.c, i) for i in range(lib.ggml_graph_n_nodes(step.graph.c))]
+            kinds = [ffi.string(lib.ggml_op_desc(node)).decode() for node in nodes]
+        for kind in ("ROPE", "SET_ROWS"):
+            assert kinds.count(kind) == each * len(pair.model.config.attention_layers), kind
