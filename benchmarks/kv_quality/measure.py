@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from benchmarks.kv_quality.metrics import agreement, kl_divergence, percentile, perplexity, relative_error
 from benchmarks.kv_quality.texts import Needle, Text
-from benchmarks.speed import feed
 from pydflash import ops
 from pydflash.backend import Arena
+from pydflash.bench import feed
 from pydflash.decode import speculative
 from pydflash.draft import Draft, DraftSession
 from pydflash.ggml_types import GGMLType
