@@ -9,8 +9,6 @@
 namespace {
 
 constexpr int TAPE     = PYDFLASH_TAPE_ROWS;
-constexpr int KERNEL   = 4;   // columns under the convolution; the only size qwen35 files use
-constexpr int HISTORY  = KERNEL - 1;
 constexpr int CHANNELS = 128;
 constexpr int TILE     = 64;  // new rows per block
 
@@ -27,58 +25,81 @@ struct arguments {
     int           channels, heads, rows, keep;
 };
 
-// The convolution of one position, then SiLU; spelt as fmaf so that replayed and new rows round alike.
-__device__ float activate(float4 w, float v0, float v1, float v2, float v3) {
-    const float v = fmaf(w.w, v3, fmaf(w.z, v2, fmaf(w.y, v1, __fmul_rn(w.x, v0))));
-    return v / (1.0f + expf(-v));
-}
+// K columns under the convolution: 4 in every published qwen35 model.
+template <int K>
+struct taps {
+    float weight[K];
+    float past[K - 1];
+
+    __device__ void load(const float * weights) {
+        if constexpr (K == 4) {
+            *(float4 *) weight = *(const float4 *) weights;
+        } else {
+#pragma unroll
+            for (int j = 0; j < K; j++) { weight[j] = weights[j]; }
+        }
+    }
+
+    // The convolution of the position of `value`, then SiLU. Spelt as fmaf so that replayed and new rows round alike.
+    __device__ float activate(float value) const {
+        float v = __fmul_rn(weight[0], past[0]);
+#pragma unroll
+        for (int j = 1; j < K - 1; j++) { v = fmaf(weight[j], past[j], v); }
+        v = fmaf(weight[K - 1], value, v);
+        return v / (1.0f + expf(-v));
+    }
+
+    __device__ void push(float value) {
+#pragma unroll
+        for (int j = 0; j < K - 2; j++) { past[j] = past[j + 1]; }
+        past[K - 2] = value;
+    }
+};
 
 // One q|k|v channel of one tile.
+template <int K>
 __device__ void convolve(const arguments & a, int c, int tile, int kept, int rows) {
+    constexpr int HISTORY = K - 1;
     const int width = a.channels + 2 * a.heads;
-    const float4 w  = *(const float4 *) (a.weight + (int64_t) c * KERNEL);
     float * column  = a.window + c;
-    float v0, v1, v2;
+    taps<K> s;
+    s.load(a.weight + (int64_t) c * K);
     if (tile == 0) {
-        v0 = column[0]; v1 = column[width]; v2 = column[2 * width];
+#pragma unroll
+        for (int j = 0; j < HISTORY; j++) { s.past[j] = column[j * width]; }
         for (int t = 0; t < kept; t++) {
-            const float v3 = column[(HISTORY + t) * width];
-            a.out[(int64_t) t * width + c] = activate(w, v0, v1, v2, v3);
-            v0 = v1; v1 = v2; v2 = v3;
+            const float value = column[(HISTORY + t) * width];
+            a.out[(int64_t) t * width + c] = s.activate(value);
+            s.push(value);
         }
     } else {
-        v0 = a.x[(tile * TILE - 3) * a.x_stride + c];
-        v1 = a.x[(tile * TILE - 2) * a.x_stride + c];
-        v2 = a.x[(tile * TILE - 1) * a.x_stride + c];
-    }
-    if (tile == 0 && a.keep) {
-        column[0] = v0; column[width] = v1; column[2 * width] = v2;
-    }
-    if (tile == 0 && !a.keep) {
-        // The last three columns of [v0 v1 v2 | new rows], for fewer than three new rows too.
-        const float before[HISTORY] = { v0, v1, v2 };
 #pragma unroll
-        for (int i = 0; i < HISTORY; i++) {
-            const int row = rows - HISTORY + i;
-            float value = row >= 0 ? a.x[row * a.x_stride + c] : 0.0f;
+        for (int j = 0; j < HISTORY; j++) { s.past[j] = a.x[(tile * TILE - HISTORY + j) * a.x_stride + c]; }
+    }
+    if (tile == 0) {
+        taps<K> end = s;
+        if (!a.keep) {  // the last columns of [past | new rows]
 #pragma unroll
-            for (int j = 0; j < HISTORY; j++) {
-                if (row + HISTORY == j) { value = before[j]; }
+            for (int row = rows - HISTORY, j = 0; j < HISTORY; row++, j++) {
+                if (row >= 0) { end.push(a.x[row * a.x_stride + c]); }
             }
-            column[i * width] = value;
         }
+#pragma unroll
+        for (int j = 0; j < HISTORY; j++) { column[j * width] = end.past[j]; }
     }
     const int last = min(rows, (tile + 1) * TILE);
     for (int t = tile * TILE; t < last; t++) {
-        const float v3 = a.x[t * a.x_stride + c];
-        a.out[(int64_t) (TAPE + t) * width + c] = activate(w, v0, v1, v2, v3);
-        if (a.keep) { column[(HISTORY + t) * width] = v3; }
-        v0 = v1; v1 = v2; v2 = v3;
+        const float value = a.x[t * a.x_stride + c];
+        a.out[(int64_t) (TAPE + t) * width + c] = s.activate(value);
+        s.push(value);
+        if (a.keep) { column[(HISTORY + t) * width] = value; }
     }
 }
 
 // One gate channel of one tile: log-decay for the first `heads` channels, beta for the rest.
+template <int K>
 __device__ void gate(const arguments & a, int c, int tile, int kept, int rows) {
+    constexpr int HISTORY = K - 1;
     const int width = a.channels + 2 * a.heads;
     const int head  = c - a.channels < a.heads ? c - a.channels : c - a.channels - a.heads;
     const bool decay = c - a.channels < a.heads;
@@ -100,18 +121,26 @@ __device__ void gate(const arguments & a, int c, int tile, int kept, int rows) {
     }
 }
 
+template <int K>
 __global__ void delta_inputs(arguments a) {
     const int c = blockIdx.x * CHANNELS + threadIdx.x;
     const int kept = a.counts[0], rows = a.counts[1];
     if (c < a.channels) {
-        convolve(a, c, blockIdx.y, kept, rows);
+        convolve<K>(a, c, blockIdx.y, kept, rows);
     } else if (c < a.channels + 2 * a.heads) {
-        gate(a, c, blockIdx.y, kept, rows);
+        gate<K>(a, c, blockIdx.y, kept, rows);
     }
 }
 
+using kernel = void (*)(arguments);
+constexpr kernel KERNELS[] = {  // by K, from 2 on
+    delta_inputs<2>,  delta_inputs<3>,  delta_inputs<4>,  delta_inputs<5>,  delta_inputs<6>,
+    delta_inputs<7>,  delta_inputs<8>,  delta_inputs<9>,  delta_inputs<10>, delta_inputs<11>,
+    delta_inputs<12>, delta_inputs<13>, delta_inputs<14>, delta_inputs<15>, delta_inputs<16>,
+};
+
 bool supports(const ggml_tensor * node) {
-    return node->src[3]->ne[0] == KERNEL && node->src[0]->type == GGML_TYPE_F32;
+    return node->src[3]->ne[0] >= 2 && node->src[3]->ne[0] <= 16 && node->src[0]->type == GGML_TYPE_F32;
 }
 
 bool launch(pydflash_cuda * cuda, ggml_tensor * node) {
@@ -129,7 +158,7 @@ bool launch(pydflash_cuda * cuda, ggml_tensor * node) {
     a.rows = (int) node->src[0]->ne[1];
     a.keep = pydflash_node_params(node)[0];
     const dim3 grid((a.channels + 2 * a.heads + CHANNELS - 1) / CHANNELS, (a.rows + TILE - 1) / TILE);
-    delta_inputs<<<grid, CHANNELS, 0, cuda->stream>>>(a);
+    KERNELS[node->src[3]->ne[0] - 2]<<<grid, CHANNELS, 0, cuda->stream>>>(a);
     return true;
 }
 

@@ -1,7 +1,8 @@
 // delta_rule on CUDA. One block carries 32 value columns of one head through all rows, one after the other.
 //
-// The block's part of the state stays in registers: four threads share a column and hold 32 of its 128 key rows each, so a
-// row costs two reductions over four lanes. Rows are brought to shared memory in tiles of 16, with q and k normalised on
+// The block's part of the state stays in registers: four threads share a column and hold a quarter of its key rows each (32
+// of 128, the head dimension D of every published qwen35 model; other D have kernels of their own), so a row costs two
+// reductions over four lanes. Rows are brought to shared memory in tiles of 16, with q and k normalised on
 // the way. Key rows are dealt to the four threads in groups of four, so that their 16-byte reads of k and q fall into
 // different banks. The loop over rows is serial by nature: latency of about 300 cycles a row bounds it; the state itself
 // (read once, written once) is 3 MiB a layer for the 27B geometry.
@@ -12,10 +13,8 @@
 namespace {
 
 constexpr int TAPE    = PYDFLASH_TAPE_ROWS;
-constexpr int D       = 128;      // head dimension of every published qwen35 model
 constexpr int COLUMNS = 32;       // value columns per block
 constexpr int SPLIT   = 4;        // threads per column
-constexpr int OWN     = D / SPLIT;
 constexpr int THREADS = COLUMNS * SPLIT;
 constexpr int TILE    = 16;       // rows in shared memory at a time
 
@@ -28,8 +27,13 @@ struct arguments {
     float         eps;
 };
 
+// 1 / sqrt(D), the scale of q.
+template <int D>
+constexpr float SCALE = D == 32 ? 0.17677669529663687f : D == 64 ? 0.125f : D == 128 ? 0.08838834764831845f : 0.0625f;
+
+template <int D>
 struct tile {
-    float q[TILE][D];
+    alignas(16) float q[TILE][D];
     float k[TILE][D];
     float v[TILE][COLUMNS];
     float decay[TILE];
@@ -44,21 +48,38 @@ __device__ float warp_sum(float v) {
     return v;
 }
 
-// x / sqrt(sum x^2 + eps) * scale by one warp, four values a lane.
+// What one lane holds of a row of q or k: D / 32 values, read together.
+template <int D>
+struct alignas(D < 128 ? D / 8 : 16) piece {
+    float value[D / 32];
+};
+
+// x / sqrt(sum x^2 + eps) * scale by one warp.
+template <int D>
 __device__ void l2_normalise(float * out, const float * x, float eps, float scale) {
     const int lane = threadIdx.x % 32;
-    const float4 v = ((const float4 *) x)[lane];
-    const float factor = scale / sqrtf(warp_sum(v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w) + eps);
-    ((float4 *) out)[lane] = make_float4(v.x * factor, v.y * factor, v.z * factor, v.w * factor);
+    piece<D> v = ((const piece<D> *) x)[lane];
+    float sum = v.value[0] * v.value[0];
+#pragma unroll
+    for (int i = 1; i < D / 32; i++) {
+        sum += v.value[i] * v.value[i];
+    }
+    const float factor = scale / sqrtf(warp_sum(sum) + eps);
+#pragma unroll
+    for (int i = 0; i < D / 32; i++) {
+        v.value[i] *= factor;
+    }
+    ((piece<D> *) out)[lane] = v;
 }
 
-__device__ void load(tile & s, const arguments & a, int first, int rows, int head, int column) {
+template <int D>
+__device__ void load(tile<D> & s, const arguments & a, int first, int rows, int head, int column) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int k_head = head % a.k_heads;
     for (int t = warp; t < rows; t += THREADS / 32) {
         const float * row = a.inputs + (int64_t) (first + t) * a.width;
-        l2_normalise(s.q[t], row + k_head * D, a.eps, 0.08838834764831845f);
-        l2_normalise(s.k[t], row + (a.k_heads + k_head) * D, a.eps, 1.0f);
+        l2_normalise<D>(s.q[t], row + k_head * D, a.eps, SCALE<D>);
+        l2_normalise<D>(s.k[t], row + (a.k_heads + k_head) * D, a.eps, 1.0f);
         s.v[t][lane] = row[(2 * a.k_heads + head) * D + column + lane];
         if (lane == 0) {
             s.decay[t] = expf(row[a.width - 2 * a.v_heads + head]);
@@ -73,11 +94,12 @@ __device__ float dot4(float a, float b, float c, float d, float4 v, float sum) {
 
 // One row; returns o of this thread's column (the same value in its four threads). The products are spelt as fmaf so
 // that replayed and new rows round alike whatever the compiler makes of the two loops.
-__device__ float step(float (&state)[OWN], const tile & s, int t, int part, int column) {
+template <int D>
+__device__ float step(float (&state)[D / SPLIT], const tile<D> & s, int t, int part, int column) {
     const float decay = s.decay[t];
     float predicted = 0.0f;
 #pragma unroll
-    for (int i = 0; i < OWN; i += 4) {
+    for (int i = 0; i < D / SPLIT; i += 4) {
         const float4 k = *(const float4 *) &s.k[t][i * SPLIT + part * 4];
         predicted = dot4(state[i], state[i + 1], state[i + 2], state[i + 3], k, predicted);
     }
@@ -86,7 +108,7 @@ __device__ float step(float (&state)[OWN], const tile & s, int t, int part, int 
     const float delta = __fmul_rn(s.beta[t], fmaf(-decay, predicted, s.v[t][column]));
     float read = 0.0f;
 #pragma unroll
-    for (int i = 0; i < OWN; i += 4) {
+    for (int i = 0; i < D / SPLIT; i += 4) {
         const float4 k = *(const float4 *) &s.k[t][i * SPLIT + part * 4];
         const float4 q = *(const float4 *) &s.q[t][i * SPLIT + part * 4];
         state[i] = fmaf(decay, state[i], __fmul_rn(delta, k.x));
@@ -100,9 +122,10 @@ __device__ float step(float (&state)[OWN], const tile & s, int t, int part, int 
     return read;
 }
 
-__device__ void move_state(float (&state)[OWN], float * memory, bool store) {
+template <int D>
+__device__ void move_state(float (&state)[D / SPLIT], float * memory, bool store) {
 #pragma unroll
-    for (int i = 0; i < OWN; i += 4) {
+    for (int i = 0; i < D / SPLIT; i += 4) {
         float4 * cell = (float4 *) (memory + i * SPLIT);
         if (store) {
             *cell = make_float4(state[i], state[i + 1], state[i + 2], state[i + 3]);
@@ -113,8 +136,9 @@ __device__ void move_state(float (&state)[OWN], float * memory, bool store) {
     }
 }
 
+template <int D>
 __global__ void __launch_bounds__(THREADS) delta_rule(arguments a) {
-    __shared__ tile s;
+    __shared__ tile<D> s;
     const int head   = blockIdx.x;
     const int base   = blockIdx.y * COLUMNS;
     const int column = threadIdx.x / SPLIT;
@@ -122,16 +146,16 @@ __global__ void __launch_bounds__(THREADS) delta_rule(arguments a) {
     const int kept = a.counts[0], rows = a.counts[1];
 
     float * memory = a.state + ((int64_t) head * D + base + column) * D + part * 4;
-    float state[OWN];
-    move_state(state, memory, false);
+    float state[D / SPLIT];
+    move_state<D>(state, memory, false);
 
     if (kept > 0) {
         load(s, a, 0, kept, head, base);
         __syncthreads();
         for (int t = 0; t < kept; t++) {
-            step(state, s, t, part, column);
+            step<D>(state, s, t, part, column);
         }
-        if (a.keep) { move_state(state, memory, true); }
+        if (a.keep) { move_state<D>(state, memory, true); }
     }
     for (int first = 0; first < a.rows; first += TILE) {
         const int count = min(TILE, max(0, rows - first));
@@ -139,17 +163,31 @@ __global__ void __launch_bounds__(THREADS) delta_rule(arguments a) {
         load(s, a, TAPE + first, count, head, base);
         __syncthreads();
         for (int t = 0; t < min(TILE, a.rows - first); t++) {
-            const float o = t < count ? step(state, s, t, part, column) : 0.0f;
+            const float o = t < count ? step<D>(state, s, t, part, column) : 0.0f;
             if (part == 0) {
                 a.out[(int64_t) (first + t) * a.v_heads * D + head * D + base + column] = o;
             }
         }
     }
-    if (!a.keep) { move_state(state, memory, true); }
+    if (!a.keep) { move_state<D>(state, memory, true); }
 }
 
+using kernel = void (*)(arguments);
+
+kernel kernel_of(int d) {
+    switch (d) {
+        case 32:  return delta_rule<32>;
+        case 64:  return delta_rule<64>;
+        case 128: return delta_rule<128>;
+        case 256: return delta_rule<256>;
+        default:  return nullptr;
+    }
+}
+
+// Rows of q and k must be aligned for 16-byte reads, which an odd number of value heads breaks.
 bool supports(const ggml_tensor * node) {
-    return pydflash_node_params(node)[2] == D;
+    const int d = pydflash_node_params(node)[2];
+    return kernel_of(d) && (d < 128 || node->src[0]->ne[0] % 4 == 0);
 }
 
 bool launch(pydflash_cuda * cuda, ggml_tensor * node) {
@@ -165,7 +203,8 @@ bool launch(pydflash_cuda * cuda, ggml_tensor * node) {
     a.k_heads = params[1];
     a.keep    = params[0];
     a.eps     = pydflash_node_param_f32(node, 3);
-    delta_rule<<<dim3(a.v_heads, D / COLUMNS), THREADS, 0, cuda->stream>>>(a);
+    const int d = params[2];
+    kernel_of(d)<<<dim3(a.v_heads, d / COLUMNS), THREADS, 0, cuda->stream>>>(a);
     return true;
 }
 

@@ -9,7 +9,7 @@ import pytest
 
 from pydflash import ops
 from pydflash.backend import Backend
-from pydflash.errors import ShapeError
+from pydflash.errors import DeviceError, ShapeError
 from pydflash.ggml_types import GGMLType
 from pydflash.graph import Graph
 from pydflash.tensor import Tensor
@@ -64,6 +64,8 @@ LAYERS = {
     "ratio3": Layer(2, 6, 128, 4),
     "short": Layer(1, 2, 64, 3),
     "wide": Layer(1, 2, 256, 4),
+    "two taps": Layer(2, 2, 32, 2),
+    "many taps": Layer(1, 1, 64, 16),
 }
 
 
@@ -145,7 +147,7 @@ def test_pending_rows_leave_the_state_alone(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("kept", range(17))
-@pytest.mark.parametrize("name", ["equal", "ratio3", "short"])
+@pytest.mark.parametrize("name", LAYERS)
 def test_replaying_a_kept_prefix_is_bit_equal_to_having_run_only_it(backend: Backend, name: str, kept: int) -> None:
     layer = LAYERS[name]
     first, second = layer.rows(16), layer.rows(5)
@@ -235,6 +237,14 @@ def test_cuda_gives_the_numbers_of_the_cpu(cuda: Backend, cpu: Backend, name: st
     there, here = (step(b, layer, rows, layer.window, layer.state, replay=9, keep=False) for b in (cuda, cpu))
     assert relative(there.out, here.out) < 2 * RULE_TOLERANCE
     assert relative(there.state, here.state) < 2 * RULE_TOLERANCE
+
+
+@pytest.mark.cuda
+def test_rows_that_16_byte_reads_do_not_fit_are_refused_on_cuda(cuda: Backend) -> None:
+    """An odd number of value heads leaves rows of q and k between multiples of 16 bytes."""
+    layer = Layer(1, 3, 128, 4)
+    with pytest.raises(DeviceError, match=r"result of shape \(4, 384\)"):
+        step(cuda, layer, layer.rows(4), layer.window, layer.state)
 
 
 def leaves_of(graph: Graph, layer: Layer, rows: int, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
