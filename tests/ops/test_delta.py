@@ -64,7 +64,7 @@ LAYERS = {
     "ratio3": Layer(2, 6, 128, 4),
     "short": Layer(1, 2, 64, 3),
     "wide": Layer(1, 2, 256, 4),
-    "two taps": Layer(2, 2, 32, 2),
+    "two taps": Layer(1, 2, 32, 2),
     "many taps": Layer(1, 1, 64, 16),
 }
 
