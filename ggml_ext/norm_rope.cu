@@ -1,6 +1,6 @@
-// norm_rope on CUDA. One block transforms one head of one row, one thread a value (norm_rope.cuh): partners of the rotary
-// embedding and of the butterflies meet through shuffles within a warp and through shared memory beyond. The kernel reads
-// and writes each value once; at the few rows of decoding its launch bounds it, in prefill device memory does.
+// norm_rope on CUDA. One block transforms one head of one row, one thread a value (norm_rope.cuh): partners of the
+// rotary embedding and of the butterflies meet through shuffles within a warp and through shared memory beyond. The
+// kernel reads and writes each value once; its launch bounds it at the few rows of decoding, device memory in prefill.
 #include "norm_rope.h"
 #include "ext_cuda.cuh"
 #include "norm_rope.cuh"

@@ -1,8 +1,9 @@
 // What norm_rope and store_kv do to one head: a block of D threads, one value each.
 //
-// The bits are those of ggml's rms_norm_mul_rope_f32 (rope.cu) followed by turbo_wht.cu, which take the same sums in the
-// same order: squares over a warp, then over the warps; butterflies from the lowest bit of the index up. The products of
-// the rotary embedding are spelt as the compiler contracts ggml's.
+// The bits are those of ggml's rms_norm_mul_rope_f32 (rope.cu) followed by turbo_wht.cu, which take the same sums in
+// the same order: squares over a warp, then over the warps; butterflies from the lowest bit of the index up. Where a
+// compiler may contract to one fused multiply-add it is told: as in ggml's rotary embedding, and never a product before
+// a sum.
 #pragma once
 
 #include "common.cuh"  // ggml-cuda's block_reduce
@@ -46,7 +47,7 @@ static __device__ float hadamard_block(float v, int group, head_scratch<D> & s) 
 // turbo_wht, forward. `signs` may be nullptr.
 template <int D>
 static __device__ float rotate_block(float v, int group, const float * signs, head_scratch<D> & s) {
-    const int i = threadIdx.x % group;
+    const int i = threadIdx.x & (group - 1);
     v = hadamard_block<D>(v * (signs ? signs[i] : 1.0f), group, s);
     return v * (signs ? signs[group + i] : 1.0f);
 }
@@ -69,8 +70,9 @@ static __device__ float turn_block(float v, int position, const head_transform &
 
 template <int D>
 static __device__ float transform_block(float x, int row, const head_transform & h, head_scratch<D> & s) {
-    const float sum   = block_reduce<block_reduce_method::SUM, D>(x * x, s.sums);
+    const float sum   = block_reduce<block_reduce_method::SUM, D>(__fmul_rn(x, x), s.sums);
     const float scale = rsqrtf(sum / D + h.eps);  // D is a power of two: the division is exact
-    float v = turn_block<D>(scale * x * h.weight[threadIdx.x], h.positions[row], h, s);
+    const float n     = __fmul_rn(__fmul_rn(scale, x), h.weight[threadIdx.x]);
+    const float v     = turn_block<D>(n, h.positions[row], h, s);
     return h.group ? rotate_block<D>(v, h.group, h.signs, s) : v;
 }
