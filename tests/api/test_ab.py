@@ -302,6 +302,15 @@ def test_an_f16_cache_knows_no_difference_between_no_rotation_and_auto() -> None
 
 
 @needs_pair
+def test_fused_and_single_kernels_give_equal_outputs() -> None:
+    protocol = Protocol(repeats=6, max_tokens=16, prompts=TEST_DATA / "held_out.jsonl")
+    report = run("fused=true", "fused=false", protocol, clock=Clock(**STEADY))
+    assert report.outputs.b_differs is None
+    values = [{s["name"]: s["value"] for s in report.settings[name]}["fused"] for name in "AB"]
+    assert values == [True, False]
+
+
+@needs_pair
 def test_a_draft_changes_no_token_and_only_one_arm_accepts() -> None:
     protocol = Protocol(repeats=6, max_tokens=24, prompts=TEST_DATA / "held_out.jsonl")
     report = run("speculate=false", "", protocol, draft=True, clock=Clock(**STEADY))

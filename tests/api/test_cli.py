@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pydflash import cli, doctor
+from pydflash.config import EngineConfig
 from pydflash.engine import Engine
 from pydflash.sampling import SamplingParams
 
@@ -62,6 +64,14 @@ def test_every_option_has_its_name(run, target_path: Path, draft_path: Path) -> 
     assert ran.code == 0
     for word in ("cycles", "drafted, accepted", "acceptance length", "seconds in draft, verify, accept", "tokens/s"):
         assert word in ran.err
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "explain", "ab", "bench"])
+def test_every_setting_of_the_engine_is_an_option(run, command: str) -> None:  # type: ignore[no-untyped-def]
+    left_out = {"bench": {"max_context", "adaptive"}}.get(command, set())  # each measurement chooses its own
+    text = run(command, "--help").out
+    for name in {field.name for field in dataclasses.fields(EngineConfig)} - {"sources"} - left_out:
+        assert f"--{name.replace('_', '-')} " in text
 
 
 def test_chat_answers_until_the_input_ends(run, target_path: Path) -> None:  # type: ignore[no-untyped-def]
