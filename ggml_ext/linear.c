@@ -188,7 +188,7 @@ static struct activations round_rows(const struct ggml_tensor * dst, int64_t blo
 // --- the product -------------------------------------------------------------------------------------------------
 
 struct format {
-    void    (*unpack)(struct tile *, const char * const *, int64_t);
+    void    (*unpack)(struct tile *, int, const char * const *, int64_t);
     __m256i (*dot)(const char *, const int8_t *, const int16_t *);  // or NULL: a single row of x is unpacked for, too
     int  steps;         // in a block
     int  run;           // steps that 16 bits hold: 2 * 127 * largest q * run < 2^15
@@ -201,47 +201,56 @@ struct format {
     size_t bytes, d;    // size of a block, offset of its scale
 };
 
-INLINE __m256i repeated(const void * four_bytes) {
+INLINE wide repeated(const void * four_bytes) {
     int32_t value;
     memcpy(&value, four_bytes, sizeof(value));
-    return _mm256_set1_epi32(value);
+    return WIDE(set1_epi32, value);
+}
+
+INLINE wide of_tile(const __m256i groups[GROUPS]) {
+    return *(const wide *) groups;
+}
+
+// scale of the tile's rows * scale of the row of x
+INLINE wide_float unit_of(const __m256 groups[GROUPS], float scale) {
+    return WIDE(mul_ps, *(const wide_float *) groups, WIDE(set1_ps, scale));
 }
 
 // acc[i] += block b of the tile's rows times that of row t + i of x, for n rows.
 INLINE void add_block(struct format f, const struct tile * tile, const struct activations * x, int64_t b, int64_t t,
-                      int n, __m256 * acc) {
+                      int n, wide_float * acc) {
     const int8_t *  q     = x->q + t * x->K + b * x->block;
     const int16_t * sums  = x->sums + (t * x->K + b * x->block) / f.sum_of;
     const float *   scale = x->scale + t * (x->K / x->block) + b;
-    __m256i total[TOGETHER], run[TOGETHER];
+    wide total[TOGETHER], run[TOGETHER];
     for (int i = 0; i < n; i++) {
-        total[i] = _mm256_setzero_si256();
+        total[i] = WIDE(set1_epi32, 0);
         for (int j = 0; j < f.minima; j++) {
-            const __m256i two_sums = repeated(sums + i * (x->K / f.sum_of) + 2 * j);
-            total[i] = _mm256_sub_epi32(total[i], _mm256_madd_epi16(tile->min[j], two_sums));
+            const wide two_sums = repeated(sums + i * (x->K / f.sum_of) + 2 * j);
+            total[i] = WIDE(sub_epi32, total[i], WIDE(madd_epi16, of_tile(tile->min[j]), two_sums));
         }
         if (f.has_dmin) {
-            const __m256 unit = _mm256_mul_ps(tile->dmin, _mm256_set1_ps(scale[i * (x->K / x->block)]));
-            acc[i]   = _mm256_fmadd_ps(unit, _mm256_cvtepi32_ps(total[i]), acc[i]);
-            total[i] = _mm256_setzero_si256();
+            const wide_float unit = unit_of(tile->dmin, scale[i * (x->K / x->block)]);
+            acc[i]   = WIDE(fmadd_ps, unit, WIDE(cvtepi32_ps, total[i]), acc[i]);
+            total[i] = WIDE(set1_epi32, 0);
         }
     }
 #ifdef DOT_OF_FOUR
     for (int s = 0; s < f.steps; s += f.per_scale) {
         for (int i = 0; i < n; i++) {
-            run[i] = _mm256_setzero_si256();
+            run[i] = WIDE(set1_epi32, 0);
         }
 #pragma GCC unroll 8
         for (int r = s; r < s + f.per_scale; r++) {
 #pragma GCC unroll 8
             for (int i = 0; i < n; i++) {
-                run[i] = _mm256_dpbusd_epi32(run[i], tile->q[r], repeated(q + i * x->K + 4 * r));
+                run[i] = WIDE(dpbusd_epi32, run[i], of_tile(tile->q[r]), repeated(q + i * x->K + 4 * r));
             }
         }
-        const __m256i weight = _mm256_srai_epi32(tile->scale[s / f.per_scale], 16);
+        const wide weight = WIDE(srai_epi32, of_tile(tile->scale[s / f.per_scale]), 16);
 #pragma GCC unroll 8
         for (int i = 0; i < n; i++) {
-            total[i] = _mm256_add_epi32(total[i], f.has_scales ? _mm256_mullo_epi32(run[i], weight) : run[i]);
+            total[i] = WIDE(add_epi32, total[i], f.has_scales ? WIDE(mullo_epi32, run[i], weight) : run[i]);
         }
     }
 #else
@@ -250,36 +259,36 @@ INLINE void add_block(struct format f, const struct tile * tile, const struct ac
         for (int r = s; r < s + f.run; r++) {
 #pragma GCC unroll 4
             for (int i = 0; i < n; i++) {
-                const __m256i four  = repeated(q + i * x->K + 4 * r);
-                const __m256i pairs = _mm256_maddubs_epi16(
-                    tile->q[r], f.is_signed ? _mm256_sign_epi8(four, tile->sign[r]) : four);
-                run[i] = r == s ? pairs : _mm256_add_epi16(run[i], pairs);
+                const wide four  = repeated(q + i * x->K + 4 * r);
+                const wide pairs = WIDE(maddubs_epi16, of_tile(tile->q[r]),
+                                        f.is_signed ? WIDE(sign_epi8, four, of_tile(tile->sign[r])) : four);
+                run[i] = r == s ? pairs : WIDE(add_epi16, run[i], pairs);
                 __asm__("" : "+x"(run[i]));  // compilers otherwise take all products first and run out of registers
             }
         }
 #pragma GCC unroll 4
         for (int i = 0; i < n; i++) {
-            total[i] = _mm256_add_epi32(total[i], _mm256_madd_epi16(run[i], tile->scale[s / f.per_scale]));
+            total[i] = WIDE(add_epi32, total[i], WIDE(madd_epi16, run[i], of_tile(tile->scale[s / f.per_scale])));
         }
     }
 #endif
     for (int i = 0; i < n; i++) {
-        const __m256 unit = _mm256_mul_ps(tile->d, _mm256_set1_ps(scale[i * (x->K / x->block)]));
-        acc[i] = _mm256_fmadd_ps(unit, _mm256_cvtepi32_ps(total[i]), acc[i]);
+        const wide_float unit = unit_of(tile->d, scale[i * (x->K / x->block)]);
+        acc[i] = WIDE(fmadd_ps, unit, WIDE(cvtepi32_ps, total[i]), acc[i]);
     }
 }
 
-// The rows of a group; past the end, the last one again.
-INLINE void group_rows(const char * row[GROUP], const struct ggml_tensor * dst, int64_t m, int64_t end) {
-    for (int r = 0; r < GROUP; r++) {
+// `count` rows from m on; past the end, the last one again.
+INLINE void take_rows(const char ** row, int count, const struct ggml_tensor * dst, int64_t m, int64_t end) {
+    for (int r = 0; r < count; r++) {
         row[r] = w_row(dst, m + r < end ? m + r : end - 1);
     }
 }
 
 // Asks for the next block of the rows while this one is multiplied. The CPU's own prefetcher does not follow eight rows
 // in eight pages: without this, Q6_K takes 1.8 times as long at 8 rows of x and K = 5120. It costs 4 % at one row.
-INLINE void fetch(const char * const row[GROUP], size_t offset, size_t bytes) {
-    for (int r = 0; r < GROUP; r++) {
+INLINE void fetch(const char * const row[TILE_ROWS], size_t offset, size_t bytes) {
+    for (int r = 0; r < TILE_ROWS; r++) {
         for (size_t line = 0; line < bytes; line += 64) {
             _mm_prefetch(row[r] + offset + line, _MM_HINT_T0);
         }
@@ -290,6 +299,15 @@ INLINE void store_group(const struct ggml_tensor * dst, int64_t t, int64_t m, in
     float * result = result_row(dst, t) + m;
     if (end - m >= GROUP) {
         _mm256_storeu_ps(result, values);
+    } else {
+        memcpy(result, &values, (size_t) (end - m) * sizeof(float));
+    }
+}
+
+INLINE void store_tile(const struct ggml_tensor * dst, int64_t t, int64_t m, int64_t end, wide_float values) {
+    float * result = result_row(dst, t) + m;
+    if (end - m >= TILE_ROWS) {
+        WIDE(storeu_ps, result, values);
     } else {
         memcpy(result, &values, (size_t) (end - m) * sizeof(float));
     }
@@ -307,7 +325,7 @@ INLINE void multiply_one(struct format f, const struct activations * x, const st
                          int64_t end) {
     for (int64_t m = begin; m < end; m += GROUP) {
         const char * row[GROUP];
-        group_rows(row, dst, m, end);
+        take_rows(row, GROUP, dst, m, end);
         __m256 acc = _mm256_setzero_ps();
         for (int64_t b = 0; b < x->K / x->block; b++) {
             const size_t at = (size_t) b * f.bytes;
@@ -328,16 +346,18 @@ INLINE void multiply(struct format f, const struct ggml_tensor * dst, int64_t be
         multiply_one(f, &x, dst, begin, end);
         return;
     }
-    for (int64_t m = begin; m < end; m += GROUP) {
-        const char * row[GROUP];
-        group_rows(row, dst, m, end);
-        __m256      acc[MAX_ROWS];
+    for (int64_t m = begin; m < end; m += TILE_ROWS) {
+        const char * row[TILE_ROWS];
+        take_rows(row, TILE_ROWS, dst, m, end);
+        wide_float  acc[MAX_ROWS];
         struct tile tile;
         for (int64_t t = 0; t < x.T; t++) {
-            acc[t] = _mm256_setzero_ps();
+            acc[t] = WIDE(set1_ps, 0.0f);
         }
         for (int64_t b = 0; b < x.K / x.block; b++) {
-            f.unpack(&tile, row, b);
+            for (int g = 0; g < GROUPS; g++) {
+                f.unpack(&tile, g, row + g * GROUP, b);
+            }
             if (x.T > 1) {
                 fetch(row, (size_t) (b + 1) * f.bytes, f.bytes);
             }
@@ -356,7 +376,7 @@ INLINE void multiply(struct format f, const struct ggml_tensor * dst, int64_t be
             }
         }
         for (int64_t t = 0; t < x.T; t++) {
-            store_group(dst, t, m, end, acc[t]);
+            store_tile(dst, t, m, end, acc[t]);
         }
     }
 }
@@ -448,7 +468,7 @@ INLINE void multiply_floats(__m256 (*load)(const char *), const struct ggml_tens
     const float * x    = round_floats(load, dst);
     for (int64_t m = begin; m < end; m += GROUP) {
         const char * row[GROUP];
-        group_rows(row, dst, m, end);
+        take_rows(row, GROUP, dst, m, end);
         __m256 sums[MAX_ROWS][GROUP], w[GROUP][CHUNK / 8];
         memset(sums, 0, (size_t) T * sizeof(sums[0]));
         if (T == 1) {

@@ -13,22 +13,33 @@
 #define GROUP 8   // weight rows together: 32-bit lanes of a register
 #define STEPS 64  // of four k, in the largest block
 
-// One instruction multiplies four unsigned with four signed bytes and adds the products to 32 bits. It frees registers:
-// more rows of x share the loads of a weight.
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+// A tile is one register wide. With AVX512-VNNI that is two groups of weight rows, and one instruction multiplies four
+// unsigned with four signed bytes and adds the products to 32 bits; more registers are free, so that more rows of x
+// share the loads of a weight.
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
 #define DOT_OF_FOUR
-#define TOGETHER 8
+#define GROUPS 2
+#define TOGETHER 8  // rows of x
+#define WIDE(operation, ...) _mm512_##operation(__VA_ARGS__)
+typedef __m512i wide;
+typedef __m512  wide_float;
 #else
+#define GROUPS 1
 #define TOGETHER 4
+#define WIDE(operation, ...) _mm256_##operation(__VA_ARGS__)
+typedef __m256i wide;
+typedef __m256  wide_float;
 #endif
+#define TILE_ROWS (GROUPS * GROUP)
 
 // weight = d * (scale * q) - dmin * min, or d * (scale * q - min) where the format folds the minimum.
+// Every member is a register of the tile, group after group.
 struct tile {
-    __m256i q[STEPS];     // a step: eight rows of four unsigned bytes; magnitudes when the weights are signed
-    __m256i sign[8];      // the signed bytes (Q8_0 only)
-    __m256i scale[16];    // per sub-block: the row's scale twice, as int16
-    __m256i min[8];       // per two sums of x: the minima of the row, as int16
-    __m256  d, dmin;
+    _Alignas(64) __m256i q[STEPS][GROUPS];  // a step: rows of four unsigned bytes; magnitudes when the weights are signed
+    __m256i sign[8][GROUPS];                // the signed bytes (Q8_0 only)
+    __m256i scale[16][GROUPS];              // per sub-block: the row's scale twice, as int16
+    __m256i min[8][GROUPS];                 // per two sums of x: the minima of the row, as int16
+    __m256  d[GROUPS], dmin[GROUPS];
 };
 
 INLINE __m256i loaded(const void * bytes) {
@@ -79,7 +90,7 @@ INLINE __m256 halves(const char * const row[GROUP], size_t offset) {
 }
 
 // The common head of Q4_K and Q5_K: d, dmin and eight scales and minima of six bits.
-INLINE void unpack_head(struct tile * tile, const char * const row[GROUP], size_t at) {
+INLINE void unpack_head(struct tile * tile, int g, const char * const row[GROUP], size_t at) {
     __m256i head[4], scales[2], minima[2];
     transpose(head, row, at);
     scales[0] = bits(head[1], 0, 63);
@@ -87,42 +98,42 @@ INLINE void unpack_head(struct tile * tile, const char * const row[GROUP], size_
     scales[1] = _mm256_or_si256(nibble(head[3], 0), bits(head[1], -2, 48));
     minima[1] = _mm256_or_si256(nibble(head[3], 4), bits(head[2], -2, 48));
     for (int j = 0; j < 8; j++) {
-        tile->scale[j] = widened(scales[j / 4], j % 4, j % 4);
+        tile->scale[j][g] = widened(scales[j / 4], j % 4, j % 4);
     }
     for (int i = 0; i < 4; i++) {
-        tile->min[i] = widened(minima[i / 2], 2 * (i % 2), 2 * (i % 2) + 1);
+        tile->min[i][g] = widened(minima[i / 2], 2 * (i % 2), 2 * (i % 2) + 1);
     }
     const __m256i d = _mm256_and_si256(head[0], _mm256_set1_epi32(0xffff)), dmin = _mm256_srli_epi32(head[0], 16);
-    tile->d    = _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(d), _mm256_extracti128_si256(d, 1)));
-    tile->dmin = _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(dmin), _mm256_extracti128_si256(dmin, 1)));
+    tile->d[g]    = _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(d), _mm256_extracti128_si256(d, 1)));
+    tile->dmin[g] = _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(dmin), _mm256_extracti128_si256(dmin, 1)));
 }
 
-INLINE void unpack_q4_k(struct tile * tile, const char * const row[GROUP], int64_t b) {
+INLINE void unpack_q4_k(struct tile * tile, int g, const char * const row[GROUP], int64_t b) {
     const size_t at = (size_t) b * sizeof(block_q4_K);
-    unpack_head(tile, row, at);
+    unpack_head(tile, g, row, at);
     for (int part = 0; part < 8; part++) {  // 32 bytes hold sub-blocks 2j (low nibbles) and 2j + 1 (high nibbles)
         __m256i packed[4];
         transpose(packed, row, at + offsetof(block_q4_K, qs) + 16 * (size_t) part);
-        __m256i * q = tile->q + part / 2 * 16 + part % 2 * 4;
+        __m256i (* q)[GROUPS] = tile->q + part / 2 * 16 + part % 2 * 4;
         for (int i = 0; i < 4; i++) {
-            q[i]     = nibble(packed[i], 0);
-            q[i + 8] = nibble(packed[i], 4);
+            q[i][g]     = nibble(packed[i], 0);
+            q[i + 8][g] = nibble(packed[i], 4);
         }
     }
 }
 
-INLINE void unpack_q5_k(struct tile * tile, const char * const row[GROUP], int64_t b) {
+INLINE void unpack_q5_k(struct tile * tile, int g, const char * const row[GROUP], int64_t b) {
     const size_t at = (size_t) b * sizeof(block_q5_K);
-    unpack_head(tile, row, at);
+    unpack_head(tile, g, row, at);
     for (int half = 0; half < 2; half++) {
         __m256i high[4], packed[4];
         transpose(high, row, at + offsetof(block_q5_K, qh) + 16 * (size_t) half);
         for (int j = 0; j < 4; j++) {  // as Q4_K; bits 2j and 2j + 1 of qh are the fifth ones
             transpose(packed, row, at + offsetof(block_q5_K, qs) + 32 * (size_t) j + 16 * (size_t) half);
-            __m256i * q = tile->q + 16 * j + 4 * half;
+            __m256i (* q)[GROUPS] = tile->q + 16 * j + 4 * half;
             for (int i = 0; i < 4; i++) {
-                q[i]     = _mm256_or_si256(nibble(packed[i], 0), bits(high[i], 4, 16));
-                q[i + 8] = _mm256_or_si256(nibble(packed[i], 4), bits(high[i], 3, 16));
+                q[i][g]     = _mm256_or_si256(nibble(packed[i], 0), bits(high[i], 4, 16));
+                q[i + 8][g] = _mm256_or_si256(nibble(packed[i], 4), bits(high[i], 3, 16));
                 high[i]  = _mm256_srli_epi16(high[i], 2);
             }
         }
@@ -130,28 +141,28 @@ INLINE void unpack_q5_k(struct tile * tile, const char * const row[GROUP], int64
 }
 
 // q counts from -32: the minimum is 32 times the scale.
-INLINE void unpack_q6_k(struct tile * tile, const char * const row[GROUP], int64_t b) {
+INLINE void unpack_q6_k(struct tile * tile, int g, const char * const row[GROUP], int64_t b) {
     const size_t at = (size_t) b * sizeof(block_q6_K);
     __m256i scales[4], low[4], middle[4], high[4];
     transpose(scales, row, at + offsetof(block_q6_K, scales));
     for (int j = 0; j < 16; j++) {
-        tile->scale[j] = widened(scales[j / 4], j % 4, j % 4);
+        tile->scale[j][g] = widened(scales[j / 4], j % 4, j % 4);
     }
     for (int i = 0; i < 8; i++) {
-        tile->min[i] = _mm256_slli_epi16(widened(scales[i / 2], 2 * (i % 2), 2 * (i % 2) + 1), 5);
+        tile->min[i][g] = _mm256_slli_epi16(widened(scales[i / 2], 2 * (i % 2), 2 * (i % 2) + 1), 5);
     }
-    tile->d = halves(row, at + offsetof(block_q6_K, d));
+    tile->d[g] = halves(row, at + offsetof(block_q6_K, d));
     for (int part = 0; part < 4; part++) {
         const size_t n = (size_t) part / 2, p = (size_t) part % 2;
         transpose(low,    row, at + offsetof(block_q6_K, ql) + 64 * n + 16 * p);
         transpose(middle, row, at + offsetof(block_q6_K, ql) + 64 * n + 16 * p + 32);
         transpose(high,   row, at + offsetof(block_q6_K, qh) + 32 * n + 16 * p);
-        __m256i * q = tile->q + 32 * n + 4 * p;
+        __m256i (* q)[GROUPS] = tile->q + 32 * n + 4 * p;
         for (int i = 0; i < 4; i++) {
-            q[i]      = _mm256_or_si256(nibble(low[i], 0),    bits(high[i], 4, 48));
-            q[i + 8]  = _mm256_or_si256(nibble(middle[i], 0), bits(high[i], 2, 48));
-            q[i + 16] = _mm256_or_si256(nibble(low[i], 4),    bits(high[i], 0, 48));
-            q[i + 24] = _mm256_or_si256(nibble(middle[i], 4), bits(high[i], -2, 48));
+            q[i][g]      = _mm256_or_si256(nibble(low[i], 0),    bits(high[i], 4, 48));
+            q[i + 8][g]  = _mm256_or_si256(nibble(middle[i], 0), bits(high[i], 2, 48));
+            q[i + 16][g] = _mm256_or_si256(nibble(low[i], 4),    bits(high[i], 0, 48));
+            q[i + 24][g] = _mm256_or_si256(nibble(middle[i], 4), bits(high[i], -2, 48));
         }
     }
 }
@@ -162,30 +173,32 @@ INLINE void unpack_q6_k(struct tile * tile, const char * const row[GROUP], int64
 #else
 #define Q8_0_MINIMA 0
 #endif
-INLINE void unpack_q8_0(struct tile * tile, const char * const row[GROUP], int64_t b) {
+INLINE void unpack_q8_0(struct tile * tile, int g, const char * const row[GROUP], int64_t b) {
     const size_t at = (size_t) b * sizeof(block_q8_0);
-    transpose(tile->sign,     row, at + offsetof(block_q8_0, qs));
-    transpose(tile->sign + 4, row, at + offsetof(block_q8_0, qs) + 16);
+    __m256i bytes[8];
+    transpose(bytes,     row, at + offsetof(block_q8_0, qs));
+    transpose(bytes + 4, row, at + offsetof(block_q8_0, qs) + 16);
     for (int i = 0; i < 8; i++) {
-        tile->q[i] = Q8_0_MINIMA ? _mm256_xor_si256(tile->sign[i], _mm256_set1_epi8(-128)) : _mm256_abs_epi8(tile->sign[i]);
+        tile->q[i][g]    = Q8_0_MINIMA ? _mm256_xor_si256(bytes[i], _mm256_set1_epi8(-128)) : _mm256_abs_epi8(bytes[i]);
+        tile->sign[i][g] = bytes[i];
     }
-    tile->scale[0] = _mm256_set1_epi16(1);
-    tile->min[0]   = _mm256_set1_epi16(128);
-    tile->d        = halves(row, at + offsetof(block_q8_0, d));
+    tile->scale[0][g] = _mm256_set1_epi16(1);
+    tile->min[0][g]   = _mm256_set1_epi16(128);
+    tile->d[g]        = halves(row, at + offsetof(block_q8_0, d));
 }
 
 // q counts from -8.
-INLINE void unpack_q4_0(struct tile * tile, const char * const row[GROUP], int64_t b) {
+INLINE void unpack_q4_0(struct tile * tile, int g, const char * const row[GROUP], int64_t b) {
     const size_t at = (size_t) b * sizeof(block_q4_0);
     __m256i packed[4];
     transpose(packed, row, at + offsetof(block_q4_0, qs));
     for (int i = 0; i < 4; i++) {
-        tile->q[i]     = nibble(packed[i], 0);
-        tile->q[i + 4] = nibble(packed[i], 4);
+        tile->q[i][g]     = nibble(packed[i], 0);
+        tile->q[i + 4][g] = nibble(packed[i], 4);
     }
-    tile->scale[0] = _mm256_set1_epi16(1);
-    tile->min[0]   = _mm256_set1_epi16(8);
-    tile->d        = halves(row, at + offsetof(block_q4_0, d));
+    tile->scale[0][g] = _mm256_set1_epi16(1);
+    tile->min[0][g]   = _mm256_set1_epi16(8);
+    tile->d[g]        = halves(row, at + offsetof(block_q4_0, d));
 }
 
 // --- one row times one row: the sum of the eight lanes is that of q * x (Q6_K: of scale * q * x), an exact integer ---
