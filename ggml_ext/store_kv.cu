@@ -1,7 +1,7 @@
-// store_kv on CUDA. One block takes one head of one row of K (blockIdx.z 0: norm, RoPE, rotation) or of V (1: rotation),
-// one thread a value (norm_rope.cuh), and writes it in the table's type. A quantisation block is the 32 values of one
-// warp; the first lane packs it with ggml's own function, from shared memory. The kernel reads each value once and
-// writes less than that; its launch bounds it while decoding, device memory in prefill.
+// store_kv on CUDA. One block takes one head of one row of K (blockIdx.z 0: norm, RoPE, rotation) or of V (1:
+// rotation), one thread a value (norm_rope.cuh), and writes it in the table's type. A quantisation block is the 32
+// values of one warp; the first lane packs it with ggml's own function, from shared memory. The kernel reads each value
+// once and writes less than that; its launch bounds it while decoding, device memory in prefill.
 #include "store_kv.h"
 #include "ext_cuda.cuh"
 #include "norm_rope.cuh"
