@@ -1,11 +1,14 @@
 #include "delta_inputs.h"
 
+#include "lanes.h"
 #include "vec.h"  // ggml_vec_silu_f32
 
 #include <math.h>
 #include <string.h>
 
-#define TAPE PYDFLASH_TAPE_ROWS
+#define TAPE     PYDFLASH_TAPE_ROWS
+#define TOGETHER 32  // rows that share a load of the weights
+#define MAX_TAPS 16
 
 static const float * row_of(const struct ggml_tensor * t, int64_t row) {
     return (const float *) ((const char *) t->data + row * (int64_t) t->nb[1]);
@@ -20,19 +23,37 @@ static const float * column(const struct ggml_tensor * window, const struct ggml
     return index < past ? window_row(window, index) : row_of(x, index - past);
 }
 
-static void convolve(float * out, const struct ggml_tensor * dst, int64_t past, int64_t first, int64_t c0, int64_t c1) {
-    const struct ggml_tensor * x      = dst->src[0];
-    const struct ggml_tensor * weight = dst->src[3];
-    const struct ggml_tensor * window = dst->src[6];
-    const int64_t k = weight->ne[0];
-    const float * w = (const float *) weight->data;
-    for (int64_t j = 0; j < k; j++) {
-        const float * from = column(window, x, past, first + j);
-        for (int64_t c = c0; c < c1; c++) {
-            out[c] = (j == 0 ? 0.0f : out[c]) + w[c * k + j] * from[c];
+// Rows first..first + count of [kept | new], channels c0..c1: `taps` neighbours of the sequence each, oldest first.
+LANES_INLINE void convolve(const struct ggml_tensor * dst, int64_t kept, int64_t first, int64_t count, int64_t taps,
+                           int64_t c0, int64_t c1) {
+    const float * weight = (const float *) dst->src[3]->data;
+    const float * from[TOGETHER + MAX_TAPS - 1];
+    float *       to[TOGETHER];
+    for (int64_t i = 0; i < count + taps - 1; i++) {
+        from[i] = column(dst->src[6], dst->src[0], taps - 1 + kept, first + i);
+    }
+    for (int64_t t = 0; t < count; t++) {
+        const int64_t row = first + t;
+        to[t] = (float *) dst->data + (row < kept ? row : TAPE + row - kept) * dst->ne[0];
+    }
+    for (int64_t c = c0; c < c1; c += LANES) {
+        float w[MAX_TAPS][LANES];
+        for (int64_t i = 0; i < LANES; i++) {
+            for (int64_t j = 0; j < taps; j++) {
+                w[j][i] = weight[(c + i) * taps + j];
+            }
+        }
+        for (int64_t t = 0; t < count; t++) {
+            lanes sum = { 0 };
+            for (int64_t j = 0; j < taps; j++) {
+                sum = multiply_add(load_lanes(w[j]), load_lanes(from[t + j] + c), sum);
+            }
+            store_lanes(to[t] + c, sum);
         }
     }
-    ggml_vec_silu_f32((int) (c1 - c0), out + c0, out + c0);
+    for (int64_t t = 0; t < count; t++) {
+        ggml_vec_silu_f32((int) (c1 - c0), to[t] + c0, to[t] + c0);
+    }
 }
 
 static void gates(float * out, const struct ggml_tensor * dst, int64_t row) {
@@ -82,11 +103,13 @@ void pydflash_delta_inputs_cpu(struct ggml_tensor * dst, int ith, int nth, void 
     pydflash_share((channels + 15) / 16, ith, nth, &c0, &c1);
     c0 = 16 * c0 < channels ? 16 * c0 : channels;
     c1 = 16 * c1 < channels ? 16 * c1 : channels;
-    for (int64_t t = 0; t < kept; t++) {
-        convolve(out + t * width, dst, history + kept, t, c0, c1);
-    }
-    for (int64_t t = 0; t < rows; t++) {
-        convolve(out + (TAPE + t) * width, dst, history + kept, kept + t, c0, c1);
+    for (int64_t t = 0; t < kept + rows; t += TOGETHER) {
+        const int64_t count = kept + rows - t < TOGETHER ? kept + rows - t : TOGETHER;
+        if (history + 1 == 4) {  // Qwen's kernel, as a constant
+            convolve(dst, kept, t, count, 4, c0, c1);
+        } else {
+            convolve(dst, kept, t, count, history + 1, c0, c1);
+        }
     }
     move_window(dst, kept, rows, keep, c0, c1);
 

@@ -13,9 +13,9 @@
 //   g[t]     = ssm_a * softplus(alpha[t] + dt_bias)                    log-decay per value head, <= 0
 //   beta[t]  = sigmoid(beta_raw[t])
 //
-//   src[0]   x         (T, C) f32, raw q|k|v columns; rows may be strided
+//   src[0]   x         (T, C) f32, raw q|k|v columns, C a multiple of 16; rows may be strided
 //   src[1]   alpha     (T, Hv) f32          src[2]   beta_raw  (T, Hv) f32
-//   src[3]   weight    (C, K) f32
+//   src[3]   weight    (C, K) f32, K at most 16
 //   src[4]   ssm_a     (Hv,) f32            src[5]   dt_bias   (Hv,) f32
 //   src[6]   window    (K-1 + 16, C + 2 Hv) f32, persistent, updated in place
 //   src[7]   counts    (2,) int32: n rows to replay (0..16), and how many of the T rows are real (0..T)

@@ -385,6 +385,10 @@ def delta_inputs(
     )
     _require(conv_weight.shape[0] == channels, f"delta_inputs: conv weight {conv_weight!r} for {channels} channels")
     _require(
+        channels % 16 == 0 and history < 16,
+        f"delta_inputs: {channels} channels are not a multiple of 16, or {history + 1} taps more than 16",
+    )
+    _require(
         ssm_a.shape == dt_bias.shape == (heads,), f"delta_inputs: ssm_a {ssm_a!r}, dt {dt_bias!r} for {heads} heads"
     )
     _require(

@@ -262,6 +262,8 @@ def leaves_of(graph: Graph, layer: Layer, rows: int, **shapes: tuple[int, ...]) 
     [
         {"alpha": (3, 4)}, {"beta": (4, 5)}, {"conv_weight": (100, 4)}, {"ssm_a": (5,)}, {"dt_bias": (1,)},
         {"window": (19, 10)}, {"window": (18, 392)}, {"counts": (3,)},
+        {"x": (4, 40), "conv_weight": (40, 4), "window": (19, 48)},
+        {"conv_weight": (384, 17), "window": (32, 392)},
     ],
     ids=str,
 )  # fmt: skip
