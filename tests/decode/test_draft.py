@@ -19,6 +19,7 @@ from tests.reference.qwen35 import Reference
 PairOf = Callable[..., Pair]
 
 COSINE = 0.99999  # float32, and K/V of the context in f16: 2^-12 of each value
+TIE = 0.02  # that f16 changes these logits, of 4 rms, by up to 0.01: two that are nearer may change places
 
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"layers": 2},
@@ -69,7 +70,10 @@ def test_block_logits_equal_the_oracle(pair_of: PairOf, kind: str, context: int)
         assert cosine(got[1:], wanted[1:]) >= COSINE
         assert len(proposal) == oracle.block_size
         assert proposal.ids.tolist() == [7, *got[1:].argmax(axis=1).tolist()]
-        assert np.array_equal(proposal.ids[1:], wanted[1:].argmax(axis=1))
+        second, first = np.sort(wanted[1:], axis=1)[:, -2:].T
+        clear = first - second > TIE
+        assert clear.mean() > 0.5
+        assert np.array_equal(proposal.ids[1:][clear], wanted[1:].argmax(axis=1)[clear])
 
 
 @pytest.mark.parametrize("kind", ["full", "sliding and full", "sliding only", "fork"])
