@@ -447,6 +447,8 @@ __global__ void __launch_bounds__(tiling<D, NT>::THREADS, tiling<D, NT>::BLOCKS)
     __shared__ columns<S::COLUMNS, S::WARPS> col;
     __shared__ int state[MAX_TILES];
 
+    release_successor();
+    wait_for_predecessor();
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
     const int wm = warp % S::WM, wn = warp / S::WM;
     const int kv_head = blockIdx.x % j.kv_heads;
@@ -674,6 +676,8 @@ __global__ void __launch_bounds__(D) merge(const __grid_constant__ job j) {
     __shared__ float4 outs[MERGE_LANES][D / 4];
     __shared__ float  sums[MERGE_LANES], maxima[D / 32];
 
+    release_successor();
+    wait_for_predecessor();
     const int item = blockIdx.x, tid = threadIdx.x, four = tid % (D / 4), part = tid / (D / 4);
     float4 *  out  = reinterpret_cast<float4 *>(j.out + (int64_t) item * D);
     const float2 * stats = j.stats + (int64_t) item * j.chunks;
@@ -773,17 +777,18 @@ bool fits(const job & j, int head_size, int shared_limit) {
 }
 
 template <int D, int NT>
-void launch_attend(const job & j, cudaStream_t stream) {
+bool launch_attend(const pydflash_cuda * cuda, const job & j) {
     using S = tiling<D, NT>;
     const int  bytes  = shared_bytes<D, NT>(j);
     const int  wanted = j.rows * (j.heads / j.kv_heads);
     const dim3 grid((unsigned) (j.chunks * j.kv_heads), (unsigned) divide_up(wanted, S::COLUMNS));
-    cudaFuncSetAttribute(attend<D, NT>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    attend<D, NT><<<grid, S::THREADS, bytes, stream>>>(j);
+    return cudaFuncSetAttribute(attend<D, NT>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess &&
+           launch_early(cuda, attend<D, NT>, grid, S::THREADS, (size_t) bytes, j);
 }
 
 template <int D>
-bool launch_size(const job & j, int sm_count, int shared_limit, cudaStream_t stream) {
+bool launch_size(const pydflash_cuda * cuda, const job & j, int shared_limit) {
+    const int     sm_count = cuda->sm_count;
     const int64_t costs[] = { cost<D, 1>(j, sm_count, shared_limit), cost<D, 2>(j, sm_count, shared_limit),
                               cost<D, 4>(j, sm_count, shared_limit), cost<D, 8>(j, sm_count, shared_limit),
                               cost<D, 12>(j, sm_count, shared_limit) };
@@ -794,15 +799,10 @@ bool launch_size(const job & j, int sm_count, int shared_limit, cudaStream_t str
     if (costs[best] == INT64_MAX) {
         return false;
     }
-    switch (best) {
-        case 0: launch_attend<D, 1>(j, stream); break;
-        case 1: launch_attend<D, 2>(j, stream); break;
-        case 2: launch_attend<D, 4>(j, stream); break;
-        case 3: launch_attend<D, 8>(j, stream); break;
-        case 4: launch_attend<D, 12>(j, stream); break;
-    }
-    merge<D><<<j.rows * j.heads, D, j.chunks * sizeof(float2), stream>>>(j);
-    return true;
+    bool (*const attends[])(const pydflash_cuda *, const job &) = {
+        launch_attend<D, 1>, launch_attend<D, 2>, launch_attend<D, 4>, launch_attend<D, 8>, launch_attend<D, 12>
+    };
+    return attends[best](cuda, j) && launch_early(cuda, merge<D>, j.rows * j.heads, D, j.chunks * sizeof(float2), j);
 }
 
 size_t scratch_bytes(int items, int chunks, int head_size) {
@@ -810,13 +810,13 @@ size_t scratch_bytes(int items, int chunks, int head_size) {
 }
 
 // Fills in the scratch pointers and launches both kernels; false when a tile does not fit the device's shared memory.
-bool launch_job(job j, int head_size, void * scratch, int sm_count, int shared_limit, cudaStream_t stream) {
+bool launch_job(const pydflash_cuda * cuda, job j, int head_size, void * scratch, int shared_limit) {
     j.partials = (float *) scratch;
     j.stats    = (float2 *) (j.partials + (size_t) j.rows * j.heads * j.chunks * head_size);
     switch (head_size) {
-        case 64:  return launch_size<64>(j, sm_count, shared_limit, stream);
-        case 128: return launch_size<128>(j, sm_count, shared_limit, stream);
-        case 256: return launch_size<256>(j, sm_count, shared_limit, stream);
+        case 64:  return launch_size<64>(cuda, j, shared_limit);
+        case 128: return launch_size<128>(cuda, j, shared_limit);
+        case 256: return launch_size<256>(cuda, j, shared_limit);
         default:  return false;
     }
 }
@@ -878,7 +878,7 @@ bool launch(pydflash_cuda * cuda, ggml_tensor * node) {
     }
     const int head_size = (int) node->src[0]->ne[0];
     void * scratch = cuda->alloc(cuda, scratch_bytes(j.rows * j.heads, j.chunks, head_size));
-    return launch_job(j, head_size, scratch, cuda->sm_count, shared_limit(cuda->device), cuda->stream);
+    return launch_job(cuda, j, head_size, scratch, shared_limit(cuda->device));
 }
 
 #endif

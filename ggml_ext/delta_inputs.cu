@@ -123,6 +123,8 @@ __device__ void gate(const arguments & a, int c, int tile, int kept, int rows) {
 
 template <int K>
 __global__ void delta_inputs(arguments a) {
+    release_successor();
+    wait_for_predecessor();
     const int c = blockIdx.x * CHANNELS + threadIdx.x;
     const int kept = a.counts[0], rows = a.counts[1];
     if (c < a.channels) {
@@ -158,8 +160,7 @@ bool launch(pydflash_cuda * cuda, ggml_tensor * node) {
     a.rows = (int) node->src[0]->ne[1];
     a.keep = pydflash_node_params(node)[0];
     const dim3 grid((a.channels + 2 * a.heads + CHANNELS - 1) / CHANNELS, (a.rows + TILE - 1) / TILE);
-    KERNELS[node->src[3]->ne[0] - 2]<<<grid, CHANNELS, 0, cuda->stream>>>(a);
-    return true;
+    return launch_early(cuda, KERNELS[node->src[3]->ne[0] - 2], grid, CHANNELS, 0, a);
 }
 
 }  // namespace

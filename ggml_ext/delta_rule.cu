@@ -139,6 +139,7 @@ __device__ void move_state(float (&state)[D / SPLIT], float * memory, bool store
 template <int D>
 __global__ void __launch_bounds__(THREADS) delta_rule(arguments a) {
     __shared__ tile<D> s;
+    release_successor();
     const int head   = blockIdx.x;
     const int base   = blockIdx.y * COLUMNS;
     const int column = threadIdx.x / SPLIT;
@@ -147,7 +148,8 @@ __global__ void __launch_bounds__(THREADS) delta_rule(arguments a) {
 
     float * memory = a.state + ((int64_t) head * D + base + column) * D + part * 4;
     float state[D / SPLIT];
-    move_state<D>(state, memory, false);
+    move_state<D>(state, memory, false);  // written in the step before; a step begins with copies, which no kernel overtakes
+    wait_for_predecessor();
 
     if (kept > 0) {
         load(s, a, 0, kept, head, base);
@@ -204,8 +206,7 @@ bool launch(pydflash_cuda * cuda, ggml_tensor * node) {
     a.keep    = params[0];
     a.eps     = pydflash_node_param_f32(node, 3);
     const int d = params[2];
-    kernel_of(d)<<<dim3(a.v_heads, d / COLUMNS), THREADS, 0, cuda->stream>>>(a);
-    return true;
+    return launch_early(cuda, kernel_of(d), dim3(a.v_heads, d / COLUMNS), THREADS, 0, a);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 #include "ext.h"
 
+#include "argmax.h"
 #include "attention.h"
 #include "delta_inputs.h"
 #include "delta_rule.h"
@@ -18,6 +19,7 @@ static const struct pydflash_op OPS[PYDFLASH_OP_COUNT] = {
     [PYDFLASH_OP_ATTENTION]  = { PYDFLASH_MAGIC, PYDFLASH_OP_ATTENTION,  "attention",  pydflash_attention_cpu  },
     [PYDFLASH_OP_NORM_ROPE]  = { PYDFLASH_MAGIC, PYDFLASH_OP_NORM_ROPE,  "norm_rope",  pydflash_norm_rope_cpu  },
     [PYDFLASH_OP_STORE_KV]   = { PYDFLASH_MAGIC, PYDFLASH_OP_STORE_KV,   "store_kv",   pydflash_store_kv_cpu   },
+    [PYDFLASH_OP_ARGMAX]     = { PYDFLASH_MAGIC, PYDFLASH_OP_ARGMAX,     "argmax",     pydflash_argmax_cpu     },
 };
 
 const struct pydflash_op * pydflash_op_get(enum pydflash_op_id id) {

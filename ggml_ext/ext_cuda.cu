@@ -17,6 +17,7 @@ const pydflash_cuda_op * const TABLE[PYDFLASH_OP_COUNT] = {
     /* PYDFLASH_OP_ATTENTION    */ &pydflash_cuda_attention,
     /* PYDFLASH_OP_NORM_ROPE    */ &pydflash_cuda_norm_rope,
     /* PYDFLASH_OP_STORE_KV     */ &pydflash_cuda_store_kv,
+    /* PYDFLASH_OP_ARGMAX       */ &pydflash_cuda_argmax,
 };
 
 // Scratch of one launch: taken from ggml's stream-ordered pool, given back in reverse order.
@@ -35,8 +36,18 @@ void * scratch_alloc(pydflash_cuda * self, size_t size) {
     return s->blocks.back()->get();
 }
 
+__global__ void probe() {}
+
+// A device that knows early launches is not enough: kernels compiled for an older one do not wait for their predecessor.
+bool can_launch_early(int compute_capability) {
+    cudaFuncAttributes attributes = {};
+    return compute_capability >= GGML_CUDA_CC_HOPPER && cudaFuncGetAttributes(&attributes, probe) == cudaSuccess &&
+           attributes.ptxVersion >= 90;
+}
+
 pydflash_cuda handle(ggml_backend_cuda_context & ctx, scratch & s) {
-    return { ctx.stream(), ctx.device, ggml_cuda_info().devices[ctx.device].nsm, &s, scratch_alloc };
+    const auto & device = ggml_cuda_info().devices[ctx.device];
+    return { ctx.stream(), ctx.device, device.nsm, can_launch_early(device.cc), &s, scratch_alloc };
 }
 
 }  // namespace

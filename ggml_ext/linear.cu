@@ -465,19 +465,16 @@ struct format_info {
 };
 
 struct device_limits {
-    int  budget, blocks_per_sm;
-    bool early_launch;  // programmatic dependent launch: from compute capability 9.0
+    int budget, blocks_per_sm;
 
     explicit device_limits(int device) {
-        int per_sm = 0, per_block = 0, major = 0;
+        int per_sm = 0, per_block = 0;
         cudaDeviceGetAttribute(&per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
         cudaDeviceGetAttribute(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
         // A block also occupies 1 KiB of system memory and our static variables.
         const int half = per_sm / 2 - 1024 - 128;
         blocks_per_sm  = half >= MIN_BUDGET ? 2 : 1;
         budget         = blocks_per_sm == 2 ? half : per_block - 128;
-        early_launch   = major >= 9;
     }
 };
 
@@ -500,25 +497,6 @@ int divide_units(plan & p, const int64_t (&unit_bytes)[PYDFLASH_LINEAR_MAX_WEIGH
     return blocks;
 }
 
-// Launches a kernel that may start while the one before it still runs; it waits (wait_for_predecessor) before it reads
-// or writes what earlier kernels touch. Without programmatic dependent launch it starts after the one before.
-template <typename... Parameters, typename... Arguments>
-bool launch_early(pydflash_cuda * cuda, const device_limits & limits, void (*kernel)(Parameters...), int blocks,
-                  int threads, int shared_bytes, const Arguments &... arguments) {
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-
-    cudaLaunchConfig_t config = {};
-    config.gridDim          = dim3((unsigned) blocks);
-    config.blockDim         = dim3((unsigned) threads);
-    config.dynamicSmemBytes = (size_t) shared_bytes;
-    config.stream           = cuda->stream;
-    config.attrs            = &early;
-    config.numAttrs         = limits.early_launch ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...) == cudaSuccess;
-}
-
 template <int PANELS>
 bool launch_multiply(pydflash_cuda * cuda, const plan & p, int blocks, const device_limits & limits) {
     return limits.budget >= MIN_BUDGET &&
@@ -526,7 +504,7 @@ bool launch_multiply(pydflash_cuda * cuda, const plan & p, int blocks, const dev
                cudaSuccess &&
            cudaFuncSetAttribute(multiply_kernel<PANELS>, cudaFuncAttributePreferredSharedMemoryCarveout,
                                 cudaSharedmemCarveoutMaxShared) == cudaSuccess &&
-           launch_early(cuda, limits, multiply_kernel<PANELS>, blocks, THREADS, p.budget, p);
+           launch_early(cuda, multiply_kernel<PANELS>, blocks, THREADS, (size_t) p.budget, p);
 }
 
 bool valid_size(int64_t T, int64_t K) {
@@ -541,8 +519,7 @@ template <typename Source>
 bool launch_pack(pydflash_cuda * cuda, const Source & source, int64_t T, int64_t K, void * packed) {
     const int64_t items  = chunks(K) * panels(T) * PANEL_COLS;
     const int     blocks = (int) ((items + PACK_WARPS - 1) / PACK_WARPS);
-    return launch_early(cuda, device_limits(cuda->device), pack_kernel<Source>, blocks, PACK_WARPS * LANES, 0, source, T,
-                        K, (char *) packed);
+    return launch_early(cuda, pack_kernel<Source>, blocks, PACK_WARPS * LANES, 0, source, T, K, (char *) packed);
 }
 
 }  // namespace
@@ -595,8 +572,8 @@ bool pydflash_linear_pack_rms_norm(pydflash_cuda * cuda, const float * x, int64_
     if (!valid_size(T, K) || !aligned16(x, x_stride) || !aligned16(weight, 0)) {
         return false;
     }
-    return launch_early(cuda, device_limits(cuda->device), pack_rms_norm_kernel, panels(T) * PANEL_COLS,
-                        NORM_WARPS * LANES, 0, plain { x, x_stride }, plain { weight, 0 }, eps, T, K, (char *) packed);
+    return launch_early(cuda, pack_rms_norm_kernel, panels(T) * PANEL_COLS, NORM_WARPS * LANES, 0, plain { x, x_stride },
+                        plain { weight, 0 }, eps, T, K, (char *) packed);
 }
 
 bool pydflash_linear_multiply(pydflash_cuda * cuda, void * packed, int64_t T, int64_t K,

@@ -39,20 +39,6 @@ __host__ __device__ constexpr int64_t panel_bytes(int64_t T, int64_t K) { return
 
 #ifdef __CUDACC__
 
-// Lets the next kernel in the stream start while this one runs; it waits (wait_for_predecessor) before it reads what
-// this one writes. A no-op unless the next kernel was launched for it.
-__device__ __forceinline__ void release_successor() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void wait_for_predecessor() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 // The eight consecutive values that a source gives for (row, k): from x, or silu(gate) * up, or RMS-normalised x.
 struct plain {
     const float * x;

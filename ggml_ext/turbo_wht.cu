@@ -15,6 +15,8 @@ struct strides { int64_t ne1, ne2, nb1, nb2, nb3; };
 template <int N>
 __global__ void turbo_wht(const char * x, float * y, const float * signs, int inverse, int64_t columns, int64_t groups,
                           strides s) {
+    release_successor();
+    wait_for_predecessor();
     const int64_t group = (int64_t) blockIdx.x * WARPS + threadIdx.y;
     if (group >= groups) {
         return;
@@ -57,13 +59,13 @@ bool launch(pydflash_cuda * cuda, ggml_tensor * node) {
     const dim3          block(32, WARPS);
     const dim3          grid((unsigned) ((groups + WARPS - 1) / WARPS));
     auto run = [&](auto kernel) {
-        kernel<<<grid, block, 0, cuda->stream>>>((const char *) x->data, (float *) node->data, signs, inv, x->ne[0],
-                                                 groups, s);
+        return launch_early(cuda, kernel, grid, block, 0, (const char *) x->data, (float *) node->data, signs, inv,
+                            x->ne[0], groups, s);
     };
     switch (n) {
-        case 64:  run(turbo_wht<64>);  return true;
-        case 128: run(turbo_wht<128>); return true;
-        case 256: run(turbo_wht<256>); return true;
+        case 64: return run(turbo_wht<64>);
+        case 128: return run(turbo_wht<128>);
+        case 256: return run(turbo_wht<256>);
         default:  return false;
     }
 }

@@ -61,24 +61,25 @@ def _custom(
     shape: Shape,
     params: Sequence[int | float] = (),
     inplace: Tensor | None = None,
+    dtype: GGMLType = GGMLType.F32,
 ) -> Tensor:
     """One of our own nodes (ggml_ext/ext.h). Float parameters travel as their bits.
 
-    The result is new, f32 and of ``shape``; or a view of ``inplace``, an operand that the node writes.
+    The result is new, of ``shape`` and ``dtype``; or a view of ``inplace``, an operand that the node writes.
     """
     words = [p if isinstance(p, int) else struct.unpack("<i", struct.pack("<f", p))[0] for p in params]
     words += [0] * (8 - len(words))
     node = lib.pydflash_op_new(
         operands[0].context,
         op,
-        int(GGMLType.F32),
+        int(dtype),
         ffi.new("int64_t[4]", ggml_shape(shape)),
         ffi.new("struct ggml_tensor *[]", [t.c for t in operands]),
         len(operands),
         ffi.new("int32_t[8]", words),
         ffi.NULL if inplace is None else inplace.c,
     )
-    return operands[0].derive(node, shape, GGMLType.F32 if inplace is None else inplace.dtype)
+    return operands[0].derive(node, shape, dtype if inplace is None else inplace.dtype)
 
 
 # --- rows of tables and caches ----------------------------------------------------------------------------------------
@@ -143,8 +144,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def argmax(x: Tensor) -> Tensor:
-    """Index of the largest value of each row: (T, C) to (T,) int32."""
-    return x.derive(lib.ggml_argmax(x.context, x.c), x.shape[:-1], GGMLType.I32)
+    """Index of the largest value of each row, the first of equal ones: (T, C) f32 to (T,) int32 (ggml_ext/argmax.h)."""
+    _require(len(x.shape) == 2 and x.dtype == GGMLType.F32, f"argmax: {x!r} is not a matrix of f32")
+    return _custom(lib.PYDFLASH_OP_ARGMAX, [x], x.shape[:1], dtype=GGMLType.I32)
 
 
 # --- products ---------------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ class Output:
     """What a forward computed for the rows it was asked for; valid until the session's next forward.
 
     ``logits``: (rows, vocab) float32, copied from the device when first asked for. ``argmax``: (rows,) int32, the most
-    likely token of each row; which of equal ones is the device's choice, the same at every width.
+    likely token of each row, the first of equal ones.
     """
 
     def __init__(self, session: Session, graph: _StepGraph | None, rows: int) -> None:

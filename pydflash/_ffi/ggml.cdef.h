@@ -54,7 +54,6 @@ struct ggml_tensor * ggml_rope_ext(struct ggml_context * ctx, struct ggml_tensor
 struct ggml_tensor * ggml_flash_attn_ext(struct ggml_context * ctx, struct ggml_tensor * q, struct ggml_tensor * k, struct ggml_tensor * v,
     struct ggml_tensor * mask, float scale, float max_bias, float logit_softcap);
 bool ggml_prec_set_acc(struct ggml_tensor * a, int prec);
-struct ggml_tensor * ggml_argmax(struct ggml_context * ctx, struct ggml_tensor * a);
 struct ggml_tensor * ggml_cont(struct ggml_context * ctx, struct ggml_tensor * a);
 struct ggml_tensor * ggml_cpy(struct ggml_context * ctx, struct ggml_tensor * a, struct ggml_tensor * b);
 struct ggml_tensor * ggml_permute(struct ggml_context * ctx, struct ggml_tensor * a, int axis0, int axis1, int axis2, int axis3);
@@ -112,6 +111,7 @@ void ggml_threadpool_free(struct ggml_threadpool * threadpool);
 #define PYDFLASH_OP_ATTENTION ...
 #define PYDFLASH_OP_NORM_ROPE ...
 #define PYDFLASH_OP_STORE_KV ...
+#define PYDFLASH_OP_ARGMAX ...
 struct ggml_tensor * pydflash_op_new(struct ggml_context * ctx, int id, int type, const int64_t * ne, struct ggml_tensor ** src, int n_src,
     const int32_t * params, struct ggml_tensor * inplace);
 
