@@ -53,8 +53,9 @@ class Graph:
         for i in range(lib.ggml_graph_n_nodes(self.c)):
             node = lib.ggml_graph_node(self.c, i)
             if not lib.ggml_backend_supports_op(self.backend.c, node):
-                name = ffi.string(lib.ggml_op_desc(node)).decode()
-                shape = tuple(int(n) for n in reversed(list(node.ne)))
+                own = lib.pydflash_node_op(node)
+                name = ffi.string(own.name if own else lib.ggml_op_desc(node)).decode()
+                shape = tuple(int(n) for n in reversed(node.ne[0 : lib.ggml_n_dims(node)]))
                 raise DeviceError(
                     f"{self.backend.name} cannot run {name} with a result of shape {shape} and its operands' types"
                 )

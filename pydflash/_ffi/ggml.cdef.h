@@ -112,6 +112,9 @@ void ggml_threadpool_free(struct ggml_threadpool * threadpool);
 #define PYDFLASH_OP_NORM_ROPE ...
 #define PYDFLASH_OP_STORE_KV ...
 #define PYDFLASH_OP_ARGMAX ...
+struct pydflash_op { const char * name; ...; };
+const struct pydflash_op * pydflash_node_op(const struct ggml_tensor * node);
+int ggml_n_dims(const struct ggml_tensor * tensor);
 struct ggml_tensor * pydflash_op_new(struct ggml_context * ctx, int id, int type, const int64_t * ne, struct ggml_tensor ** src, int n_src,
     const int32_t * params, struct ggml_tensor * inplace);
 
