@@ -170,8 +170,10 @@ def test_prefill_attention_agrees_with_the_exact_one(backend: Backend, pair: tup
 
 
 def in_8_bits(q: Array) -> Array:
-    """Near q, but multiples of 1/64 whose largest in 32 is 127/64: the CPU, which rounds q to 8 bits for a quantised K and
-    to bf16 for a bf16 one, then loses nothing, as CUDA does not."""
+    """Near q, but multiples of 1/64 whose largest in 32 is 127/64.
+
+    The CPU, which rounds q to 8 bits for a quantised K and to bf16 for a bf16 one, then loses nothing, nor does CUDA.
+    """
     steps = np.clip(np.rint(q * 64), -127, 127).reshape(-1, 32)
     steps[:, 0] = 127
     return (steps / 64).reshape(q.shape).astype(np.float32)

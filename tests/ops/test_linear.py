@@ -22,8 +22,8 @@ SUMS = 1e-5
 # rms, so the step is uniform with an rms of 2.5/127/sqrt(12) = 0.6 % (0.7 %) of the input's, and so is the error of a
 # product: squared, 5e-5.
 ROUNDING_8_BITS = 1e-4
-# ggml's CUDA products multiply the raw 4 or 5 bits of Q4_K and Q5_K and take the block's minimum off afterwards. The mean
-# square of 0..15 (0..31) is 3.6 (3.8) times its variance, and so is the squared error of what the product is made of.
+# ggml's CUDA products multiply the raw 4 or 5 bits of Q4_K and Q5_K and take the block's minimum off afterwards. The
+# mean square of 0..15 (0..31) is 3.6 (3.8) times its variance, and so is the squared error of the product.
 RAW_OVER_CENTRED = {"q4_k": 3.7, "q5_k": 3.8}
 # Eleven and eight bits of mantissa: relative errors uniform up to 2^-11 and 2^-8, squared and averaged.
 ROUNDING_NMSE = {"f32": 1e-11, "f16": 2e-7, "bf16": 1e-5}
