@@ -55,7 +55,7 @@ class Graph:
             if not lib.ggml_backend_supports_op(self.backend.c, node):
                 own = lib.pydflash_node_op(node)
                 name = ffi.string(own.name if own else lib.ggml_op_desc(node)).decode()
-                shape = tuple(int(n) for n in reversed(node.ne[0 : lib.ggml_n_dims(node)]))
+                shape = tuple(int(n) for n in reversed(list(node.ne[0 : lib.ggml_n_dims(node)])))
                 raise DeviceError(
                     f"{self.backend.name} cannot run {name} with a result of shape {shape} and its operands' types"
                 )
