@@ -1,11 +1,11 @@
-"""What does a K/V cache type, or a rotation of K, cost in quality?
+"""What does a K/V cache type, or a rotation of K or V, cost in quality?
 
     python -m benchmarks.kv_quality pydflash/data/tiny-target.gguf --draft pydflash/data/tiny-draft.gguf \
         --weights f32 --outliers none,8x32 --json out.jsonl
     python -m benchmarks.kv_quality.table out.jsonl docs/kv-cache.md
 
-Every (K type, V type, K basis) asked for is compared with the f16/f16 cache of the same model on the same held-out
-text, teacher forced: KL divergence, top-1 agreement, perplexity, error of the first attention layer's output, recall
+Every pair of types, in every pair of bases asked for, is compared with the f16/f16 cache of the same model on the same
+held-out text, teacher forced: KL divergence, top-1 agreement, perplexity, error of the first attention output, recall
 of planted codes, acceptance length of a draft. ``--outliers`` measures copies of the model that compute the same but
 have large channels in K (copies.py); ``--weights f32`` a copy with f32 weights, in which no rounding of activations
 hides what the cache does. Each cell prints the command that gives it alone.
@@ -46,6 +46,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache-k", type=names, default=names(TYPES), metavar="TYPE,...")
     parser.add_argument("--cache-v", type=names, default=names(TYPES), metavar="TYPE,...")
     parser.add_argument("--k-rotation", type=names, default=names(ROTATIONS), metavar="BASIS,...")
+    parser.add_argument("--v-rotation", type=names, default=["none"], metavar="BASIS,...")
     parser.add_argument("--weights", choices=("file", "f32"), default="file", help="as stored, or a copy in f32")
     parser.add_argument("--outliers", type=names, default=["none"], metavar="CHANNELSxFACTOR,...", help="or none")
     parser.add_argument(
@@ -67,7 +68,9 @@ def command(options: argparse.Namespace, outliers: str, caches: Caches) -> str:
     if options.prompts != PROMPTS:
         parts.append(f"--prompts {options.prompts}")
     parts.append(f"--weights {options.weights} --outliers {outliers}")
-    parts.append(f"--cache-k {caches.k} --cache-v {caches.v} --k-rotation {caches.rotation}")
+    parts.append(f"--cache-k {caches.k} --cache-v {caches.v} --k-rotation {caches.k_rotation}")
+    if caches.v_rotation != "none":
+        parts.append(f"--v-rotation {caches.v_rotation}")
     defaults = _parse([str(options.model)])
     for name in ("contexts", "needles", "places", "device"):
         value = getattr(options, name)
@@ -85,7 +88,7 @@ def cells(model: Model, options: argparse.Namespace, outliers: str) -> Iterator[
     draft = None if options.draft is None else load_draft(options.draft, model)
     try:
         places = None if draft is None else AcceptancePlaces(model, draft, prompts, 64)
-        for caches in grid(options.cache_k, options.cache_v, options.k_rotation):
+        for caches in grid(options.cache_k, options.cache_v, options.k_rotation, options.v_rotation):
             quality = yardstick.measure(caches)
             acceptance = None if places is None else places.measure(caches)
             source = Source(options.model.name, options.weights, outliers, model.backend.description)

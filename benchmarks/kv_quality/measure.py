@@ -34,29 +34,37 @@ ROWS = 16
 
 @dataclass(frozen=True)
 class Caches:
-    """Types of K and V, and the basis of K."""
+    """Types of K and V, and the basis of each."""
 
     k: str
     v: str
-    rotation: str
+    k_rotation: str = "none"
+    v_rotation: str = "none"
 
     def __str__(self) -> str:
-        return f"{self.k} {self.v} {self.rotation}"
+        return f"K {self.k} {self.k_rotation}  V {self.v} {self.v_rotation}"
 
     def open(self, model: Model, context: int, capture: Sequence[int] = ()) -> Session:
         """A session of ``context`` positions with these caches, whatever the environment says."""
-        return Session(model, context, self.k, self.v, self.rotation, capture=capture, environment={})
+        return Session(
+            model, context, self.k, self.v, self.k_rotation, self.v_rotation, capture=capture, environment={}
+        )
 
 
-REFERENCE = Caches("f16", "f16", "none")
+REFERENCE = Caches("f16", "f16")
 """What the other caches are compared with."""
-EXACT = Caches("f32", "f32", "none")
+EXACT = Caches("f32", "f32")
 """What attention outputs are compared with; the CPU alone has it, on CUDA it is the reference."""
 
 
-def grid(k_types: Sequence[str], v_types: Sequence[str], rotations: Sequence[str]) -> list[Caches]:
+def grid(
+    k_types: Sequence[str], v_types: Sequence[str], k_rotations: Sequence[str], v_rotations: Sequence[str]
+) -> list[Caches]:
     """Every combination: K type by K type, basis by basis."""
-    return [Caches(k, v, rotation) for k, rotation, v in product(k_types, rotations, v_types)]
+    return [
+        Caches(k, v, k_rotation, v_rotation)
+        for k, k_rotation, v_rotation, v in product(k_types, k_rotations, v_rotations, v_types)
+    ]
 
 
 # --- one cache --------------------------------------------------------------------------------------------------------

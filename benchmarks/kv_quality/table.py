@@ -64,7 +64,7 @@ class Cell:
         q = self.quality
         accepted = "" if self.acceptance is None else f"  acceptance {self.acceptance:.2f}"
         return (
-            f"{self.source.outliers:6} {self.caches!s:28} KLD {q.kld_mean:.2e}, 99.9 % {q.kld_999:.2e}"
+            f"{self.source.outliers:6} {self.caches!s:32} KLD {q.kld_mean:.2e}, 99.9 % {q.kld_999:.2e}"
             f"  top-1 {100 * q.top1:.2f} %  perplexity {q.perplexity:.3f}  attention {q.attention_error:.2e}"
             f"  recall {q.recalled}/{len(q.recall)}{accepted}\n    {self.command}"
         )
@@ -83,9 +83,10 @@ def render(cells: Sequence[Cell]) -> str:
     return "\n\n".join(_section(source, [cell for cell in ordered if cell.source == source]) for source in sources)
 
 
-def _place(cell: Cell) -> tuple[int, int, int]:
-    types, bases = list(CACHE_TYPES), list(K_BASES)
-    return types.index(cell.caches.k), bases.index(cell.caches.rotation), types.index(cell.caches.v)
+def _place(cell: Cell) -> tuple[int, ...]:
+    types, bases, caches = list(CACHE_TYPES), list(K_BASES), cell.caches
+    rotations = (bases.index(caches.k_rotation), bases.index(caches.v_rotation))
+    return types.index(caches.k), *rotations, types.index(caches.v)
 
 
 def _section(source: Source, cells: Sequence[Cell]) -> str:
@@ -95,18 +96,25 @@ def _section(source: Source, cells: Sequence[Cell]) -> str:
 
 
 def _divergences(cells: Sequence[Cell]) -> str:
-    """Mean KLD only: K type and basis down, V type across."""
-    columns = list(dict.fromkeys(cell.caches.v for cell in cells))
-    found: dict[tuple[str, str], dict[str, str]] = {}
+    """Mean KLD only: K type and bases down, V type across."""
+    columns = [name for name in CACHE_TYPES if any(cell.caches.v == name for cell in cells)]
+    found: dict[tuple[str, str, str], dict[str, str]] = {}
     for cell in cells:
-        row = found.setdefault((cell.caches.k, cell.caches.rotation), {})
+        row = found.setdefault((cell.caches.k, cell.caches.k_rotation, cell.caches.v_rotation), {})
         row[cell.caches.v] = _short(cell.quality.kld_mean)
     rows = [[*key, *(row.get(v, "") for v in columns)] for key, row in found.items()]
-    return _markdown(["K", "K basis", *(f"V {v}" for v in columns)], rows)
+    return _markdown(["K", "K basis", "V basis", *(f"V {v}" for v in columns)], rows)
+
+
+_NAMES = ("K", "V", "K basis", "V basis")
+
+
+def _names(caches: Caches) -> list[str]:
+    return [caches.k, caches.v, caches.k_rotation, caches.v_rotation]
 
 
 def _everything(cells: Sequence[Cell]) -> str:
-    header = ["K", "V", "K basis", "KLD mean", "KLD 99.9 %", "top-1", "perplexity", "attention error", "recall"]
+    header = [*_NAMES, "KLD mean", "KLD 99.9 %", "top-1", "perplexity", "attention error", "recall"]
     rows = [_row(cell) for cell in cells]
     if all(cell.acceptance is None for cell in cells):
         return _markdown(header, [row[:-1] for row in rows])
@@ -116,7 +124,7 @@ def _everything(cells: Sequence[Cell]) -> str:
 def _row(cell: Cell) -> list[str]:
     q = cell.quality
     return [
-        cell.caches.k, cell.caches.v, cell.caches.rotation, _short(q.kld_mean), _short(q.kld_999),
+        *_names(cell.caches), _short(q.kld_mean), _short(q.kld_999),
         f"{100 * q.top1:.2f} %", f"{q.perplexity:.3f}", _short(q.attention_error), f"{q.recalled}/{len(q.recall)}",
         "" if cell.acceptance is None else f"{cell.acceptance:.2f}",
     ]  # fmt: skip
@@ -131,9 +139,9 @@ def _missed(cells: Sequence[Cell]) -> str:
     rows = []
     for cell in missed:
         found = [[hit for _, at, hit in cell.quality.recall if at == depth] for depth in places]
-        rows.append([cell.caches.k, cell.caches.v, cell.caches.rotation, *(f"{sum(f)}/{len(f)}" for f in found)])
+        rows.append([*_names(cell.caches), *(f"{sum(f)}/{len(f)}" for f in found)])
     sentence = "Needles recalled by depth, 0 the first line of the text and 1 the last; all other caches recalled all:"
-    return f"{sentence}\n\n{_markdown(['K', 'V', 'K basis', *(f'{depth:.1f}' for depth in places)], rows)}"
+    return f"{sentence}\n\n{_markdown([*_NAMES, *(f'{depth:.1f}' for depth in places)], rows)}"
 
 
 def _short(value: float) -> str:

@@ -41,7 +41,7 @@ def test_logits_are_those_of_a_session_that_nobody_watches(model: Model) -> None
 def test_the_first_row_attends_to_its_own_value_whatever_the_type_of_k(model: Model) -> None:
     """A softmax over one score is 1, so the output is V as it is stored; later rows do depend on K."""
     text = Text(tuple(model.tokenizer.encode(held_out_prompts(1)[0])[:24]), ())
-    caches = [Caches("f16", "f16", "none"), Caches("q4_0", "f16", "none"), Caches("q4_0", "f16", "hadamard-256")]
+    caches = [Caches("f16", "f16"), Caches("q4_0", "f16"), Caches("q4_0", "f16", "hadamard-256")]
     first, *others = (next(observe(model, c, [text])).attention for c in caches)
     for other in others:
         assert np.array_equal(first[0], other[0])

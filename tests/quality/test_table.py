@@ -23,10 +23,10 @@ def cell(k: str, v: str, basis: str, kld: float, *recalled: bool, outliers: str 
 
 
 def test_every_combination_is_in_the_grid_once() -> None:
-    found = grid(["f16", "q4_0"], ["f16", "q8_0"], ["none", "hadamard-256"])
-    assert len(found) == len(set(found)) == 8
-    assert found[1] == Caches("f16", "q8_0", "none")
-    assert found[-1] == Caches("q4_0", "q8_0", "hadamard-256")
+    found = grid(["f16", "q4_0"], ["f16", "q8_0"], ["none", "hadamard-256"], ["none", "hadamard-64"])
+    assert len(found) == len(set(found)) == 16
+    assert found[1] == Caches("f16", "q8_0")
+    assert found[-1] == Caches("q4_0", "q8_0", "hadamard-256", "hadamard-64")
 
 
 def test_the_table_shows_each_cell_where_it_belongs() -> None:
@@ -36,13 +36,13 @@ def test_the_table_shows_each_cell_where_it_belongs() -> None:
     ])  # fmt: skip
     lines = text.splitlines()
     assert "### `m.gguf`, weights as f32, no outliers (CPU)" in lines
-    assert lines[lines.index("| K | K basis | V f16 | V q4_0 |") + 2 :][:2] == [
-        "| f16 | none | 0 | 0.012 |",
-        "| q4_0 | none |  | 4.6e-05 |",
+    assert lines[lines.index("| K | K basis | V basis | V f16 | V q4_0 |") + 2 :][:2] == [
+        "| f16 | none | none | 0 | 0.012 |",
+        "| q4_0 | none | none |  | 4.6e-05 |",
     ]
-    assert "| f16 | q4_0 | none | 0.012 | 0.12 | 50.00 % | 2.000 | 0.12 | 3/3 | 3.00 |" in lines
-    assert lines[-3:] == ["| K | V | K basis | 0.0 | 0.5 | 1.0 |", "| --- | --- | --- | --- | --- | --- |",
-                          "| q4_0 | q4_0 | none | 1/1 | 0/1 | 1/1 |"]  # fmt: skip
+    assert "| f16 | q4_0 | none | none | 0.012 | 0.12 | 50.00 % | 2.000 | 0.12 | 3/3 | 3.00 |" in lines
+    assert lines[-3:] == ["| K | V | K basis | V basis | 0.0 | 0.5 | 1.0 |", "|" + " --- |" * 7,
+                          "| q4_0 | q4_0 | none | none | 1/1 | 0/1 | 1/1 |"]  # fmt: skip
 
 
 def test_sources_have_tables_of_their_own() -> None:
@@ -72,10 +72,21 @@ def test_the_command_of_a_cell_gives_that_cell(tmp_path: Path, capsys: pytest.Ca
     results, again, document = tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "x.md"
     options = [str(TARGET), "--draft", str(DRAFT), "--prompts", str(TEST_DATA / "held_out.jsonl")]
     options += ["--contexts", "80,96", "--needles", "2", "--places", "4", "--device", "cpu", "--outliers", "8x32"]
-    options += ["--cache-k", "q4_0", "--cache-v", "f16,q8_0", "--k-rotation", "none,hadamard-256"]
+    options += [
+        "--cache-k",
+        "q4_0",
+        "--cache-v",
+        "f16,q8_0",
+        "--k-rotation",
+        "hadamard-256",
+        "--v-rotation",
+        "none,hadamard-64",
+    ]
     command_line.main([*options, "--json", str(results)])
     cells = [Cell.of(json.loads(line)) for line in results.read_text().splitlines()]
-    assert [found.caches for found in cells] == grid(["q4_0"], ["f16", "q8_0"], ["none", "hadamard-256"])
+    assert [found.caches for found in cells] == grid(
+        ["q4_0"], ["f16", "q8_0"], ["hadamard-256"], ["none", "hadamard-64"]
+    )
     chosen = cells[-1]
     assert chosen.command in capsys.readouterr().out
     program, *arguments = shlex.split(chosen.command)[2:]
