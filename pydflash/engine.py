@@ -80,6 +80,8 @@ class StopFilter:
 
     def push(self, text: str) -> tuple[str, bool]:
         """The text that is certain now, and whether a stop string was met (which ends the filter's use)."""
+        if not self._stop:
+            return text, False
         self._held += text
         found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:

@@ -101,6 +101,10 @@ class _StepGraph:
     logits: Tensor
     argmax: Tensor
 
+    def __post_init__(self) -> None:
+        self.values = np.zeros(self.inputs.shape, np.int32)  # what the next run's inputs are written from
+        self.tokens, self.positions, self.rows = self.values[3:].reshape(3, -1)
+
 
 class Session:
     """A sequence of tokens and everything the model remembers of it.
@@ -297,16 +301,15 @@ class Session:
         width = width_for(count)
         start = self.length + offset
         step = self._graph(width, self._span(width, start + count), head, keep, proposal)
-        block = np.empty(3 + 3 * width, np.int32)
-        block[:3] = self._replay, count, count - 1
-        tokens, positions, rows = block[3:].reshape(3, width)
-        tokens[:count], tokens[count:] = ids, ids[0]
-        positions[:count], positions[count:] = np.arange(start, start + count), -1
-        rows[:count], rows[count:] = positions[:count], self.cache.padding_row
+        step.values[:3] = self._replay, count, count - 1
+        step.tokens[:count] = ids
+        step.positions[:count] = step.rows[:count] = np.arange(start, start + count)
+        if count < width:
+            step.tokens[count:], step.positions[count:], step.rows[count:] = ids[0], -1, self.cache.padding_row
         backend = self.model.backend
-        backend.write(step.inputs, block)
+        backend.write(step.inputs, step.values)
         if step.mask is not None:
-            backend.write(step.mask, _causal_mask(positions, step.mask.shape[1]))
+            backend.write(step.mask, _causal_mask(step.positions, step.mask.shape[1]))
         step.graph.run()
         self.serial += 1
         if not keep:
