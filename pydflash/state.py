@@ -97,17 +97,18 @@ def k_basis(
     """The rule: which basis a K cache is stored in.
 
     An explicit ``requested`` name wins, then PYDFLASH_K_ROTATION, then DFLASH_SKIP_WHT=1 (no rotation for a q4_0
-    cache); 'auto' rotates q4_0, whose 4 bits lose the most to outlier channels, by the largest group that divides the
-    head, and no other type.
+    cache); 'auto' rotates q4_0 and q8_0, which lose to outlier channels (docs/kv-cache.md), by the largest group that
+    divides the head, and no other type.
     Raises ConfigError for an unknown name or a group that does not divide ``head_size``.
     """
     environment = environment or {}
     if requested == "auto":
         requested = environment.get("PYDFLASH_K_ROTATION", "auto")
     if requested == "auto":
-        skip = environment.get("DFLASH_SKIP_WHT") == "1"
-        group = next((g for g in (256, 128) if head_size % g == 0), 0)
-        requested = f"hadamard-{group}" if k_type == GGMLType.Q4_0 and group and not skip else "none"
+        skip = k_type == GGMLType.Q4_0 and environment.get("DFLASH_SKIP_WHT") == "1"
+        group = next((g for g in (256, 128, 64) if head_size % g == 0), 0)
+        rotate = k_type in (GGMLType.Q4_0, GGMLType.Q8_0) and group and not skip
+        requested = f"hadamard-{group}" if rotate else "none"
     return _named("k_rotation", requested, K_BASES, head_size, ("auto",))
 
 

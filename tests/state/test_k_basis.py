@@ -24,15 +24,16 @@ SKIP, NAMED = {"DFLASH_SKIP_WHT": "1"}, {"PYDFLASH_K_ROTATION": "signed-128"}
 TABLE = [
     (Q4, 256, "auto", {}, "hadamard-256"),
     (Q4, 128, "auto", {}, "hadamard-128"),
-    (Q4, 64, "auto", {}, "none"),  # neither 256 nor 128 divides it
+    (Q4, 64, "auto", {}, "hadamard-64"),
+    (Q4, 96, "auto", {}, "none"),  # none of 256, 128 and 64 divides it
     (Q4, 64, "hadamard-64", {}, "hadamard-64"),
     (Q4, 256, "hadamard-64", SKIP, "hadamard-64"),
-    (Q8, 256, "auto", {}, "none"),
+    (Q8, 256, "auto", {}, "hadamard-256"),
     (F16, 256, "auto", {}, "none"),
     (F32, 256, "auto", {}, "none"),
     (Q4, 256, "auto", SKIP, "none"),
     (Q4, 256, "auto", {"DFLASH_SKIP_WHT": "0"}, "hadamard-256"),
-    (Q8, 256, "auto", SKIP, "none"),
+    (Q8, 256, "auto", SKIP, "hadamard-256"),  # the variable is about q4_0
     (Q4, 256, "hadamard-256", SKIP, "hadamard-256"),  # what was asked for wins
     (Q4, 256, "auto", NAMED, "signed-128"),
     (F16, 256, "auto", NAMED, "signed-128"),
