@@ -2,7 +2,7 @@
 
 Both packages bring libraries called libggml-base.so; in one process the loader would give the second one the first
 one's. Usage: ``python -m tests.parity.peer REQUEST.json RESULT.npz``. The request holds ``path`` and either ``texts``
-to tokenize, or ``tokens`` to evaluate at each of ``widths``.
+to tokenize, or ``sequences`` of tokens of one length to evaluate at each of ``widths``.
 """
 
 from __future__ import annotations
@@ -24,8 +24,15 @@ def peer_logits(
     path: Path, tokens: Sequence[int], widths: Sequence[int], folder: Path, cache: str = "f32"
 ) -> dict[int, npt.NDArray[np.float32]]:
     """Logits (len(tokens), vocab) by the number of rows that llama.cpp evaluates at once."""
-    request = {"path": str(path), "tokens": list(map(int, tokens)), "widths": list(widths), "cache": cache}
-    arrays = _ask(request, folder)
+    return {width: rows[0] for width, rows in peer_logits_of_many(path, [tokens], widths, folder, cache).items()}
+
+
+def peer_logits_of_many(
+    path: Path, sequences: Sequence[Sequence[int]], widths: Sequence[int], folder: Path, cache: str = "f32"
+) -> dict[int, npt.NDArray[np.float32]]:
+    """Logits (S, T, vocab) of S sequences of T tokens each, evaluated on their own."""
+    wanted = [list(map(int, tokens)) for tokens in sequences]
+    arrays = _ask({"path": str(path), "sequences": wanted, "widths": list(widths), "cache": cache}, folder)
     return {width: arrays[f"width_{width}"] for width in widths}
 
 
@@ -54,15 +61,21 @@ def _answer(request: dict[str, Any]) -> dict[str, npt.NDArray[Any]]:
         texts = [t.encode() for t in request["texts"]]
         ids = [model.tokenize(t, add_bos=False, special=request["special"]) for t in texts]
         return {f"text_{i}": np.array(row, np.int32) for i, row in enumerate(ids)}
-    tokens, cache = request["tokens"], {"f32": 0, "f16": 1}[request["cache"]]
+    sequences, cache = request["sequences"], {"f32": 0, "f16": 1}[request["cache"]]
+    context = -(-len(sequences[0]) // 256) * 256
     arrays = {}
     for width in request["widths"]:
         model = llama_cpp.Llama(
-            request["path"], n_ctx=-(-len(tokens) // 256) * 256, n_batch=width, n_ubatch=width, n_threads=1,
-            n_threads_batch=1, logits_all=True, type_k=cache, type_v=cache, flash_attn=False, verbose=False,
+            request["path"], n_ctx=context, n_batch=width, n_ubatch=width, n_threads=1, n_threads_batch=1,
+            logits_all=True, type_k=cache, type_v=cache, flash_attn=False, verbose=False,
         )  # fmt: skip
-        model.eval(tokens)
-        arrays[f"width_{width}"] = np.array(model.scores[: len(tokens)], np.float32)
+        rows = []
+        for tokens in sequences:
+            model.reset()
+            model._ctx.kv_cache_clear()  # the delta-net's state as well
+            model.eval(tokens)
+            rows.append(np.array(model.scores[: len(tokens)], np.float32))
+        arrays[f"width_{width}"] = np.stack(rows)
         model.close()
     return arrays
 

@@ -1,15 +1,19 @@
 """The same files through llama.cpp of the pinned version: same tokens, same logits, same greedy text.
 
 llama.cpp is not equal to itself: it takes other kernels for other batch widths, and with quantised weights a difference
-in the last bit flips the 8-bit rounding of an activation. How far it is from itself is measured here, and is what we
-may differ by. Its products with Q8_0 and Q4_0 do not depend on the width, so the width alone would say that it has no
-noise at all; a change of the last bits of the norm weights shows the noise that any other order of float32 sums has.
+in the last bit decides now and then whether the 8-bit rounding of an activation goes up or down. Such a flip is worth a
+whole level, 1e-4 of the logits' square, in a row and in those after it; where none happens the engines agree to 1e-13.
+So what can be compared is how often flips happen and what they are worth: the mean over many short texts of our
+distance from llama.cpp against that of llama.cpp from itself at another width (`ALLOWED`). Its products with Q8_0 and
+Q4_0 do not depend on the width; there it is compared with itself on the same model with another order of its hidden
+channels, and so of every sum over them.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import gguf
@@ -20,7 +24,8 @@ from pydflash.models import load_model
 from pydflash.session import Session
 from pydflash.tokenizer import Tokenizer
 from tests.helpers import Array, nmse, run_chunks
-from tests.parity.peer import peer_logits, peer_tokens
+from tests.parity.peer import peer_logits, peer_logits_of_many, peer_tokens
+from tests.reference.qwen35 import Reference
 from tests.shipped import TARGET, TEST_DATA, held_out_prompts, needs_pair
 from tests.tiny import GEOMETRIES, K_QUANT_GEOMETRIES, write_target
 
@@ -33,11 +38,11 @@ pytestmark = [
 ]
 
 FLOAT_NMSE = 1e-6
-ULPS = 2  # what another order of the sum of a few hundred squares in a norm is worth
-# Which activations flip is a matter of luck, and one flip more or less is a large part of the whole: a factor of a few
-# between two equally good engines. Taking no notice of the rounding at all would cost a factor of ten to a hundred
-# (test_logits.py).
-LUCK = 4
+TEXTS, LENGTH = 120, 16  # most texts of 16 tokens hold one flip or none
+# Times llama.cpp's distance from itself. Another width changes every K-quant product, as another engine does. Another
+# order of hidden channels changes the products that read them and not those that write them, nor attention.
+ALLOWED = {"q4_k_m": 1, "q6_k": 1, "q8_0": 2, "q4_0": 2}
+SHIPPED_ALLOWED = 2  # three of its products are Q8_0, which another width does not change
 # llama.cpp aborts on models whose layers are all of one kind, and takes the layer kinds from full_attention_interval
 # alone.
 FLOAT_GEOMETRIES = [name for name in GEOMETRIES if name not in ("all_attention", "all_recurrent", "listed")]
@@ -66,34 +71,83 @@ def test_logits_with_float_weights_are_those_of_llama_cpp(tmp_path: Path, name: 
         assert error <= max(FLOAT_NMSE, own if types == "f16" else 0), (width, error, own)
 
 
-def nudged(source: Path, path: Path, seed: int) -> Path:
-    """The same model with the norm weights of its layers moved by up to ULPS units in the last place, up or down."""
-    rng = np.random.default_rng(seed)
+def renumbered(source: Path, path: Path) -> Path:
+    """The same model with its hidden channels in another order, by blocks of 32, whose quantisation does not change."""
     path.write_bytes(source.read_bytes())
-    for tensor in gguf.GGUFReader(path, "r+").tensors:
-        if tensor.name.endswith(("attn_norm.weight", "post_attention_norm.weight")):
-            bits = tensor.data.view(np.int32)
-            bits += rng.integers(-ULPS, ULPS + 1, bits.shape, dtype=np.int32)
+    reader = gguf.GGUFReader(path, "r+")
+    hidden = int(reader.fields["qwen35.embedding_length"].contents())
+    order = np.random.default_rng(7).permutation(hidden // 32)
+    for tensor in reader.tensors:
+        if tensor.name.endswith(("attn_output.weight", "ssm_out.weight", "ffn_down.weight")):  # hidden rows
+            blocks = tensor.data.reshape(len(order), -1)
+            blocks[:] = blocks[order]
+        elif tensor.shape[0] == hidden and not tensor.name.endswith(
+            ("q_norm.weight", "k_norm.weight")
+        ):  # hidden columns
+            blocks = tensor.data.reshape(-1, len(order), tensor.data.shape[-1] // len(order))
+            blocks[:] = blocks[:, order]
     return path
 
 
-def distance_from_itself(path: Path, tokens: list[int], peer: dict[int, Array], folder: Path) -> float:
-    """How far llama.cpp is from itself at another width, or when the last bits of the norms differ."""
-    moved = [peer_logits(nudged(path, folder / "nudged.gguf", seed), tokens, [1], folder)[1] for seed in range(3)]
-    return max(nmse(other, peer[1]) for other in (*moved, *peer.values()))
+@dataclass(frozen=True)
+class Distances:
+    """Mean NMSE of the logits of many texts: ours from llama.cpp's at each width, its own, both from the oracle's."""
+
+    ours: dict[int, float]
+    own: float
+    ours_from_oracle: float
+    peer_from_oracle: float
+
+    def __str__(self) -> str:
+        widths = ", ".join(f"{error:.2e} at width {width}" for width, error in self.ours.items())
+        oracle = f"from the oracle {self.ours_from_oracle:.2e} here, {self.peer_from_oracle:.2e} there"
+        return f"from llama.cpp {widths}; llama.cpp from itself {self.own:.2e}; {oracle}"
+
+    @staticmethod
+    def mean(several: Sequence[Distances]) -> Distances:
+        return Distances(
+            {width: float(np.mean([d.ours[width] for d in several])) for width in several[0].ours},
+            *(float(np.mean([getattr(d, f.name) for d in several])) for f in fields(Distances)[1:]),
+        )
+
+
+def mean_nmse(got: Sequence[Array], wanted: Sequence[Array]) -> float:
+    return float(np.mean([nmse(a, b) for a, b in zip(got, wanted)]))
+
+
+def distances(path: Path, texts: Sequence[Sequence[int]], folder: Path, widths_differ: bool) -> Distances:
+    """``widths_differ``: llama.cpp's products depend on the width; otherwise it is compared with a renumbered model."""
+    peer = peer_logits_of_many(path, texts, [1, 16], folder)
+    other = peer[16]
+    if not widths_differ:
+        other = peer_logits_of_many(renumbered(path, folder / "renumbered.gguf"), texts, [1], folder)[1]
+    with load_model(path, "cpu", threads=1) as model:
+        rows = []
+        for text in texts:
+            with Session(model, 256, "f32", "f32") as session:
+                rows.append(run_chunks(session, text, 16))
+    exact = [Reference(path).forward(text) for text in texts[:4]]
+    return Distances(
+        {width: mean_nmse(rows, wanted) for width, wanted in peer.items()},
+        mean_nmse(other, peer[1]),
+        mean_nmse(rows[:4], exact),
+        mean_nmse(peer[1][:4], exact),
+    )
 
 
 @pytest.mark.parametrize("types", ["q8_0", "q4_0", "q4_k_m", "q6_k"])
-def test_logits_with_quantised_weights_are_about_as_far_from_llama_cpp_as_it_is_from_itself(
-    tmp_path: Path, types: str
+def test_quantised_logits_are_about_as_far_from_llama_cpp_as_it_is_from_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], types: str
 ) -> None:
-    errors, own = [], []
+    found = []
     for name in K_QUANT_GEOMETRIES:
-        path, tokens = write_target(tmp_path / "x.gguf", GEOMETRIES[name], types=types, seed=1), tokens_for(name)
-        peer = peer_logits(path, tokens, [1, 16], tmp_path)
-        errors.append(max(nmse(ours(path, tokens, width), wanted) for width, wanted in peer.items()))
-        own.append(distance_from_itself(path, tokens, peer, tmp_path))
-    assert np.mean(errors) <= LUCK * np.mean(own), (errors, own)
+        path = write_target(tmp_path / "x.gguf", GEOMETRIES[name], types=types, seed=1)
+        texts = np.random.default_rng(6).integers(0, GEOMETRIES[name].vocab, (TEXTS, LENGTH)).tolist()
+        found.append(distances(path, texts, tmp_path, widths_differ=ALLOWED[types] == 1))
+    mean = Distances.mean(found)
+    with capsys.disabled():
+        print(f"\n{types}: {mean}")
+    assert np.mean(list(mean.ours.values())) <= ALLOWED[types] * mean.own, found
 
 
 def tokenizer_agrees(path: Path, folder: Path, normalise: Callable[[Path], Tokenizer]) -> None:
@@ -157,9 +211,12 @@ def test_the_shipped_model_continues_as_llama_cpp_does_over_256_tokens(
 
 
 @needs_pair
-def test_the_shipped_model_is_about_as_far_from_llama_cpp_as_it_is_from_itself(tmp_path: Path) -> None:
+def test_the_shipped_model_is_about_as_far_from_llama_cpp_as_it_is_from_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with load_model(TARGET, "cpu", threads=1) as model:
-        tokens = model.tokenizer.encode(held_out_prompts(1)[0])[:COUNT]
-    peer = peer_logits(TARGET, tokens, [1, 16], tmp_path)
-    own = distance_from_itself(TARGET, tokens, peer, tmp_path)
-    assert max(nmse(ours(TARGET, tokens, width), wanted) for width, wanted in peer.items()) <= LUCK * own
+        texts = [model.tokenizer.encode(text)[:LENGTH] for text in held_out_prompts(TEXTS)]
+    found = distances(TARGET, [text for text in texts if len(text) == LENGTH], tmp_path, widths_differ=True)
+    with capsys.disabled():
+        print(f"\nshipped: {found}")
+    assert np.mean(list(found.ours.values())) <= SHIPPED_ALLOWED * found.own
