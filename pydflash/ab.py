@@ -4,6 +4,11 @@ Weights are loaded once and shared; each arm has sessions of its own. A third ar
 from A is the noise of the measurement. Every repeat has a prompt that no other run sees, the same for all arms, and the
 order of the arms changes so that A precedes B in every other repeat. What a repeat and its order do to both arms
 cancels in the ratio B/A of that repeat; ``verdict`` states what the ratios show.
+
+Arms that fit into memory together decode in lockstep: after the prompts, read one after the other, each arm advances
+one step in turn, and its own steps are its time. What slows the machine for longer than a step then falls on all arms
+alike. What slows it for less, or during one prompt, does not cancel, but it never makes a run faster: the fastest run
+of each arm stands beside the medians.
 """
 
 from __future__ import annotations
@@ -13,18 +18,19 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from pydflash.bench import WARM_UPS, random_ids
 from pydflash.config import EngineConfig, parsed, truth
+from pydflash.decode import Stats
 from pydflash.doctor import examine
 from pydflash.draft import Draft, load_draft
 from pydflash.engine import Chunk, Engine
@@ -35,7 +41,21 @@ from pydflash.sampling import SamplingParams
 from pydflash.verdict import CONFIDENCE, Estimate, Verdict, fewest, median_interval, noise_floor, paired_ratios, verdict
 from pydflash.weights import Progress
 
-__all__ = ["Acceptance", "Arm", "Outcome", "Outputs", "Protocol", "Report", "Sample", "compare", "parse_arm", "plot"]
+__all__ = [
+    "Acceptance",
+    "Arm",
+    "Fastest",
+    "Outcome",
+    "Outputs",
+    "Protocol",
+    "Report",
+    "Sample",
+    "compare",
+    "parse_arm",
+    "plot",
+]
+
+T = TypeVar("T")
 
 Clock = Callable[[], float]
 """Seconds, as ``time.perf_counter``."""
@@ -151,7 +171,7 @@ class _Source:
 
 @dataclass(frozen=True)
 class Sample:
-    """One run of one arm. ``position``: its place in the order of the repeat.
+    """One run of one arm. ``position``: its place in the order of the repeat. ``decode_seconds``: of its own steps.
 
     ``tokens``: the first ``max_tokens`` generated. ``decoded``: all tokens after the first, those of the last cycle
     beyond ``max_tokens`` included, in ``decode_seconds``. The rest is of ``decode.Stats``.
@@ -188,31 +208,73 @@ class Sample:
         return 1e3 * self.decode_seconds / self.cycles
 
 
-def measure(engine: Engine, prompt: Sequence[int], count: int, clock: Clock) -> dict[str, Any]:
-    """Generate at least ``count`` tokens greedily; the fields of a Sample but its place.
+class _Run:
+    """A greedy generation of at least ``enough`` tokens under way, each of its steps timed; the first is the prompt.
 
-    The generation ends after a whole cycle: a last proposal cut to fit would need a graph of another width.
+    It ends after a whole cycle: a last proposal cut to fit would need a graph of another width. A step leaves nothing
+    running on the device, as its tokens are on the host.
     """
-    spare = engine.draft.config.block_size if engine.draft is not None else 0
-    params = SamplingParams(max_tokens=count + spare, ignore_eos=True)
-    tokens: list[int] = []
-    begin = first = clock()
-    with closing(cast("Generator[Chunk, None, None]", engine.stream(prompt, params))) as stream:
-        for chunk in stream:
-            if not tokens:
-                first = clock()
-            tokens += chunk.tokens
-            if len(tokens) >= count:
-                break
-    end = clock()
-    stats = chunk.stats
-    return {
-        "prompt_tokens": len(prompt), "prefill_seconds": first - begin,
-        "decoded": len(tokens) - 1, "decode_seconds": end - first, "tokens": tuple(tokens[:count]),
-        "cycles": stats.steps, "drafted": stats.drafted, "accepted": stats.accepted,
-        "drafted_per_position": tuple(stats.drafted_per_position),
-        "accepted_per_position": tuple(stats.accepted_per_position), "trace": tuple(stats.trace),
-    }  # fmt: skip
+
+    def __init__(self, engine: Engine, prompt: Sequence[int], enough: int, clock: Clock) -> None:
+        spare = engine.draft.config.block_size if engine.draft is not None else 0
+        params = SamplingParams(max_tokens=enough + spare, ignore_eos=True)
+        self._stream = cast("Generator[Chunk, None, None]", engine.stream(prompt, params))
+        self._prompt_tokens, self._enough, self._clock = len(prompt), enough, clock
+        self._tokens: list[int] = []
+        self._seconds: list[float] = []
+        self._stats = Stats()
+
+    def step(self) -> None:
+        begin = self._clock()
+        chunk = next(self._stream)
+        self._seconds.append(self._clock() - begin)
+        self._tokens += chunk.tokens
+        self._stats = chunk.stats
+
+    @property
+    def done(self) -> bool:
+        return len(self._tokens) >= self._enough
+
+    def found(self) -> dict[str, Any]:
+        """The fields of a Sample but its place."""
+        stats = self._stats
+        return {
+            "prompt_tokens": self._prompt_tokens, "prefill_seconds": self._seconds[0],
+            "decoded": len(self._tokens) - 1, "decode_seconds": sum(self._seconds[1:]),
+            "tokens": tuple(self._tokens[: self._enough]),
+            "cycles": stats.steps, "drafted": stats.drafted, "accepted": stats.accepted,
+            "drafted_per_position": tuple(stats.drafted_per_position),
+            "accepted_per_position": tuple(stats.accepted_per_position), "trace": tuple(stats.trace),
+        }  # fmt: skip
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def measure(engines: Sequence[Engine], prompt: Sequence[int], enough: int, clock: Clock) -> list[dict[str, Any]]:
+    """Generate at least ``enough`` tokens with each engine, in lockstep; the fields of a Sample but its place, each."""
+    with ExitStack() as undo:
+        runs = [undo.enter_context(closing(_Run(engine, prompt, enough, clock))) for engine in engines]
+        for run in runs:
+            run.step()
+        step = 0
+        while not all(run.done for run in runs):
+            for run in turns(runs, step):
+                if not run.done:
+                    run.step()
+            step += 1
+        return [run.found() for run in runs]
+
+
+def turns(arms: Sequence[T], step: int) -> list[T]:
+    """The order of one step: each second one is the reverse of the one before, so that a steady drift cancels.
+
+    After such a pair another arm begins. At each reversal an arm follows itself and finds its data in the caches; so
+    every arm does, one step in six.
+    """
+    first = step // 2 % len(arms)
+    order = [*arms[first:], *arms[:first]]
+    return order[::-1] if step % 2 else order
 
 
 class _Pool:
@@ -283,8 +345,21 @@ class _Pool:
 
 
 @dataclass(frozen=True)
+class Fastest:
+    """The best value of each arm over all repeats, and the ratios of these."""
+
+    a: float
+    b: float
+    again: float
+    ratio: float
+    again_ratio: float
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """One quantity: the arms' medians in ``unit``, the ratios of each repeat with their medians, and the verdict."""
+    """One quantity: the arms' medians in ``unit``, the ratios of each repeat with their medians, the verdict from them,
+    and the fastest runs.
+    """
 
     what: str
     unit: str
@@ -296,6 +371,7 @@ class Outcome:
     again: Estimate
     noise_floor: float
     verdict: Verdict
+    fastest: Fastest
 
 
 @dataclass(frozen=True)
@@ -326,7 +402,7 @@ class Acceptance:
 class Report:
     """Everything that was asked, used and found; ``str()`` for reading, ``asdict`` for JSON.
 
-    ``order``: the arms of each repeat as they ran. ``in_turn``: the arms did not fit into memory together.
+    ``order``: the arms of each repeat as they ran. ``in_turn``: the arms did not fit into memory together; else they decode in lockstep.
     ``settings``: every effective setting of A and B. ``same_acceptance``: the traces of A and B are equal.
     """
 
@@ -360,13 +436,15 @@ class Report:
             *(arm.label for arm in self.arms.values()),
             f"{self.model} on {self.device}" + (f", draft {self.draft}" if self.draft else ""),
             f"{protocol.repeats} repeats in changing order, prompt {prompt}, {protocol.max_tokens} tokens generated"
-            + ("; arms loaded in turn, as they do not fit into memory together" if self.in_turn else ""),
+            + ("; arms loaded in turn, as they do not fit into memory together" if self.in_turn else "; in lockstep"),
             "",
             f"{'':16}{'A':>12}{'B':>12}{'B/A':>10}{'interval':>20}{AGAIN + '/A':>10}{'interval':>20}",
         ]
         for o in self.outcomes:
             pairs = "".join(f"{e.median:>10.4f}{f'[{e.low:.4f}, {e.high:.4f}]':>20}" for e in (o.ratio, o.again))
             lines.append(f"{o.what + ' ' + o.unit:16}{o.a:>12.2f}{o.b:>12.2f}{pairs}")
+            f = o.fastest
+            lines.append(f"{'  fastest run':16}{f.a:>12.2f}{f.b:>12.2f}{f.ratio:>10.4f}{'':20}{f.again_ratio:>10.4f}")
         confidence = 100.0 * self.outcomes[0].ratio.confidence
         lines += [f"medians; intervals hold the median with {confidence:.1f} % confidence (exact sign test)", ""]
         lines += [f"{outcome.what}: {outcome.verdict.text}" for outcome in self.outcomes]
@@ -429,14 +507,16 @@ def compare(
         source = _Source(pool.model(a).config.vocab, protocol.seed)
         prompts = _prompts(pool.model(a), a, protocol, texts, source)
         _check_room(max(map(len, prompts)) + protocol.max_tokens, a, b)
-        pool.warm = partial(_warm, source=source, lengths=set(map(len, prompts)), count=protocol.max_tokens)
+        pool.warm = partial(_warm, source=source, lengths=set(map(len, prompts)), enough=protocol.max_tokens)
         for name, arm in arms.items():  # what does not fit is known before the first measurement
             settings[name] = [setting._asdict() for setting in pool.engine(name, arm).settings()]
         samples: list[Sample] = []
         for repeat, (names, prompt) in enumerate(zip(order, prompts)):
-            for position, name in enumerate(names):
-                found = measure(pool.engine(name, arms[name]), prompt, protocol.max_tokens, clock)
-                samples.append(Sample(name, repeat, position, **found))
+            groups = [(name,) for name in names] if pool.in_turn else [names]
+            for group in groups:
+                engines = [pool.engine(name, arms[name]) for name in group]
+                for name, found in zip(group, measure(engines, prompt, protocol.max_tokens, clock)):
+                    samples.append(Sample(name, repeat, names.index(name), **found))
             if note is not None:
                 note(_line(samples[-len(names) :], protocol.repeats))
         in_turn = pool.in_turn
@@ -477,10 +557,10 @@ def _check_room(tokens: int, *arms: Arm) -> None:
             )
 
 
-def _warm(engine: Engine, source: _Source, lengths: set[int], count: int) -> None:
+def _warm(engine: Engine, source: _Source, lengths: set[int], enough: int) -> None:
     """Run every shape that will be measured, so that all graphs are there."""
     for length in sorted(lengths) * WARM_UPS:
-        measure(engine, source.draw(length), count, time.perf_counter)
+        measure([engine], source.draw(length), enough, time.perf_counter)
 
 
 def _line(run: Sequence[Sample], repeats: int) -> str:
@@ -513,9 +593,14 @@ def _outcome(what: str, unit: str, values: Mapping[str, Sequence[float]], within
     ratio, noise = median_interval(ratios), median_interval(again_ratios)
     floor = noise_floor(noise)
     found = verdict(ratio, floor, within=within, lower_is_better=unit == "ms")
-    return Outcome(
-        what, unit, statistics.median(a), statistics.median(b), ratios, ratio, again_ratios, noise, floor, found
-    )
+    medians = statistics.median(a), statistics.median(b)
+    fastest = _fastest(values, min if unit == "ms" else max)
+    return Outcome(what, unit, *medians, ratios, ratio, again_ratios, noise, floor, found, fastest)
+
+
+def _fastest(values: Mapping[str, Sequence[float]], best: Callable[[Sequence[float]], float]) -> Fastest:
+    a, b, again = (best(values[arm]) for arm in ARMS)
+    return Fastest(a, b, again, b / a, again / a)
 
 
 def _outputs(samples: Sequence[Sample]) -> Outputs:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,16 @@ from pydflash import ab, cli
 from pydflash.ab import Arm, Protocol, Report, compare, parse_arm
 from pydflash.bench import WARM_UPS
 from pydflash.config import EngineConfig
-from pydflash.engine import Engine
+from pydflash.decode import Stats
+from pydflash.engine import Chunk, Engine
 from pydflash.errors import ConfigError, OutOfMemory
+from pydflash.sampling import SamplingParams
 from pydflash.verdict import Estimate, fewest, median_interval, noise_floor, paired_ratios, verdict
 from tests.shipped import DRAFT, TARGET, TEST_DATA, needs_pair
 
 OPTIONS = {"device": "cpu", "threads": 1, "max_context": 256}
 SHORT = Protocol(repeats=7, prompt_tokens=24, max_tokens=12)
-READS = 3  # of the clock in a run: start, first token, end
+STEPS = 11  # that a run of SHORT takes after the first token
 
 
 def arms(a: str, b: str, *, draft: bool = False) -> tuple[Arm, Arm]:
@@ -37,22 +40,55 @@ def run(a: str, b: str, protocol: Protocol = SHORT, *, draft: bool = False, cloc
 
 
 class Clock:
-    """Each arm's runs take their given seconds, half of them for the prompt; ``ORDERS`` says whose turn it is."""
+    """Every step of an arm, its prompt included, takes the seconds given for that arm and repeat."""
 
     def __init__(self, **seconds: Sequence[float]) -> None:
         """``seconds``: of A, B and again (A'); one value a repeat, used in turn."""
         self.seconds = {"A": seconds["A"], "B": seconds["B"], "A'": seconds["again"]}
-        self.now, self.reads = 0.0, 0
+        self.now, self.reads, self.steps = 0.0, 0, self._steps()
+
+    def _steps(self) -> Iterator[float]:
+        """Seconds of each step of SHORT's runs in lockstep."""
+        for repeat in itertools.count():
+            order = ab.ORDERS[repeat % len(ab.ORDERS)]
+            turns = [order, *(ab.turns(order, step) for step in range(STEPS))]
+            for name in itertools.chain(*turns):
+                yield self.seconds[name][repeat % len(self.seconds[name])]
 
     def __call__(self) -> float:
-        turn, read = divmod(self.reads, READS)
-        repeat, position = divmod(turn, 3)
-        name = ab.ORDERS[repeat % len(ab.ORDERS)][position]
-        series = self.seconds[name]
         self.reads += 1
-        if read:
-            self.now += series[repeat % len(series)] / 2
+        if self.reads % 2 == 0:  # the end of a step
+            self.now += next(self.steps)
         return self.now
+
+
+class FakeEngine:
+    """Yields one token a step and moves the ``clock`` on by what ``seconds`` says of the machine at this step."""
+
+    draft = None
+
+    def __init__(self, name: str, log: list[str], clock: list[float], seconds: Callable[[int], float]) -> None:
+        self.name, self.log, self.clock, self.seconds = name, log, clock, seconds
+        self.closed = False
+
+    def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[Chunk]:
+        stats = Stats()
+        try:
+            for token in range(params.max_tokens or 0):
+                self.clock[0] += self.seconds(len(self.log))
+                self.log.append(self.name)
+                if token:
+                    stats.record(0, 0)
+                yield Chunk("", (token,), (False,), (), stats)
+        finally:
+            self.closed = True
+
+
+def fakes(seconds: Callable[[int], float]) -> tuple[list[FakeEngine], list[str], Callable[[], float]]:
+    """The three arms, the log of their steps, and the clock they move; ``seconds`` of the n-th step of all."""
+    log: list[str] = []
+    now = [0.0]
+    return [FakeEngine(name, log, now, seconds) for name in ab.ARMS], log, lambda: now[0]
 
 
 STEADY = {"A": (1.0,), "B": (1.0,), "again": (1.0,)}
@@ -174,18 +210,79 @@ def test_a_file_of_prompts_is_checked(tmp_path: Path, lines: str, said: str) -> 
         Protocol(prompts=path).texts()
 
 
+# --- lockstep ---------------------------------------------------------------------------------------------------------
+
+
+def test_arms_advance_step_by_step_in_reversed_order() -> None:
+    engines, log, clock = fakes(lambda step: 1.0)
+    found = ab.measure(engines, [1, 2], 9, clock)  # type: ignore[arg-type]
+    prompts, steps = log[:3], [tuple(log[i : i + 3]) for i in range(3, len(log), 3)]
+    assert prompts == ["A", "B", "A'"]
+    assert len(steps) == 8
+    assert steps[0] == ("A", "B", "A'")
+    assert all(steps[i + 1] == steps[i][::-1] for i in range(0, 8, 2))
+    assert set(steps[:6]) == set(ab.ORDERS)
+    again = [name for name, before in zip(log[4:22], log[3:21]) if name == before]
+    assert sorted(again) == sorted(ab.ARMS)  # in six steps every arm follows itself once
+    for of in found:
+        assert (of["prefill_seconds"], of["decode_seconds"], of["decoded"], of["cycles"]) == (1.0, 8.0, 8, 8)
+    assert all(engine.closed for engine in engines)
+
+
+def test_a_drift_within_a_repeat_falls_on_all_arms_alike() -> None:
+    """The machine slows down over some steps and recovers, by sixteenths of a second, exact in binary."""
+
+    def seconds(step: int) -> float:
+        turn = step - 3  # after the prompts
+        return 1.0 + max(0, min(turn - 6, 30 - turn)) / 16
+
+    engines, log, clock = fakes(seconds)
+    together = [of["decode_seconds"] for of in ab.measure(engines, [1], 13, clock)]  # type: ignore[arg-type]
+    assert len(log) == 3 * 13
+    assert together[0] == together[1] == together[2] > 13.0
+    assert paired_ratios(together[:1], together[1:2]) == paired_ratios(together[:1], together[2:]) == [1.0]
+    engines, _, clock = fakes(seconds)
+    apart = [ab.measure([engine], [1], 13, clock)[0]["decode_seconds"] for engine in engines]  # type: ignore[list-item]
+    assert len(set(apart)) == 3
+
+
+def test_an_arm_with_fewer_steps_leaves_the_others_going() -> None:
+    """B's steps yield two tokens."""
+    engines, log, clock = fakes(lambda step: 1.0)
+    single = engines[1].stream
+    engines[1].stream = lambda *given: (  # type: ignore[method-assign]
+        dataclasses.replace(chunk, tokens=chunk.tokens * 2) for chunk in single(*given)
+    )
+    found = ab.measure(engines, [1], 8, clock)  # type: ignore[arg-type]
+    assert [log.count(name) for name in ab.ARMS] == [8, 4, 8]
+    assert [of["decode_seconds"] for of in found] == [7.0, 3.0, 7.0]
+    assert [len(of["tokens"]) for of in found] == [8, 8, 8]
+
+
+def test_an_error_in_one_arm_closes_the_streams_of_all() -> None:
+    def fails(step: int) -> float:
+        if step == 7:
+            raise OutOfMemory("in the middle")
+        return 1.0
+
+    engines, _, clock = fakes(fails)
+    with pytest.raises(OutOfMemory, match="in the middle"):
+        ab.measure(engines, [1], 9, clock)  # type: ignore[arg-type]
+    assert all(engine.closed for engine in engines)
+
+
 # --- the protocol -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[int, ...]]]:
-    """(engine, prompt) of every run, warm-ups included."""
+    """(engine, prompt) of every run, warm-ups included; those of arms in lockstep by their prompts' order."""
     seen: list[tuple[int, tuple[int, ...]]] = []
     measure = ab.measure
 
-    def recorded(engine: Engine, prompt: Sequence[int], *rest: object) -> object:
-        seen.append((id(engine), tuple(prompt)))
-        return measure(engine, prompt, *rest)  # type: ignore[arg-type]
+    def recorded(engines: Sequence[Engine], prompt: Sequence[int], *rest: object) -> object:
+        seen.extend((id(engine), tuple(prompt)) for engine in engines)
+        return measure(engines, prompt, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(ab, "measure", recorded)
     return seen
@@ -212,8 +309,34 @@ def test_a_slower_arm_is_told_apart_from_noise() -> None:
         assert outcome.verdict.kind == "slower"
         assert outcome.verdict.text == "B is slower by 20.00 % [20.00, 20.00]"
         assert outcome.noise_floor == pytest.approx(1 / 0.98 - 1)
-    assert decode.a == pytest.approx(11 / 2.0)  # 11 tokens after the first in half of the median repeat's 4 s
-    assert prefill.a == pytest.approx(24 / 2.0)
+    assert decode.a == pytest.approx(1 / 4.0)  # the median repeat has steps of 4 s
+    assert prefill.a == pytest.approx(24 / 4.0)
+
+
+@needs_pair
+def test_the_fastest_run_of_each_arm_is_reported() -> None:
+    """Noise slows two runs in three, not the same ones in the arms; B takes 1/64 longer."""
+    clock = Clock(A=(1.0, 1.5, 1.25), B=(65 / 32, 65 / 64, 65 / 48), again=(2.0, 1.75, 1.0))
+    report = run("", "", clock=clock)
+    prefill, decode = report.outcomes
+    assert (decode.fastest.a, decode.fastest.b, decode.fastest.again) == (1.0, pytest.approx(64 / 65), 1.0)
+    assert (prefill.fastest.a, prefill.fastest.b, prefill.fastest.again) == (24.0, pytest.approx(24 * 64 / 65), 24.0)
+    for outcome in (prefill, decode):
+        assert outcome.fastest.ratio == pytest.approx(64 / 65)
+        assert outcome.fastest.again_ratio == 1.0
+    lines = str(report).splitlines()
+    assert [line.split() for line in lines if "fastest run" in line] == [
+        ["fastest", "run", "24.00", "23.63", "0.9846", "1.0000"],
+        ["fastest", "run", "1.00", "0.98", "0.9846", "1.0000"],
+    ]
+    table = [line for line in lines if line.startswith(("prefill tok/s", "decode tok/s", "  fastest"))]
+    assert len(table) == 4
+    assert max(map(len, table)) <= 120
+
+
+def test_of_milliseconds_the_fewest_are_the_fastest() -> None:
+    values = {"A": [4.0, 2.0] * 3, "B": [1.0, 8.0] * 3, "A'": [5.0, 4.0] * 3}
+    assert ab._outcome("cycle", "ms", values, None).fastest == ab.Fastest(2.0, 1.0, 4.0, 0.5, 2.0)
 
 
 @needs_pair
@@ -252,8 +375,13 @@ def test_weights_are_loaded_once_for_arms_that_differ_in_their_sessions(monkeypa
 
 @needs_pair
 def test_arms_that_do_not_fit_together_run_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One engine at a time is all the memory there is; the results are those of arms side by side."""
+    """One engine at a time is all the memory there is; the results are those of arms in lockstep."""
+    sizes: list[int] = []
+    measure = ab.measure
+    monkeypatch.setattr(ab, "measure", lambda engines, *rest: (sizes.append(len(engines)), measure(engines, *rest))[1])
     together = run("", "k_rotation=none", clock=Clock(**STEADY))
+    assert sizes == [1] * 3 * WARM_UPS + [3] * SHORT.repeats
+    sizes.clear()
     open_engines: list[Engine] = []
     share, close = Engine.share, Engine.close
 
@@ -271,7 +399,11 @@ def test_arms_that_do_not_fit_together_run_in_turn(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Engine, "close", closed)
     alone = run("", "k_rotation=none", clock=Clock(**STEADY))
     assert (together.in_turn, alone.in_turn) == (False, True)
+    assert set(sizes) == {1}
     assert alone.outputs == together.outputs
+    assert alone.outcomes == together.outcomes
+    assert "in lockstep" in str(together)
+    assert "arms loaded in turn" in str(alone)
     monkeypatch.setattr(Engine, "share", lambda *_: (_ for _ in ()).throw(OutOfMemory("no room at all")))
     with pytest.raises(OutOfMemory, match="no room at all"):
         run("", "", clock=Clock(**STEADY))
@@ -369,6 +501,9 @@ def test_the_json_holds_everything(tmp_path: Path, capsys: pytest.CaptureFixture
     assert len(found["order"]) == 6
     for outcome in found["outcomes"]:
         assert len(outcome["ratios"]) == len(outcome["again_ratios"]) == 6
+        fastest = outcome["fastest"]
+        assert fastest["ratio"] == fastest["b"] / fastest["a"]
+        assert fastest["again_ratio"] == fastest["again"] / fastest["a"]
         assert outcome["verdict"]["text"] in captured.out
 
 
