@@ -402,8 +402,9 @@ class Acceptance:
 class Report:
     """Everything that was asked, used and found; ``str()`` for reading, ``asdict`` for JSON.
 
-    ``order``: the arms of each repeat as they ran. ``in_turn``: the arms did not fit into memory together; else they decode in lockstep.
-    ``settings``: every effective setting of A and B. ``same_acceptance``: the traces of A and B are equal.
+    ``order``: the arms of each repeat as they ran. ``in_turn``: the arms did not fit into memory together; else they
+    decode in lockstep. ``settings``: every effective setting of A and B. ``same_acceptance``: the traces of A and B are
+    equal.
     """
 
     date: str
