@@ -6,6 +6,7 @@
 #include "delta_rule.h"
 #include "linear.h"
 #include "norm_rope.h"
+#include "rope.h"
 #include "store_kv.h"
 #include "turbo_wht.h"
 
@@ -17,6 +18,7 @@ static const struct pydflash_op OPS[PYDFLASH_OP_COUNT] = {
     [PYDFLASH_OP_DELTA_INPUTS] = { PYDFLASH_MAGIC, PYDFLASH_OP_DELTA_INPUTS, "delta_inputs", pydflash_delta_inputs_cpu },
     [PYDFLASH_OP_DELTA_RULE] = { PYDFLASH_MAGIC, PYDFLASH_OP_DELTA_RULE, "delta_rule", pydflash_delta_rule_cpu },
     [PYDFLASH_OP_ATTENTION]  = { PYDFLASH_MAGIC, PYDFLASH_OP_ATTENTION,  "attention",  pydflash_attention_cpu  },
+    [PYDFLASH_OP_ROPE]       = { PYDFLASH_MAGIC, PYDFLASH_OP_ROPE,       "rope",       pydflash_rope_cpu       },
     [PYDFLASH_OP_NORM_ROPE]  = { PYDFLASH_MAGIC, PYDFLASH_OP_NORM_ROPE,  "norm_rope",  pydflash_norm_rope_cpu  },
     [PYDFLASH_OP_STORE_KV]   = { PYDFLASH_MAGIC, PYDFLASH_OP_STORE_KV,   "store_kv",   pydflash_store_kv_cpu   },
     [PYDFLASH_OP_ARGMAX]     = { PYDFLASH_MAGIC, PYDFLASH_OP_ARGMAX,     "argmax",     pydflash_argmax_cpu     },

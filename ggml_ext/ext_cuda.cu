@@ -15,6 +15,7 @@ const pydflash_cuda_op * const TABLE[PYDFLASH_OP_COUNT] = {
     /* PYDFLASH_OP_DELTA_INPUTS */ &pydflash_cuda_delta_inputs,
     /* PYDFLASH_OP_DELTA_RULE   */ &pydflash_cuda_delta_rule,
     /* PYDFLASH_OP_ATTENTION    */ &pydflash_cuda_attention,
+    /* PYDFLASH_OP_ROPE         */ &pydflash_cuda_rope,
     /* PYDFLASH_OP_NORM_ROPE    */ &pydflash_cuda_norm_rope,
     /* PYDFLASH_OP_STORE_KV     */ &pydflash_cuda_store_kv,
     /* PYDFLASH_OP_ARGMAX       */ &pydflash_cuda_argmax,

@@ -68,6 +68,7 @@ extern const pydflash_cuda_op pydflash_cuda_linear;
 extern const pydflash_cuda_op pydflash_cuda_delta_inputs;
 extern const pydflash_cuda_op pydflash_cuda_delta_rule;
 extern const pydflash_cuda_op pydflash_cuda_attention;
+extern const pydflash_cuda_op pydflash_cuda_rope;
 extern const pydflash_cuda_op pydflash_cuda_norm_rope;
 extern const pydflash_cuda_op pydflash_cuda_store_kv;
 extern const pydflash_cuda_op pydflash_cuda_argmax;

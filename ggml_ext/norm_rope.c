@@ -4,17 +4,6 @@
 
 #include <math.h>
 
-void pydflash_head_turn(struct pydflash_head * head, int32_t position) {
-    const float step  = powf(head->base, -2.0f / head->dims);
-    float       theta = (float) position;
-    for (int i = 0; i < head->dims / 2; i++) {  // ggml multiplies its way up, and so rounds at every pair
-        head->cosines[i] = cosf(theta);
-        head->sines[i]   = sinf(theta);
-        theta *= step;
-    }
-    head->position = position;
-}
-
 // Sums squares of f32 in double, as ggml does.
 static float norm_scale(const float * x, int n, float eps) {
     double sum = 0.0;
@@ -25,24 +14,12 @@ static float norm_scale(const float * x, int n, float eps) {
     return 1.0f / sqrtf(mean + eps);
 }
 
-static void turn(const struct pydflash_head * head, float * y) {
-    const int half = head->dims / 2;
-    for (int i = 0; i < half; i++) {
-        const float c  = head->cosines[i];
-        const float s  = head->sines[i];
-        const float x0 = y[i];
-        const float x1 = y[i + half];
-        y[i]        = x0 * c - x1 * s;
-        y[i + half] = x0 * s + x1 * c;
-    }
-}
-
 void pydflash_head_apply(const struct pydflash_head * head, const float * x, float * y) {
     const float scale = norm_scale(x, head->size, head->eps);
     for (int i = 0; i < head->size; i++) {
         y[i] = x[i] * scale * head->weight[i];
     }
-    turn(head, y);
+    pydflash_rope_turn(&head->rope, y);
     for (int i = 0; head->group && i < head->size; i += head->group) {
         pydflash_rotate(y + i, head->group, head->signs, 0);
     }
@@ -55,20 +32,17 @@ void pydflash_norm_rope_cpu(struct ggml_tensor * dst, int ith, int nth, void * o
     struct pydflash_head head = {
         .weight = (const float *) dst->src[1]->data,
         .signs  = dst->src[3] ? (const float *) dst->src[3]->data : NULL,
-        .dims   = pydflash_node_params(dst)[0],
-        .base   = pydflash_node_param_f32(dst, 1),
         .eps    = pydflash_node_param_f32(dst, 2),
         .group  = pydflash_node_params(dst)[3],
         .size   = (int32_t) x->ne[0],
     };
+    pydflash_rope_init(&head.rope, pydflash_node_params(dst)[0], pydflash_node_param_f32(dst, 1));
     int64_t begin, end;
     pydflash_share(x->ne[1] * x->ne[2], ith, nth, &begin, &end);
     for (int64_t item = begin; item < end; item++) {
         const int64_t h = item % x->ne[1];
         const int64_t t = item / x->ne[1];
-        if (item == begin || positions[t] != head.position) {
-            pydflash_head_turn(&head, positions[t]);
-        }
+        pydflash_rope_move(&head.rope, positions[t]);
         const char * from = (const char *) x->data + h * x->nb[1] + t * x->nb[2];
         pydflash_head_apply(&head, (const float *) from, (float *) dst->data + item * x->ne[0]);
     }

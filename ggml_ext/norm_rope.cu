@@ -29,10 +29,9 @@ bool launch(pydflash_cuda * cuda, ggml_tensor * node) {
     h.weight      = (const float *) node->src[1]->data;
     h.positions   = (const int32_t *) node->src[2]->data;
     h.signs       = node->src[3] ? (const float *) node->src[3]->data : nullptr;
-    h.dims        = pydflash_node_params(node)[0];
     h.eps         = pydflash_node_param_f32(node, 2);
     h.group       = pydflash_node_params(node)[3];
-    h.theta_scale = powf(pydflash_node_param_f32(node, 1), -2.0f / h.dims);
+    h.rope        = rope_frequencies_of(pydflash_node_params(node)[0], pydflash_node_param_f32(node, 1));
     auto run = [&](auto kernel) {
         const dim3 grid((unsigned) x->ne[1], (unsigned) x->ne[2]);
         kernel<<<grid, (unsigned) x->ne[0], 0, cuda->stream>>>((const char *) x->data, (int64_t) x->nb[1],

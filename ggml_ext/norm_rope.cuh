@@ -1,19 +1,21 @@
 // What norm_rope and store_kv do to one head: a block of D threads, one value each.
 //
-// The bits are those of ggml's rms_norm_mul_rope_f32 (rope.cu) followed by turbo_wht.cu, which take the same sums in
-// the same order: squares over a warp, then over the warps; butterflies from the lowest bit of the index up. Where a
-// compiler may contract to one fused multiply-add it is told: as in ggml's rotary embedding, and never a product before
-// a sum.
+// The bits are those of ggml's rms_norm_f32 (norm.cu), rope.cu and turbo_wht.cu one after the other, which take the
+// same sums in the same order: squares over a warp, then over the warps; butterflies from the lowest bit of the index
+// up. Where a compiler may contract to one fused multiply-add it is told: never a product before a sum.
 #pragma once
+
+#include "rope.cuh"
 
 #include "common.cuh"  // ggml-cuda's block_reduce
 
 struct head_transform {
-    const float *   weight;
-    const int32_t * positions;
-    const float *   signs;  // or nullptr
-    int             dims, group;
-    float           eps, theta_scale;
+    const float *    weight;
+    const int32_t *  positions;
+    const float *    signs;  // or nullptr
+    int              group;
+    float            eps;
+    rope_frequencies rope;
 };
 
 template <int D>
@@ -54,18 +56,11 @@ static __device__ float rotate_block(float v, int group, const float * signs, he
 
 // NEOX pairs (i, i + dims/2) turned by the row's position.
 template <int D>
-static __device__ float turn_block(float v, int position, const head_transform & h, head_scratch<D> & s) {
-    const int i = threadIdx.x, half = h.dims / 2;
+static __device__ float turn_block(float v, int position, const rope_frequencies & f, head_scratch<D> & s) {
+    const int i = threadIdx.x, half = f.dims / 2;
     s.values[i] = v;
     __syncthreads();
-    if (i >= h.dims) {
-        return v;
-    }
-    const bool  first = i < half;
-    const float theta = position * powf(h.theta_scale, (float) (first ? i : i - half));
-    const float c = cosf(theta), d = sinf(theta);
-    const float other = s.values[first ? i + half : i - half];
-    return first ? fmaf(v, c, -__fmul_rn(other, d)) : fmaf(v, c, __fmul_rn(other, d));
+    return i < f.dims ? turn(v, s.values[i < half ? i + half : i - half], i, position, f) : v;
 }
 
 template <int D>
@@ -73,6 +68,6 @@ static __device__ float transform_block(float x, int row, const head_transform &
     const float sum   = block_reduce<block_reduce_method::SUM, D>(__fmul_rn(x, x), s.sums);
     const float scale = rsqrtf(sum / D + h.eps);  // D is a power of two: the division is exact
     const float n     = __fmul_rn(__fmul_rn(scale, x), h.weight[threadIdx.x]);
-    const float v     = turn_block<D>(n, h.positions[row], h, s);
+    const float v     = turn_block<D>(n, h.positions[row], h.rope, s);
     return h.group ? rotate_block<D>(v, h.group, h.signs, s) : v;
 }

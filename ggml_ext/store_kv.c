@@ -32,21 +32,18 @@ void pydflash_store_kv_cpu(struct ggml_tensor * dst, int ith, int nth, void * op
     struct pydflash_head head = {
         .weight = (const float *) dst->src[2]->data,
         .signs  = dst->src[7] ? (const float *) dst->src[7]->data : NULL,
-        .dims   = pydflash_node_params(dst)[0],
-        .base   = pydflash_node_param_f32(dst, 1),
         .eps    = pydflash_node_param_f32(dst, 2),
         .group  = pydflash_node_params(dst)[3],
         .size   = (int32_t) size,
     };
+    pydflash_rope_init(&head.rope, pydflash_node_params(dst)[0], pydflash_node_param_f32(dst, 1));
     float values[PYDFLASH_HEAD_MAX];
     int64_t begin, end;
     pydflash_share(k->ne[1] * k->ne[2], ith, nth, &begin, &end);
     for (int64_t item = begin; item < end; item++) {
         const int64_t h = item % k->ne[1];
         const int64_t t = item / k->ne[1];
-        if (item == begin || positions[t] != head.position) {
-            pydflash_head_turn(&head, positions[t]);
-        }
+        pydflash_rope_move(&head.rope, positions[t]);
         pydflash_head_apply(&head, head_of(k, t, h), values);
         put(dst->src[5], rows[t], h, values, size);
 

@@ -106,10 +106,9 @@ bool launch(pydflash_cuda * cuda, ggml_tensor * node) {
     a.head.weight      = (const float *) node->src[2]->data;
     a.head.positions   = (const int32_t *) node->src[3]->data;
     a.head.signs       = node->src[7] ? (const float *) node->src[7]->data : nullptr;
-    a.head.dims        = pydflash_node_params(node)[0];
     a.head.eps         = pydflash_node_param_f32(node, 2);
     a.head.group       = pydflash_node_params(node)[3];
-    a.head.theta_scale = powf(pydflash_node_param_f32(node, 1), -2.0f / a.head.dims);
+    a.head.rope        = rope_frequencies_of(pydflash_node_params(node)[0], pydflash_node_param_f32(node, 1));
     auto run = [&](auto kernel) {
         const dim3 grid((unsigned) k->ne[1], (unsigned) k->ne[2], 2);
         kernel<<<grid, (unsigned) k->ne[0], 0, cuda->stream>>>(a);

@@ -15,7 +15,7 @@
 //   result   a view of k_table
 //
 // Rows that share a table row (padding) leave any of their bytes there. Otherwise the tables have the bytes that ggml's
-// rms_norm, mul, rope_ext and set_rows around our turbo_wht leave, on the CPU and on CUDA each.
+// rms_norm, mul and set_rows around our rope and turbo_wht leave, on the CPU and on CUDA each.
 #pragma once
 
 #include "ext.h"

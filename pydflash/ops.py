@@ -46,7 +46,6 @@ EXACT_ROWS = 16
 TAPE_ROWS = 16
 """Rows of the delta-net's tape (PYDFLASH_TAPE_ROWS): what a forward may leave pending."""
 
-_ROPE_NEOX = 2
 _PRECISION_F32 = 10
 
 
@@ -171,17 +170,17 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rope(x: Tensor, positions: Tensor, dims: int, base: float) -> Tensor:
-    """Rotary embedding of the first ``dims`` values of each head, NEOX pairs (i, i + dims/2): (T, H, D), positions (T,)
-    int32.
+    """Rotary embedding of the first ``dims`` values of each head, by the reference's angles (ggml_ext/rope.h).
 
-    For text, Qwen's interleaved multi-axis RoPE has the same position on every axis and equals this.
+    (T, H, D), strided or not, D at most 256, and positions (T,) int32 to (T, H, D); NEOX pairs (i, i + dims/2). For
+    text, Qwen's interleaved multi-axis RoPE has the same position on every axis and equals this.
     """
     _require(
-        len(x.shape) == 3 and positions.shape == x.shape[:1] and 0 < dims <= x.shape[2] and dims % 2 == 0,
-        f"rope: {x!r}, positions {positions!r} and {dims} dims do not fit",
+        len(x.shape) == 3 and x.shape[2] <= 256 and x.dtype == GGMLType.F32 and x.c.nb[0] == 4,
+        f"rope: {x!r} is not (T, H, D) f32 with D at most 256 and contiguous heads",
     )
-    args: list[Any] = [dims, _ROPE_NEOX, 0, base, 1.0, 0.0, 1.0, 0.0, 0.0]
-    return x.derive(lib.ggml_rope_ext(x.context, x.c, positions.c, ffi.NULL, *args), x.shape)
+    _check_rope("rope", x, positions, dims)
+    return _custom(lib.PYDFLASH_OP_ROPE, [x, positions], x.shape, [dims, float(base)])
 
 
 def turbo_wht(x: Tensor, group: int, signs: Tensor | None = None, inverse: bool = False) -> Tensor:
@@ -273,12 +272,16 @@ def _check_heads(op: str, x: Tensor, norm: NormRope, positions: Tensor, group: i
         norm.weight.shape == x.shape[2:] and norm.weight.dtype == GGMLType.F32,
         f"{op}: weight {norm.weight!r} does not fit {x!r}",
     )
+    _check_rope(op, x, positions, norm.dims)
+    _check_group(op, x, group, signs)
+
+
+def _check_rope(op: str, x: Tensor, positions: Tensor, dims: int) -> None:
     _require(
         positions.shape == x.shape[:1] and positions.dtype == GGMLType.I32,
         f"{op}: positions {positions!r} are not an i32 for each row of {x!r}",
     )
-    _require(0 < norm.dims <= x.shape[2] and norm.dims % 2 == 0, f"{op}: RoPE of {norm.dims} dims of {x!r}")
-    _check_group(op, x, group, signs)
+    _require(0 < dims <= x.shape[2] and dims % 2 == 0, f"{op}: RoPE of {dims} dims of {x!r}")
 
 
 def _check_group(op: str, x: Tensor, group: int, signs: Tensor | None) -> None:

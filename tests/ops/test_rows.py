@@ -35,16 +35,6 @@ FEW_ULP = 2e-6
 # ggml's CUDA kernels are compiled with fast math: exp within 2 + |1.16 x| ulp, division and square root within 2. That
 # is, element by element, at most 1.2e-5 of the rms for the product of a norm and a gate, and 5e-6 for the others.
 CUDA_ULP = 1.2e-5
-# The angle of RoPE's pair i is position * base^(-i/pairs), in float32 and by i multiplications of half an ulp each: an
-# error of position * i * base^(-i/pairs) * 2^-24 radians, which is largest at i = pairs / ln(base). At position
-# 262,143, base 10^4 and 64 pairs that is 0.04, on values of up to 3.5 rms; below position 256 a thousandth of it.
-ROPE_FAR = 0.15
-ROPE_NEAR = 1.5e-4
-# On CUDA base^(-i/pairs) is a fast power, exp2(i log2(base^(-1/pairs))), whose logarithm is off by up to 2^-22: another
-# 1.7e-7 i of the angle, and 4e-7 for exp2 and the reduction of the angle to one turn. Together at most 0.18 radians
-# at position 262,143.
-CUDA_ROPE_FAR = 0.65
-CUDA_ROPE_NEAR = 6.5e-4
 
 Case = tuple[Callable[..., Tensor], tuple[Array | Packed, ...]]
 """How to build the operation, and its leaves; those of ROWS rows are cut to a width."""
@@ -68,6 +58,7 @@ CASES: dict[str, Case] = {
 EXPECTED: dict[str, Callable[[], Array]] = {
     "rms_norm": lambda: oracle.rms_norm(X.astype(float), WEIGHT, 1e-6),
     "rms_norm of heads": lambda: oracle.rms_norm(HEADS.astype(float), HEAD_WEIGHT, 1e-6),
+    "rope": lambda: oracle.rope(HEADS.astype(float), POSITIONS, 64, 1e7),
     "silu": lambda: oracle.silu(X.astype(float)),
     "sigmoid": lambda: oracle.sigmoid(X.astype(float)),
     "swiglu": lambda: oracle.silu(X.astype(float)) * Y,
@@ -102,16 +93,30 @@ def test_a_row_is_bit_equal_at_every_width(backend: Backend, name: str) -> None:
         assert np.array_equal(compute(backend, build, *cut(leaves, slice(row, row + 1)))[0][0], whole[row]), row
 
 
-@pytest.mark.parametrize("far", [False, True])
-@pytest.mark.parametrize("dims", [16, 64, 128])
+@pytest.mark.parametrize("dims", [2, 16, 64, 128])
 @pytest.mark.parametrize("base", [1e4, 1e7])
-def test_rope_rotates_the_first_dims_of_each_head(backend: Backend, base: float, dims: int, far: bool) -> None:
-    positions = POSITIONS if far else POSITIONS % 256
-    on_cuda, on_cpu = (CUDA_ROPE_FAR, ROPE_FAR) if far else (CUDA_ROPE_NEAR, ROPE_NEAR)
-    bound = on_cuda if backend.is_cuda else on_cpu
-    got = compute(backend, lambda x, p: ops.rope(x, p, dims, base), HEADS, positions)[0]
-    assert relative(got, oracle.rope(HEADS.astype(float), positions, dims, base)) < bound
+def test_rope_rotates_the_first_dims_of_each_head(backend: Backend, base: float, dims: int) -> None:
+    got = compute(backend, lambda x, p: ops.rope(x, p, dims, base), HEADS, POSITIONS)[0]
+    assert relative(got, oracle.rope(HEADS.astype(float), POSITIONS, dims, base)) < FEW_ULP
     assert np.array_equal(got[..., dims:], HEADS[..., dims:])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("furthest", "bound"), [(262_143, 1e-7), (2**20, 1e-7), (2**24 - 1, 1e-5)])
+def test_rope_s_cosines_and_sines_are_those_of_the_reference_s_angles(
+    backend: Backend, furthest: int, bound: float, sign: int
+) -> None:
+    """A head of ones and zeros turns into the cosines and sines themselves (ggml_ext/rope.h states their error)."""
+    positions = sign * np.linspace(0, furthest, 50_000).astype(np.int32)
+    heads = np.repeat([[[1.0] * 8 + [0.0] * 8]], len(positions), axis=0).astype(np.float32)
+    got = compute(backend, lambda x, p: ops.rope(x, p, 16, 1e4), heads, positions)[0]
+    assert np.abs(got - oracle.rope(heads.astype(float), positions, 16, 1e4)).max() < bound
+
+
+def test_rope_takes_strided_heads(backend: Backend) -> None:
+    wanted = compute(backend, lambda x, p: ops.rope(x, p, 32, 1e7), HEADS[:, 1:, 64:].copy(), POSITIONS)[0]
+    got = compute(backend, lambda x, p: ops.rope(x.slice(1, 1, 3).slice(2, 64, 128), p, 32, 1e7), HEADS, POSITIONS)[0]
+    assert np.array_equal(got, wanted)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -170,7 +175,7 @@ def test_argmax_of_random_rows(backend: Backend) -> None:
 def test_cuda_gives_the_numbers_of_the_cpu(cuda: Backend, cpu: Backend, name: str) -> None:
     build, leaves = CASES[name]
     there, here = (compute(b, build, *leaves)[0] for b in (cuda, cpu))
-    assert relative(there, here) < (CUDA_ROPE_FAR + ROPE_FAR if name == "rope" else CUDA_ULP + FEW_ULP)
+    assert relative(there, here) < CUDA_ULP + FEW_ULP
 
 
 F, INT = GGMLType.F32, GGMLType.I32
@@ -187,6 +192,9 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], Shapes]] = {
     "swiglu": (ops.swiglu, [((8, 4), F), ((8, 5), F)]),
     "argmax of a vector": (ops.argmax, [((8,), F)]),
     "rope of a matrix": (lambda x, p: ops.rope(x, p, 4, 1e4), [((8, 4), F), ((8,), INT)]),
+    "rope of f16": (lambda x, p: ops.rope(x, p, 4, 1e4), [((8, 2, 4), GGMLType.F16), ((8,), INT)]),
+    "rope of large heads": (lambda x, p: ops.rope(x, p, 4, 1e4), [((8, 2, 258), F), ((8,), INT)]),
+    "rope by floats": (lambda x, p: ops.rope(x, p, 4, 1e4), [((8, 2, 4), F), ((8,), F)]),
     "rope positions": (lambda x, p: ops.rope(x, p, 4, 1e4), [((8, 2, 4), F), ((7,), INT)]),
     "rope of odd dims": (lambda x, p: ops.rope(x, p, 3, 1e4), [((8, 2, 4), F), ((8,), INT)]),
     "rope of too many dims": (lambda x, p: ops.rope(x, p, 6, 1e4), [((8, 2, 4), F), ((8,), INT)]),

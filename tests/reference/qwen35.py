@@ -70,11 +70,13 @@ def softmax(x: Array) -> Array:
 def rope(x: Array, positions: Array, dims: int, theta: float) -> Array:
     """Rotate the first `dims` values of every head of x (rows, heads, head_dim), pairing i with i + dims / 2 (NeoX).
 
-    M-RoPE with equal positions on all axes, which is what text has, is the same rotation.
+    M-RoPE with equal positions on all axes, which is what text has, is the same rotation. Frequencies and angles are
+    rounded to float32 whatever x is, as the models' implementation rounds them: far positions turn by something else in
+    double precision.
     """
     half = dims // 2
-    # Angles in double precision whatever the dtype: at position 10^5 a float32 angle is wrong in the third digit.
-    angle = np.asarray(positions, np.float64)[:, None] * theta ** (-np.arange(half) / half)  # (rows, half)
+    frequency = (float(theta) ** (-np.arange(half) / half)).astype(np.float32)
+    angle = (np.asarray(positions, np.float32)[:, None] * frequency).astype(np.float64)  # (rows, half)
     cos, sin = np.cos(angle)[:, None].astype(x.dtype), np.sin(angle)[:, None].astype(x.dtype)
     first, second, rest = x[..., :half], x[..., half:dims], x[..., dims:]
     return np.concatenate([first * cos - second * sin, first * sin + second * cos, rest], axis=-1)

@@ -89,11 +89,21 @@ def test_delta_rule_stores_and_recalls_a_value() -> None:
 def test_rope_scores_depend_on_distance_only() -> None:
     rng = np.random.default_rng(0)
     q, k = rng.standard_normal((2, 1, 1, 64))
+    base = 2.0**16  # whose frequencies are powers of two, so that no angle is rounded
     scores = [
-        float(np.sum(rope(q, np.array([p + 5]), 32, 1e4) * rope(k, np.array([p]), 32, 1e4))) for p in (0, 3, 1000)
+        float(np.sum(rope(q, np.array([p + 5]), 32, base) * rope(k, np.array([p]), 32, base))) for p in (0, 3, 1000)
     ]
     np.testing.assert_allclose(scores, scores[0], atol=1e-10)
-    np.testing.assert_array_equal(rope(q, np.array([7]), 32, 1e4)[..., 32:], q[..., 32:])
+    np.testing.assert_array_equal(rope(q, np.array([7]), 32, base)[..., 32:], q[..., 32:])
+
+
+def test_rope_rounds_frequencies_and_angles_to_float32() -> None:
+    x = np.array([[[1.0, 1.0, 0.0, 0.0]]])  # pairs (0, 2) and (1, 3) at angle 0: their cosines and sines come out
+    frequency = np.float32(1e7**-0.5)
+    angle = float(np.float32(262_143) * frequency)
+    assert abs(angle - 262_143 * 1e7**-0.5) > 1e-6
+    wanted = [np.cos(262_143.0), np.cos(angle), np.sin(262_143.0), np.sin(angle)]
+    np.testing.assert_array_equal(rope(x, np.array([262_143]), 4, 1e7)[0, 0], wanted)
 
 
 def test_a_skipped_prediction_block_changes_nothing(files: Path, tmp_path: Path) -> None:

@@ -1,0 +1,37 @@
+// rope on CUDA. One block turns one head of one row, one thread a value. A thread reads its partner from memory too, in
+// sectors that another thread of the block loads anyway: device memory moves each value once and bounds the kernel in
+// prefill, its launch at the few rows of decoding. Models take norm_rope and store_kv; this is the plain way.
+#include "ext_cuda.cuh"
+#include "rope.cuh"
+
+namespace {
+
+__global__ void __launch_bounds__(PYDFLASH_HEAD_MAX)
+rope(const char * x, int64_t head_bytes, int64_t row_bytes, float * y, const int32_t * positions, rope_frequencies f) {
+    const int     row  = blockIdx.y, i = threadIdx.x, half = f.dims / 2;
+    const float * from = (const float *) (x + blockIdx.x * head_bytes + row * row_bytes);
+    float         v    = from[i];
+    if (i < f.dims) {
+        v = turn(v, from[i < half ? i + half : i - half], i, positions[row], f);
+    }
+    y[((int64_t) row * gridDim.x + blockIdx.x) * blockDim.x + i] = v;
+}
+
+bool supports(const ggml_tensor * node) {
+    const ggml_tensor * x = node->src[0];
+    return x->ne[0] <= PYDFLASH_HEAD_MAX && x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && x->ne[2] <= 65535;
+}
+
+bool launch(pydflash_cuda * cuda, ggml_tensor * node) {
+    const ggml_tensor * x = node->src[0];
+    const dim3 grid((unsigned) x->ne[1], (unsigned) x->ne[2]);
+    rope<<<grid, (unsigned) x->ne[0], 0, cuda->stream>>>(
+        (const char *) x->data, (int64_t) x->nb[1], (int64_t) x->nb[2], (float *) node->data,
+        (const int32_t *) node->src[1]->data,
+        rope_frequencies_of(pydflash_node_params(node)[0], pydflash_node_param_f32(node, 1)));
+    return true;
+}
+
+}  // namespace
+
+const pydflash_cuda_op pydflash_cuda_rope = { launch, supports };
