@@ -11,6 +11,8 @@ template <int D>
 __global__ void __launch_bounds__(D) norm_rope(const char * x, int64_t head_bytes, int64_t row_bytes, float * y,
                                                head_transform h) {
     __shared__ head_scratch<D> s;
+    release_successor();
+    wait_for_predecessor();
     const int     row  = blockIdx.y;
     const float * from = (const float *) (x + blockIdx.x * head_bytes + row * row_bytes);
     y[((int64_t) row * gridDim.x + blockIdx.x) * D + threadIdx.x] = transform_block<D>(from[threadIdx.x], row, h, s);
@@ -34,13 +36,13 @@ bool launch(pydflash_cuda * cuda, ggml_tensor * node) {
     h.rope        = rope_frequencies_of(pydflash_node_params(node)[0], pydflash_node_param_f32(node, 1));
     auto run = [&](auto kernel) {
         const dim3 grid((unsigned) x->ne[1], (unsigned) x->ne[2]);
-        kernel<<<grid, (unsigned) x->ne[0], 0, cuda->stream>>>((const char *) x->data, (int64_t) x->nb[1],
-                                                               (int64_t) x->nb[2], (float *) node->data, h);
+        return launch_early(cuda, kernel, grid, (unsigned) x->ne[0], 0, (const char *) x->data, (int64_t) x->nb[1],
+                            (int64_t) x->nb[2], (float *) node->data, h);
     };
     switch (x->ne[0]) {
-        case 64:  run(norm_rope<64>);  return true;
-        case 128: run(norm_rope<128>); return true;
-        case 256: run(norm_rope<256>); return true;
+        case 64:  return run(norm_rope<64>);
+        case 128: return run(norm_rope<128>);
+        case 256: return run(norm_rope<256>);
         default:  return false;
     }
 }

@@ -8,6 +8,8 @@ namespace {
 
 __global__ void __launch_bounds__(PYDFLASH_HEAD_MAX)
 rope(const char * x, int64_t head_bytes, int64_t row_bytes, float * y, const int32_t * positions, rope_frequencies f) {
+    release_successor();
+    wait_for_predecessor();
     const int     row  = blockIdx.y, i = threadIdx.x, half = f.dims / 2;
     const float * from = (const float *) (x + blockIdx.x * head_bytes + row * row_bytes);
     float         v    = from[i];
@@ -25,11 +27,9 @@ bool supports(const ggml_tensor * node) {
 bool launch(pydflash_cuda * cuda, ggml_tensor * node) {
     const ggml_tensor * x = node->src[0];
     const dim3 grid((unsigned) x->ne[1], (unsigned) x->ne[2]);
-    rope<<<grid, (unsigned) x->ne[0], 0, cuda->stream>>>(
-        (const char *) x->data, (int64_t) x->nb[1], (int64_t) x->nb[2], (float *) node->data,
-        (const int32_t *) node->src[1]->data,
-        rope_frequencies_of(pydflash_node_params(node)[0], pydflash_node_param_f32(node, 1)));
-    return true;
+    return launch_early(cuda, rope, grid, (unsigned) x->ne[0], 0, (const char *) x->data, (int64_t) x->nb[1],
+                        (int64_t) x->nb[2], (float *) node->data, (const int32_t *) node->src[1]->data,
+                        rope_frequencies_of(pydflash_node_params(node)[0], pydflash_node_param_f32(node, 1)));
 }
 
 }  // namespace

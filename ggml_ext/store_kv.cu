@@ -61,6 +61,8 @@ __device__ float load(const source & from, int head, int row) {
 template <int D>
 __global__ void __launch_bounds__(D) store_kv(arguments a) {
     __shared__ head_scratch<D> s;
+    release_successor();
+    wait_for_predecessor();
     const int     head = blockIdx.x, row = blockIdx.y;
     const int64_t to   = a.rows[row];
     if (blockIdx.z == 0) {
@@ -111,12 +113,12 @@ bool launch(pydflash_cuda * cuda, ggml_tensor * node) {
     a.head.rope        = rope_frequencies_of(pydflash_node_params(node)[0], pydflash_node_param_f32(node, 1));
     auto run = [&](auto kernel) {
         const dim3 grid((unsigned) k->ne[1], (unsigned) k->ne[2], 2);
-        kernel<<<grid, (unsigned) k->ne[0], 0, cuda->stream>>>(a);
+        return launch_early(cuda, kernel, grid, (unsigned) k->ne[0], 0, a);
     };
     switch (k->ne[0]) {
-        case 64:  run(store_kv<64>);  return true;
-        case 128: run(store_kv<128>); return true;
-        case 256: run(store_kv<256>); return true;
+        case 64:  return run(store_kv<64>);
+        case 128: return run(store_kv<128>);
+        case 256: return run(store_kv<256>);
         default:  return false;
     }
 }
