@@ -15,8 +15,8 @@
 // register of unsigned bytes, multiplied with four bytes of x that are repeated in every lane. Products are summed in
 // 16 bits for as many steps as cannot overflow, then in 32 bits, times the scale of the sub-block; CPUs with AVX512-VNNI
 // take a step's products and sum them in 32 bits with one instruction. The transposition
-// that this takes happens on the packed bits, 16 bytes of each row at a time. It does not pay for a single row of x
-// where the weights have many bits (Q8_0, Q6_K): there the same integers come from a dot product along k.
+// that this takes happens on the packed bits, 16 bytes of each row at a time. It does not pay for a single row of x but
+// with Q4_0: there the same integers come from a dot product along k.
 //
 // What bounds it: one row, unpacking and memory; many rows, the loads of x (two a cycle, each feeds 32 products).
 // A Zen 3 core whose sibling is busy does 90e9 products a second at 16 rows of Q4_K, 30e9 at one (K = 1536, M = 256).
@@ -189,7 +189,7 @@ static struct activations round_rows(const struct ggml_tensor * dst, int64_t blo
 
 struct format {
     void    (*unpack)(struct tile *, int, const char * const *, int64_t);
-    __m256i (*dot)(const char *, const int8_t *, const int16_t *);  // or NULL: a single row of x is unpacked for, too
+    __m256i (*dot)(const char *, const int8_t *, const int16_t *, __m256i *);  // or NULL: a single row is unpacked for, too
     int  steps;         // in a block
     int  run;           // steps that 16 bits hold: 2 * 127 * largest q * run < 2^15
     int  per_scale;     // steps
@@ -287,8 +287,8 @@ INLINE void take_rows(const char ** row, int count, const struct ggml_tensor * d
 
 // Asks for the next block of the rows while this one is multiplied. The CPU's own prefetcher does not follow eight rows
 // in eight pages: without this, Q6_K takes 1.8 times as long at 8 rows of x and K = 5120. It costs 4 % at one row.
-INLINE void fetch(const char * const row[TILE_ROWS], size_t offset, size_t bytes) {
-    for (int r = 0; r < TILE_ROWS; r++) {
+INLINE void fetch(const char * const * row, int count, size_t offset, size_t bytes) {
+    for (int r = 0; r < count; r++) {
         for (size_t line = 0; line < bytes; line += 64) {
             _mm_prefetch(row[r] + offset + line, _MM_HINT_T0);
         }
@@ -329,9 +329,14 @@ INLINE void multiply_one(struct format f, const struct activations * x, const st
         __m256 acc = _mm256_setzero_ps();
         for (int64_t b = 0; b < x->K / x->block; b++) {
             const size_t at = (size_t) b * f.bytes;
-            __m256i total[GROUP];
+            fetch(row, GROUP, at + f.bytes, f.bytes);
+            __m256i total[GROUP], minima[GROUP];
             for (int r = 0; r < GROUP; r++) {
-                total[r] = f.dot(row[r] + at, x->q + b * x->block, x->sums + b * (x->block / f.sum_of));
+                total[r] = f.dot(row[r] + at, x->q + b * x->block, x->sums + b * (x->block / f.sum_of), &minima[r]);
+            }
+            if (f.has_dmin) {
+                const __m256 unit = _mm256_mul_ps(halves(row, at + f.d + 2), _mm256_set1_ps(x->scale[b]));
+                acc = _mm256_fmadd_ps(unit, _mm256_cvtepi32_ps(lane_sums(minima)), acc);
             }
             const __m256 unit = _mm256_mul_ps(halves(row, at + f.d), _mm256_set1_ps(x->scale[b]));
             acc = _mm256_fmadd_ps(unit, _mm256_cvtepi32_ps(lane_sums(total)), acc);
@@ -358,9 +363,7 @@ INLINE void multiply(struct format f, const struct ggml_tensor * dst, int64_t be
             for (int g = 0; g < GROUPS; g++) {
                 f.unpack(&tile, g, row + g * GROUP, b);
             }
-            if (x.T > 1) {
-                fetch(row, (size_t) (b + 1) * f.bytes, f.bytes);
-            }
+            fetch(row, TILE_ROWS, (size_t) (b + 1) * f.bytes, f.bytes);
             int64_t t = 0;
             for (; t + TOGETHER <= x.T; t += TOGETHER) {
                 add_block(f, &tile, &x, b, t, TOGETHER, acc + t);
@@ -386,8 +389,8 @@ INLINE void multiply(struct format f, const struct ggml_tensor * dst, int64_t be
     static void multiply_##name(const struct ggml_tensor * dst, int64_t begin, int64_t end) {         \
         multiply((struct format) __VA_ARGS__, dst, begin, end);                                       \
     }
-FORMAT(q4_k, { unpack_q4_k, NULL,     64, 8, 8, 4, 32, false, true,  true,  sizeof(block_q4_K), 0 })
-FORMAT(q5_k, { unpack_q5_k, NULL,     64, 4, 8, 4, 32, false, true,  true,  sizeof(block_q5_K), 0 })
+FORMAT(q4_k, { unpack_q4_k, dot_q4_k, 64, 8, 8, 4, 32, false, true,  true,  sizeof(block_q4_K), 0 })
+FORMAT(q5_k, { unpack_q5_k, dot_q5_k, 64, 4, 8, 4, 32, false, true,  true,  sizeof(block_q5_K), 0 })
 FORMAT(q6_k, { unpack_q6_k, dot_q6_k, 64, 2, 4, 8, 16, false, true,  false, sizeof(block_q6_K), offsetof(block_q6_K, d) })
 FORMAT(q8_0, { unpack_q8_0, dot_q8_0,  8, 1, 8, Q8_0_MINIMA, 16, !Q8_0_MINIMA, false, false, sizeof(block_q8_0),
                offsetof(block_q8_0, d) })

@@ -201,16 +201,59 @@ INLINE void unpack_q4_0(struct tile * tile, int g, const char * const row[GROUP]
     tile->d[g]        = halves(row, at + offsetof(block_q4_0, d));
 }
 
-// --- one row times one row: the sum of the eight lanes is that of q * x (Q6_K: of scale * q * x), an exact integer ---
+// --- one row times one row: the sum of the eight lanes is that of q * x (K-quants: of scale * q * x), an exact integer;
+// that of *minima is what the minima take off, where they have a scale of their own ---
 
-INLINE __m256i dot_q8_0(const char * block, const int8_t * x, const int16_t * sums) {
+INLINE __m256i dot_q8_0(const char * block, const int8_t * x, const int16_t * sums, __m256i * minima) {
     (void) sums;
+    (void) minima;
     const __m256i w     = loaded(block + offsetof(block_q8_0, qs));
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(loaded(x), w));
     return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 
-INLINE __m256i dot_q6_k(const char * block, const int8_t * x, const int16_t * sums) {
+// The eight scales and the eight minima of a Q4_K or Q5_K block, as int16.
+INLINE void k_head(const char * block, __m128i * scales, __m128i * minima) {
+    uint32_t word[3];
+    memcpy(word, block + offsetof(block_q4_K, scales), sizeof(word));
+    const uint32_t high = word[2], scale = (high & 0x0f0f0f0f) | (word[0] >> 2 & 0x30303030),
+                   minimum = (high >> 4 & 0x0f0f0f0f) | (word[1] >> 2 & 0x30303030);
+    *scales = _mm_cvtepu8_epi16(_mm_setr_epi32((int) (word[0] & 0x3f3f3f3f), (int) scale, 0, 0));
+    *minima = _mm_cvtepu8_epi16(_mm_setr_epi32((int) (word[1] & 0x3f3f3f3f), (int) minimum, 0, 0));
+}
+
+// Q4_K and Q5_K; `fifth`: the 32 bytes with the fifth bits, or NULL.
+INLINE __m256i dot_k(const char * block, const char * qs, const char * fifth, const int8_t * x, const int16_t * sums,
+                     __m256i * minima) {
+    __m128i scale, minimum;
+    k_head(block, &scale, &minimum);
+    const __m128i less = _mm_madd_epi16(minimum, _mm_loadu_si128((const __m128i *) sums));
+    *minima = _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_zextsi128_si256(less));
+    const __m256i scales = _mm256_set_m128i(scale, scale);
+    __m256i total = _mm256_setzero_si256();
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) {  // 32 bytes hold sub-blocks 2i (low nibbles) and 2i + 1 (high nibbles)
+        __m256i q = nibble(loaded(qs + 32 * (j / 2)), j % 2 * 4);
+        if (fifth) {
+            q = _mm256_or_si256(q, bits(loaded(fifth), 4 - j, 16));
+        }
+        const __m256i pairs = _mm256_maddubs_epi16(q, loaded(x + 32 * j));
+        const __m256i times = _mm256_shuffle_epi8(scales, _mm256_set1_epi16((short) (0x0100 + 0x0202 * j)));
+        total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, times));
+    }
+    return total;
+}
+
+INLINE __m256i dot_q4_k(const char * block, const int8_t * x, const int16_t * sums, __m256i * minima) {
+    return dot_k(block, block + offsetof(block_q4_K, qs), NULL, x, sums, minima);
+}
+
+INLINE __m256i dot_q5_k(const char * block, const int8_t * x, const int16_t * sums, __m256i * minima) {
+    return dot_k(block, block + offsetof(block_q5_K, qs), block + offsetof(block_q5_K, qh), x, sums, minima);
+}
+
+INLINE __m256i dot_q6_k(const char * block, const int8_t * x, const int16_t * sums, __m256i * taken_off) {
+    (void) taken_off;
     const __m128i packed = _mm_loadu_si128((const __m128i *) (block + offsetof(block_q6_K, scales)));
     const __m256i scales = _mm256_set_m128i(packed, packed);
     const __m256i minima = _mm256_slli_epi16(_mm256_cvtepi8_epi16(packed), 5);
