@@ -13,21 +13,17 @@ of each arm stands beside the medians.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import statistics
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import fields
 from datetime import datetime, timezone
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import numpy as np
-
+from pydflash import ab_report
+from pydflash.ab_report import AGAIN, ARMS, A, Arm, B, Protocol, Report, Sample, runs_of
 from pydflash.bench import WARM_UPS, random_ids
 from pydflash.config import EngineConfig, parsed, truth
 from pydflash.decode import Stats
@@ -38,49 +34,20 @@ from pydflash.errors import ConfigError, OutOfMemory
 from pydflash.models import Model, load_model
 from pydflash.ops import EXACT_ROWS
 from pydflash.sampling import SamplingParams
-from pydflash.verdict import CONFIDENCE, Estimate, Verdict, fewest, median_interval, noise_floor, paired_ratios, verdict
 from pydflash.weights import Progress
 
-__all__ = [
-    "Acceptance",
-    "Arm",
-    "Fastest",
-    "Outcome",
-    "Outputs",
-    "Protocol",
-    "Report",
-    "Sample",
-    "compare",
-    "parse_arm",
-    "plot",
-]
+__all__ = ["ORDERS", "compare", "measure", "parse_arm", "turns"]
 
 T = TypeVar("T")
 
 Clock = Callable[[], float]
 """Seconds, as ``time.perf_counter``."""
 
-A, B, AGAIN = "A", "B", "A'"
-ARMS = (A, B, AGAIN)
 ORDERS = ((A, B, AGAIN), (AGAIN, B, A), (A, AGAIN, B), (B, AGAIN, A), (AGAIN, A, B), (B, A, AGAIN))
 """All orders, repeat by repeat: each second one is the reverse of the one before."""
 
 
 # --- what is asked for ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One side. ``speculate``: with the draft. ``given``: what was asked of this side, for reading."""
-
-    name: str
-    config: EngineConfig
-    speculate: bool
-    given: Mapping[str, str]
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}: {', '.join(f'{k}={v}' for k, v in self.given.items()) or 'nothing changed'}"
 
 
 def parse_arm(
@@ -113,48 +80,6 @@ def parse_arm(
     return Arm(name, EngineConfig.resolve(environment, **{**(options or {}), **values}), speculate, given)
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """How to measure. Raises ConfigError for a value outside its range.
-
-    repeats: pairs of runs. prompt_tokens: of random prompts. max_tokens: generated in each run.
-    prompts: a JSON-lines file whose "prompt" texts are used instead, a different one each repeat.
-    within: margin of equivalence in percent. seed: of the random prompts.
-    """
-
-    repeats: int = 7
-    prompt_tokens: int = 512
-    max_tokens: int = 128
-    prompts: Path | None = None
-    within: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("repeats", fewest()), ("prompt_tokens", 1), ("max_tokens", 2)):
-            if getattr(self, name) < least:
-                why = f", for an interval of {100 * CONFIDENCE:g} %" if name == "repeats" else ""
-                raise ConfigError(f"{name} is {getattr(self, name)}; allowed: {least} or more{why}")
-        if self.within is not None and not 0.0 < self.within < 100.0:
-            raise ConfigError(f"within is {self.within}; allowed: a percentage above 0 and below 100")
-
-    def texts(self) -> list[str]:
-        """The prompts of the file, one a repeat; none without a file. Raises ConfigError when it lacks them."""
-        if self.prompts is None:
-            return []
-        try:
-            rows = [json.loads(line) for line in self.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-            found = list(dict.fromkeys(row["prompt"] for row in rows))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f'{self.prompts}: JSON lines with a "prompt" each are needed; {type(error).__name__}: {error}'
-            ) from None
-        if len(found) < self.repeats or not all(isinstance(text, str) and text for text in found):
-            raise ConfigError(
-                f"{self.prompts} holds {len(found)} different prompts; {self.repeats} repeats need as many, none empty"
-            )
-        return found[: self.repeats]
-
-
 class _Source:
     """Random prompts, none twice."""
 
@@ -167,45 +92,6 @@ class _Source:
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One run of one arm. ``position``: its place in the order of the repeat. ``decode_seconds``: of its own steps.
-
-    ``tokens``: the first ``max_tokens`` generated. ``decoded``: all tokens after the first, those of the last cycle
-    beyond ``max_tokens`` included, in ``decode_seconds``. The rest is of ``decode.Stats``.
-    """
-
-    arm: str
-    repeat: int
-    position: int
-    prompt_tokens: int
-    prefill_seconds: float
-    decoded: int
-    decode_seconds: float
-    tokens: tuple[int, ...]
-    cycles: int
-    drafted: int
-    accepted: int
-    drafted_per_position: tuple[int, ...]
-    accepted_per_position: tuple[int, ...]
-    trace: tuple[int, ...]
-
-    @property
-    def prefill(self) -> float:
-        """Prompt tokens per second, until the first token is on the host."""
-        return self.prompt_tokens / self.prefill_seconds
-
-    @property
-    def decode(self) -> float:
-        """Tokens after the first per second."""
-        return self.decoded / self.decode_seconds
-
-    @property
-    def cycle(self) -> float:
-        """Milliseconds of a target forward and all around it."""
-        return 1e3 * self.decode_seconds / self.cycles
 
 
 class _Run:
@@ -341,146 +227,6 @@ class _Pool:
         self._models.clear()
 
 
-# --- what is found ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Fastest:
-    """The best value of each arm over all repeats, and the ratios of these."""
-
-    a: float
-    b: float
-    again: float
-    ratio: float
-    again_ratio: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One quantity: the arms' medians in ``unit``, the ratios of each repeat with their medians, the verdict from them,
-    and the fastest runs.
-    """
-
-    what: str
-    unit: str
-    a: float
-    b: float
-    ratios: list[float]
-    ratio: Estimate
-    again_ratios: list[float]
-    again: Estimate
-    noise_floor: float
-    verdict: Verdict
-    fastest: Fastest
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """sha256 of each arm's token ids (int32, all repeats in order), and where the first difference from A lies:
-    (repeat, token), both from 0, or None.
-    """
-
-    sha256: dict[str, str]
-    b_differs: tuple[int, int] | None
-    again_differs: tuple[int, int] | None
-
-
-@dataclass(frozen=True)
-class Acceptance:
-    """Proposals of one arm over all repeats. ``length``: tokens a verify. ``trace``: accepted tokens of each cycle."""
-
-    cycles: int
-    drafted: int
-    accepted: int
-    length: float
-    drafted_per_position: list[int]
-    accepted_per_position: list[int]
-    trace: list[int]
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything that was asked, used and found; ``str()`` for reading, ``asdict`` for JSON.
-
-    ``order``: the arms of each repeat as they ran. ``in_turn``: the arms did not fit into memory together; else they
-    decode in lockstep. ``settings``: every effective setting of A and B. ``same_acceptance``: the traces of A and B are
-    equal.
-    """
-
-    date: str
-    versions: dict[str, str]
-    model: str
-    draft: str | None
-    protocol: Protocol
-    arms: dict[str, Arm]
-    settings: dict[str, list[dict[str, Any]]]
-    in_turn: bool
-    order: list[tuple[str, ...]]
-    outcomes: list[Outcome]
-    outputs: Outputs
-    acceptance: dict[str, Acceptance]
-    same_acceptance: bool
-    samples: list[Sample] = field(repr=False)
-
-    @property
-    def device(self) -> str:
-        found = (s["value"] for settings in self.settings.values() for s in settings if s["name"] == "device in use")
-        return ", ".join(dict.fromkeys(found))
-
-    def write_json(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1, default=str) + "\n", encoding="utf-8")
-
-    def __str__(self) -> str:
-        protocol = self.protocol
-        prompt = str(protocol.prompts) if protocol.prompts else f"{protocol.prompt_tokens} random tokens"
-        lines = [
-            *(arm.label for arm in self.arms.values()),
-            f"{self.model} on {self.device}" + (f", draft {self.draft}" if self.draft else ""),
-            f"{protocol.repeats} repeats in changing order, prompt {prompt}, {protocol.max_tokens} tokens generated"
-            + ("; arms loaded in turn, as they do not fit into memory together" if self.in_turn else "; in lockstep"),
-            "",
-            f"{'':16}{'A':>12}{'B':>12}{'B/A':>10}{'interval':>20}{AGAIN + '/A':>10}{'interval':>20}",
-        ]
-        for o in self.outcomes:
-            pairs = "".join(f"{e.median:>10.4f}{f'[{e.low:.4f}, {e.high:.4f}]':>20}" for e in (o.ratio, o.again))
-            lines.append(f"{o.what + ' ' + o.unit:16}{o.a:>12.2f}{o.b:>12.2f}{pairs}")
-            f = o.fastest
-            lines.append(f"{'  fastest run':16}{f.a:>12.2f}{f.b:>12.2f}{f.ratio:>10.4f}{'':20}{f.again_ratio:>10.4f}")
-        confidence = 100.0 * self.outcomes[0].ratio.confidence
-        lines += [f"medians; intervals hold the median with {confidence:.1f} % confidence (exact sign test)", ""]
-        lines += [f"{outcome.what}: {outcome.verdict.text}" for outcome in self.outcomes]
-        return "\n".join([*lines, *self._output_lines(), *self._acceptance_lines()])
-
-    def _output_lines(self) -> list[str]:
-        outputs = self.outputs
-        if outputs.b_differs is None:
-            lines = [f"outputs: equal, sha256 {outputs.sha256[A]}"]
-        else:
-            repeat, token = outputs.b_differs
-            lines = [
-                f"outputs: differ, first in repeat {repeat + 1} at token {token}",
-                *(f"  {name} sha256 {outputs.sha256[name]}" for name in (A, B)),
-            ]
-        if outputs.again_differs is not None:
-            repeat, token = outputs.again_differs
-            lines.append(f"  A does not repeat its own output: repeat {repeat + 1}, token {token}")
-        return lines
-
-    def _acceptance_lines(self) -> list[str]:
-        speculating = {name: found for name, found in self.acceptance.items() if found.drafted}
-        if not speculating:
-            return []
-        lines = []
-        for name, found in speculating.items():
-            rates = [f"{a / d:.0%}" for a, d in zip(found.accepted_per_position, found.drafted_per_position) if d]
-            lines.append(
-                f"  {name}: {found.cycles} cycles, {found.drafted} drafted, {found.accepted} accepted, "
-                f"acceptance length {found.length:.3f}, per position {' '.join(rates)}"
-            )
-        same = "accepted tokens of every cycle are equal" if self.same_acceptance else "the arms accept differently"
-        return [f"acceptance: {same}" if len(speculating) == 2 else "acceptance:", *lines]
-
-
 def compare(
     model: Path,
     draft: Path | None,
@@ -521,7 +267,7 @@ def compare(
             if note is not None:
                 note(_line(samples[-len(names) :], protocol.repeats))
         in_turn = pool.in_turn
-    acceptance = {name: _acceptance(_of(samples, name)) for name in (A, B)}
+    acceptance = {name: ab_report.acceptance(runs_of(samples, name)) for name in (A, B)}
     return Report(
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=versions,
@@ -532,8 +278,8 @@ def compare(
         settings={name: settings[name] for name in (A, B)},
         in_turn=in_turn,
         order=order,
-        outcomes=_outcomes(samples, protocol.within, a.speculate and b.speculate),
-        outputs=_outputs(samples),
+        outcomes=ab_report.outcomes(samples, protocol.within, a.speculate and b.speculate),
+        outputs=ab_report.outputs(samples),
         acceptance=acceptance,
         same_acceptance=acceptance[A].trace == acceptance[B].trace,
         samples=samples,
@@ -567,111 +313,3 @@ def _warm(engine: Engine, source: _Source, lengths: set[int], enough: int) -> No
 def _line(run: Sequence[Sample], repeats: int) -> str:
     speeds = ", ".join(f"{s.arm} {s.prefill:.1f} and {s.decode:.1f}" for s in run)
     return f"repeat {run[0].repeat + 1} of {repeats}, tokens/s of prefill and decode: {speeds}"
-
-
-def _of(samples: Sequence[Sample], arm: str) -> list[Sample]:
-    """The runs of one arm, by repeat."""
-    return [sample for sample in samples if sample.arm == arm]
-
-
-def _outcomes(samples: Sequence[Sample], within: float | None, cycles: bool) -> list[Outcome]:
-    """Prefill and decode; milliseconds of a cycle too when both arms speculate."""
-    quantities: list[tuple[str, str, Callable[[Sample], float]]] = [
-        ("prefill", "tok/s", lambda s: s.prefill),
-        ("decode", "tok/s", lambda s: s.decode),
-    ]
-    if cycles:
-        quantities.append(("cycle", "ms", lambda s: s.cycle))
-    return [
-        _outcome(what, unit, {arm: [of(s) for s in _of(samples, arm)] for arm in ARMS}, within)
-        for what, unit, of in quantities
-    ]
-
-
-def _outcome(what: str, unit: str, values: Mapping[str, Sequence[float]], within: float | None) -> Outcome:
-    a, b = values[A], values[B]
-    ratios, again_ratios = paired_ratios(a, b), paired_ratios(a, values[AGAIN])
-    ratio, noise = median_interval(ratios), median_interval(again_ratios)
-    floor = noise_floor(noise)
-    found = verdict(ratio, floor, within=within, lower_is_better=unit == "ms")
-    medians = statistics.median(a), statistics.median(b)
-    fastest = _fastest(values, min if unit == "ms" else max)
-    return Outcome(what, unit, *medians, ratios, ratio, again_ratios, noise, floor, found, fastest)
-
-
-def _fastest(values: Mapping[str, Sequence[float]], best: Callable[[Sequence[float]], float]) -> Fastest:
-    a, b, again = (best(values[arm]) for arm in ARMS)
-    return Fastest(a, b, again, b / a, again / a)
-
-
-def _outputs(samples: Sequence[Sample]) -> Outputs:
-    texts = {arm: [sample.tokens for sample in _of(samples, arm)] for arm in ARMS}
-    joined = {arm: [token for tokens in runs for token in tokens] for arm, runs in texts.items()}
-    return Outputs(
-        {arm: hashlib.sha256(np.asarray(ids, np.int32).tobytes()).hexdigest() for arm, ids in joined.items()},
-        first_difference(texts[A], texts[B]),
-        first_difference(texts[A], texts[AGAIN]),
-    )
-
-
-def first_difference(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]]) -> tuple[int, int] | None:
-    """(repeat, token) of the first difference between two lists of equally long outputs, or None."""
-    pairs = ((r, t) for r, (x, y) in enumerate(zip(a, b, strict=True)) for t in range(len(x)) if x[t] != y[t])
-    return next(pairs, None)
-
-
-def _acceptance(runs: Sequence[Sample]) -> Acceptance:
-    cycles, drafted, accepted = (sum(getattr(s, name) for s in runs) for name in ("cycles", "drafted", "accepted"))
-    return Acceptance(
-        cycles=cycles,
-        drafted=drafted,
-        accepted=accepted,
-        length=(accepted + cycles) / cycles,
-        drafted_per_position=_column_sums([s.drafted_per_position for s in runs]),
-        accepted_per_position=_column_sums([s.accepted_per_position for s in runs]),
-        trace=[count for s in runs for count in s.trace],
-    )
-
-
-def _column_sums(rows: Sequence[Sequence[int]]) -> list[int]:
-    return [sum(column) for column in zip_longest(*rows, fillvalue=0)]
-
-
-# --- the picture ------------------------------------------------------------------------------------------------------
-
-
-def pyplot() -> Any:
-    """matplotlib's pyplot, drawing to files. Raises ConfigError when it is not installed."""
-    try:
-        import matplotlib  # type: ignore[import-not-found, unused-ignore]
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as found  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        raise ConfigError(
-            "a plot needs matplotlib, which is not installed; run pip install 'pydflash[bench]'"
-        ) from None
-    return found
-
-
-def plot(report: Report, path: Path) -> None:
-    """Draw the ratios of every repeat, their medians and intervals, B/A beside A'/A, one panel a quantity."""
-    outcomes = report.outcomes
-    figure, panels = pyplot().subplots(1, len(outcomes), figsize=(4.5 * len(outcomes), 4), squeeze=False)
-    for axes, outcome in zip(panels[0], outcomes):
-        for x, (ratios, estimate) in enumerate(
-            ((outcome.ratios, outcome.ratio), (outcome.again_ratios, outcome.again))
-        ):
-            percents = [100.0 * (ratio - 1.0) for ratio in ratios]
-            low, median, high = (100.0 * (r - 1.0) for r in (estimate.low, estimate.median, estimate.high))
-            axes.plot([x - 0.15] * len(percents), percents, "o", color="gray", alpha=0.6)
-            axes.errorbar([x], [median], [[median - low], [high - median]], fmt="s", capsize=6)
-        axes.axhline(0.0, linewidth=0.8, color="black")
-        axes.set_xticks([0, 1], ["B/A", "A'/A"])
-        axes.set_xlim(-0.6, 1.6)
-        axes.set(title=f"{outcome.what} ({outcome.unit})", ylabel="difference from A in %")
-        axes.grid(axis="y", alpha=0.3)
-    figure.suptitle("\n".join(arm.label for arm in report.arms.values()), fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot().close(figure)

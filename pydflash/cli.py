@@ -357,22 +357,23 @@ def ab(
     """
     given = locals()
     from pydflash import ab as harness
+    from pydflash import ab_report
 
     options = {name: given.get(name) for name in _ENGINE_NAMES if name != "draft"}
     arms = [harness.parse_arm(n, t or (), options, draft=draft is not None) for n, t in (("A", a), ("B", b))]
-    protocol = harness.Protocol(repeats, prompt_tokens, max_tokens, prompts, within)
+    protocol = ab_report.Protocol(repeats, prompt_tokens, max_tokens, prompts, within)
     for path in (json, plot):  # what cannot be written is told before anything is measured
         if path is not None and not path.parent.is_dir():
             raise ConfigError(f"{path} was asked for, but there is no folder {path.parent}; make it first")
     if plot is not None:
-        harness.pyplot()
+        ab_report.pyplot()
     with _progress_bar("loading") as progress:
         report = harness.compare(model, draft, arms[0], arms[1], protocol, progress=progress, note=_note)
     print(report)
     if json is not None:
         report.write_json(json)
     if plot is not None:
-        harness.plot(report, plot)
+        ab_report.plot(report, plot)
 
 
 def main(arguments: list[str] | None = None) -> None:

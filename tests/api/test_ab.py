@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pydflash import ab, cli
-from pydflash.ab import Arm, Protocol, Report, compare, parse_arm
+from pydflash import ab, ab_report, cli
+from pydflash.ab import compare, parse_arm
+from pydflash.ab_report import Arm, Protocol, Report
 from pydflash.bench import WARM_UPS
 from pydflash.config import EngineConfig
 from pydflash.decode import Stats
@@ -88,7 +89,7 @@ def fakes(seconds: Callable[[int], float]) -> tuple[list[FakeEngine], list[str],
     """The three arms, the log of their steps, and the clock they move; ``seconds`` of the n-th step of all."""
     log: list[str] = []
     now = [0.0]
-    return [FakeEngine(name, log, now, seconds) for name in ab.ARMS], log, lambda: now[0]
+    return [FakeEngine(name, log, now, seconds) for name in ab_report.ARMS], log, lambda: now[0]
 
 
 STEADY = {"A": (1.0,), "B": (1.0,), "again": (1.0,)}
@@ -223,7 +224,7 @@ def test_arms_advance_step_by_step_in_reversed_order() -> None:
     assert all(steps[i + 1] == steps[i][::-1] for i in range(0, 8, 2))
     assert set(steps[:6]) == set(ab.ORDERS)
     again = [name for name, before in zip(log[4:22], log[3:21]) if name == before]
-    assert sorted(again) == sorted(ab.ARMS)  # in six steps every arm follows itself once
+    assert sorted(again) == sorted(ab_report.ARMS)  # in six steps every arm follows itself once
     for of in found:
         assert (of["prefill_seconds"], of["decode_seconds"], of["decoded"], of["cycles"]) == (1.0, 8.0, 8, 8)
     assert all(engine.closed for engine in engines)
@@ -254,7 +255,7 @@ def test_an_arm_with_fewer_steps_leaves_the_others_going() -> None:
         dataclasses.replace(chunk, tokens=chunk.tokens * 2) for chunk in single(*given)
     )
     found = ab.measure(engines, [1], 8, clock)  # type: ignore[arg-type]
-    assert [log.count(name) for name in ab.ARMS] == [8, 4, 8]
+    assert [log.count(name) for name in ab_report.ARMS] == [8, 4, 8]
     assert [of["decode_seconds"] for of in found] == [7.0, 3.0, 7.0]
     assert [len(of["tokens"]) for of in found] == [8, 8, 8]
 
@@ -336,7 +337,7 @@ def test_the_fastest_run_of_each_arm_is_reported() -> None:
 
 def test_of_milliseconds_the_fewest_are_the_fastest() -> None:
     values = {"A": [4.0, 2.0] * 3, "B": [1.0, 8.0] * 3, "A'": [5.0, 4.0] * 3}
-    assert ab._outcome("cycle", "ms", values, None).fastest == ab.Fastest(2.0, 1.0, 4.0, 0.5, 2.0)
+    assert ab_report._outcome("cycle", "ms", values, None).fastest == ab_report.Fastest(2.0, 1.0, 4.0, 0.5, 2.0)
 
 
 @needs_pair
@@ -345,13 +346,13 @@ def test_both_orders_are_used_and_prompts_never_repeat(runs: list[tuple[int, tup
     first = [names.index("A") < names.index("B") for names in report.order]
     assert first == [True, False, True, False, True, False, True]
     assert set(report.order[:6]) == {
-        (x, y, z) for x in ab.ARMS for y in ab.ARMS for z in ab.ARMS if len({x, y, z}) == 3
+        (x, y, z) for x in ab_report.ARMS for y in ab_report.ARMS for z in ab_report.ARMS if len({x, y, z}) == 3
     }
     count = 3 * WARM_UPS
     warm, measured = runs[:count], runs[count:]
-    engines = dict(zip(ab.ARMS, (engine for engine, _ in warm[::WARM_UPS])))
+    engines = dict(zip(ab_report.ARMS, (engine for engine, _ in warm[::WARM_UPS])))
     assert len(set(engines.values())) == 3
-    assert [engine for engine, _ in warm] == [engines[name] for name in ab.ARMS for _ in range(WARM_UPS)]
+    assert [engine for engine, _ in warm] == [engines[name] for name in ab_report.ARMS for _ in range(WARM_UPS)]
     assert [engine for engine, _ in measured] == [engines[name] for names in report.order for name in names]
     prompts = [prompt for _, prompt in measured]
     assert all(prompts[i] == prompts[i + 1] == prompts[i + 2] for i in range(0, len(prompts), 3))
@@ -466,8 +467,8 @@ def test_the_first_differing_token_is_found() -> None:
 
 
 def test_the_first_difference_of_given_lists() -> None:
-    assert ab.first_difference([(1, 2), (3, 4)], [(1, 2), (3, 4)]) is None
-    assert ab.first_difference([(1, 2), (3, 4)], [(1, 2), (3, 5)]) == (1, 1)
+    assert ab_report.first_difference([(1, 2), (3, 4)], [(1, 2), (3, 4)]) is None
+    assert ab_report.first_difference([(1, 2), (3, 4)], [(1, 2), (3, 5)]) == (1, 1)
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
@@ -510,7 +511,7 @@ def test_the_json_holds_everything(tmp_path: Path, capsys: pytest.CaptureFixture
 @needs_pair
 def test_a_plot_is_written(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    ab.plot(run("", "", draft=True, clock=Clock(**STEADY)), tmp_path / "ab.png")
+    ab_report.plot(run("", "", draft=True, clock=Clock(**STEADY)), tmp_path / "ab.png")
     assert (tmp_path / "ab.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 

@@ -34,7 +34,7 @@ LAYERS = (
     ("decode",),
     ("config", "convert", "doctor", "verdict"),
     ("engine",),
-    ("bench",),
+    ("bench", "ab_report"),
     ("ab",),
     ("cli",),
 )

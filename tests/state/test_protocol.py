@@ -126,7 +126,7 @@ def test_features_need_a_capture(session: Session) -> None:
         ({"cache_k": "q5_0"}, "cache_k is 'q5_0'; valid types are f32, f16, bf16, q8_0, q4_0"),
         ({"cache_v": "F16"}, "cache_v is 'F16'; valid types are"),
         ({"cache_v": ""}, "cache_v"),
-        ({"k_rotation": "hadamard"}, "valid values are auto, none, hadamard-256, hadamard-128, hadamard-64, signed-128"),
+        ({"k_rotation": "hadamard"}, "auto, none, hadamard-256, hadamard-128, hadamard-64, signed-128"),
         ({"k_rotation": "hadamard-256"}, "does not divide heads of 64; valid values are auto, none"),
         ({"chunk": 100}, "chunk is 100; valid values are 32, 64"),
         ({"chunk": 16}, "chunk is 16"),
