@@ -212,6 +212,15 @@ INLINE __m256i dot_q8_0(const char * block, const int8_t * x, const int16_t * su
     return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 
+// total + the sums of neighbouring products of 16 bits.
+INLINE __m256i add_pairs(__m256i total, __m256i a, __m256i b) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return _mm256_dpwssd_epi32(total, a, b);
+#else
+    return _mm256_add_epi32(total, _mm256_madd_epi16(a, b));
+#endif
+}
+
 // The eight scales and the eight minima of a Q4_K or Q5_K block, as int16.
 INLINE void k_head(const char * block, __m128i * scales, __m128i * minima) {
     uint32_t word[3];
@@ -239,7 +248,7 @@ INLINE __m256i dot_k(const char * block, const char * qs, const char * fifth, co
         }
         const __m256i pairs = _mm256_maddubs_epi16(q, loaded(x + 32 * j));
         const __m256i times = _mm256_shuffle_epi8(scales, _mm256_set1_epi16((short) (0x0100 + 0x0202 * j)));
-        total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, times));
+        total = add_pairs(total, pairs, times);
     }
     return total;
 }
@@ -269,7 +278,7 @@ INLINE __m256i dot_q6_k(const char * block, const int8_t * x, const int16_t * su
         for (int i = 0; i < 4; i++) {
             const __m256i scale = _mm256_srai_epi16(_mm256_shuffle_epi8(scales, which), 8);
             const __m256i pairs = _mm256_maddubs_epi16(q[i], loaded(x + 128 * half + 32 * i));
-            total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, scale));
+            total = add_pairs(total, pairs, scale);
             which = _mm256_add_epi16(which, _mm256_set1_epi16(0x0200));
         }
     }
