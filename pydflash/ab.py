@@ -5,10 +5,20 @@ from A is the noise of the measurement. Every repeat has a prompt that no other 
 order of the arms changes so that A precedes B in every other repeat. What a repeat and its order do to both arms
 cancels in the ratio B/A of that repeat; ``verdict`` states what the ratios show.
 
-Arms that fit into memory together decode in lockstep: after the prompts, read one after the other, each arm advances
-one step in turn, and its own steps are its time. What slows the machine for longer than a step then falls on all arms
-alike. What slows it for less, or during one prompt, does not cancel, but it never makes a run faster: the fastest run
-of each arm stands beside the medians.
+Arms that fit into memory together run in lockstep: they take turns at the prompt, a piece of it each, then at decoding,
+a step each, and the time of an arm is that of its own turns. A piece is a chunk of the arm with the largest chunks, so
+arms with other ones read as many tokens at a turn. The device is idle at both ends of a turn: what the host does before
+a chunk does not overlap the chunk before it, as it does otherwise. What slows the machine for longer than a turn then
+falls on all arms alike, and cancels in the ratio of their times at the same piece or in the same repeat.
+
+What slows it for less hits one arm. It never makes anything faster, so the fastest run of each arm, and the fastest
+time at each piece of the prompt over all repeats summed up, stand beside the medians. These have no interval: they rest
+on few repeats, and a bootstrap says too little about the smallest of a few values (docs/log.md). The median ratio of
+all pieces has an exact one, as far as noise hits one piece of a repeat independently of the next, and a slow piece here
+and there hardly moves it, while it moves the sum of a run. So the verdict on prefill rests on that one wherever it
+exists: in lockstep, with a prompt of more than one piece. Else, and for decoding, it rests on the median ratio of the
+repeats. Nothing measured takes part in this choice. Of an arm that loses speed along the prompt, the median of the
+pieces tells what a middle one loses; the median of the repeats tells what the whole costs.
 """
 
 from __future__ import annotations
@@ -95,27 +105,41 @@ class _Source:
 
 
 class _Run:
-    """A greedy generation of at least ``enough`` tokens under way, each of its steps timed; the first is the prompt.
+    """A greedy generation of at least ``enough`` tokens under way, each chunk of its prompt and each step timed.
 
-    It ends after a whole cycle: a last proposal cut to fit would need a graph of another width. A step leaves nothing
-    running on the device, as its tokens are on the host.
+    It ends after a whole cycle: a last proposal cut to fit would need a graph of another width. A chunk leaves nothing
+    running on the device, nor does a step, as its tokens are on the host.
     """
 
     def __init__(self, engine: Engine, prompt: Sequence[int], enough: int, clock: Clock) -> None:
         spare = engine.draft.config.block_size if engine.draft is not None else 0
         params = SamplingParams(max_tokens=enough + spare, ignore_eos=True)
-        self._stream = cast("Generator[Chunk, None, None]", engine.stream(prompt, params))
+        self._stream = cast("Generator[Chunk, None, None]", engine.stream(prompt, params, by_chunk=True))
+        self.chunk = engine.config.chunk
         self._prompt_tokens, self._enough, self._clock = len(prompt), enough, clock
         self._tokens: list[int] = []
-        self._seconds: list[float] = []
+        self._chunk_seconds: list[float] = []
+        self._step_seconds: list[float] = []
         self._stats = Stats()
 
     def step(self) -> None:
         begin = self._clock()
         chunk = next(self._stream)
-        self._seconds.append(self._clock() - begin)
+        seconds = self._clock() - begin
+        (self._step_seconds if self._tokens else self._chunk_seconds).append(seconds)
         self._tokens += chunk.tokens
         self._stats = chunk.stats
+
+    def read(self, rows: int) -> None:
+        """Go on reading the prompt: ``rows`` tokens, a multiple of a chunk, or what is left of it."""
+        for _ in range(rows // self.chunk):
+            if not self.prefilled:
+                self.step()
+
+    @property
+    def prefilled(self) -> bool:
+        """The first token is there."""
+        return bool(self._tokens)
 
     @property
     def done(self) -> bool:
@@ -125,8 +149,9 @@ class _Run:
         """The fields of a Sample but its place."""
         stats = self._stats
         return {
-            "prompt_tokens": self._prompt_tokens, "prefill_seconds": self._seconds[0],
-            "decoded": len(self._tokens) - 1, "decode_seconds": sum(self._seconds[1:]),
+            "prompt_tokens": self._prompt_tokens, "prefill_seconds": sum(self._chunk_seconds),
+            "chunk": self.chunk, "chunk_seconds": tuple(self._chunk_seconds),
+            "decoded": len(self._tokens) - 1, "decode_seconds": sum(self._step_seconds),
             "tokens": tuple(self._tokens[: self._enough]),
             "cycles": stats.steps, "drafted": stats.drafted, "accepted": stats.accepted,
             "drafted_per_position": tuple(stats.drafted_per_position),
@@ -141,19 +166,24 @@ def measure(engines: Sequence[Engine], prompt: Sequence[int], enough: int, clock
     """Generate at least ``enough`` tokens with each engine, in lockstep; the fields of a Sample but its place, each."""
     with ExitStack() as undo:
         runs = [undo.enter_context(closing(_Run(engine, prompt, enough, clock))) for engine in engines]
-        for run in runs:
-            run.step()
-        step = 0
-        while not all(run.done for run in runs):
-            for run in turns(runs, step):
-                if not run.done:
-                    run.step()
-            step += 1
+        piece = max(run.chunk for run in runs)
+        _lockstep(runs, lambda run: run.read(piece), lambda run: run.prefilled)
+        _lockstep(runs, lambda run: run.step(), lambda run: run.done)
         return [run.found() for run in runs]
 
 
+def _lockstep(runs: Sequence[_Run], advance: Callable[[_Run], None], through: Callable[[_Run], bool]) -> None:
+    """Let all runs take turns until each is through."""
+    turn = 0
+    while not all(map(through, runs)):
+        for run in turns(runs, turn):
+            if not through(run):
+                advance(run)
+        turn += 1
+
+
 def turns(arms: Sequence[T], step: int) -> list[T]:
-    """The order of one step: each second one is the reverse of the one before, so that a steady drift cancels.
+    """The order of one turn of all: each second one is the reverse of the one before, so that a steady drift cancels.
 
     After such a pair another arm begins. At each reversal an arm follows itself and finds its data in the caches; so
     every arm does, one step in six.
@@ -278,7 +308,7 @@ def compare(
         settings={name: settings[name] for name in (A, B)},
         in_turn=in_turn,
         order=order,
-        outcomes=ab_report.outcomes(samples, protocol.within, a.speculate and b.speculate),
+        outcomes=ab_report.outcomes(samples, protocol.within, a.speculate and b.speculate, lockstep=not in_turn),
         outputs=ab_report.outputs(samples),
         acceptance=acceptance,
         same_acceptance=acceptance[A].trace == acceptance[B].trace,

@@ -21,6 +21,7 @@ __all__ = [
     "ARMS",
     "Acceptance",
     "Arm",
+    "Chunks",
     "Fastest",
     "Outcome",
     "Outputs",
@@ -106,6 +107,7 @@ class Protocol:
 class Sample:
     """One run of one arm. ``position``: its place in the order of the repeat. ``decode_seconds``: of its own steps.
 
+    ``chunk``: the most tokens in a chunk of the prompt. ``chunk_seconds``: of each, ``prefill_seconds`` their sum.
     ``tokens``: the first ``max_tokens`` generated. ``decoded``: all tokens after the first, those of the last cycle
     beyond ``max_tokens`` included, in ``decode_seconds``. The rest is of ``decode.Stats``.
     """
@@ -115,6 +117,8 @@ class Sample:
     position: int
     prompt_tokens: int
     prefill_seconds: float
+    chunk: int
+    chunk_seconds: tuple[float, ...]
     decoded: int
     decode_seconds: float
     tokens: tuple[int, ...]
@@ -129,6 +133,12 @@ class Sample:
     def prefill(self) -> float:
         """Prompt tokens per second, until the first token is on the host."""
         return self.prompt_tokens / self.prefill_seconds
+
+    def pieces(self, rows: int) -> list[tuple[int, float]]:
+        """(tokens, seconds) of each ``rows`` tokens of the prompt, a multiple of ``chunk``, and of what is left."""
+        each = rows // self.chunk
+        seconds = [sum(self.chunk_seconds[i : i + each]) for i in range(0, len(self.chunk_seconds), each)]
+        return [(min(rows, self.prompt_tokens - i * rows), piece) for i, piece in enumerate(seconds)]
 
     @property
     def decode(self) -> float:
@@ -156,9 +166,29 @@ class Fastest:
 
 
 @dataclass(frozen=True)
+class Chunks:
+    """Prefill in lockstep, piece by piece of at most ``tokens``. ``a`` and ``b``: median tokens/s of a piece.
+
+    ``ratios``: of the speeds of two arms at the same piece in the same repeat; all pieces of a repeat, then the next.
+    ``fastest``: tokens/s of the whole prompt if each piece took its fewest seconds of all repeats; None where prompts
+    differ in length.
+    """
+
+    tokens: int
+    a: float
+    b: float
+    ratios: list[float]
+    ratio: Estimate
+    again_ratios: list[float]
+    again: Estimate
+    noise_floor: float
+    fastest: Fastest | None
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """One quantity: the arms' medians in ``unit``, the ratios of each repeat with their medians, the verdict from them,
-    and the fastest runs.
+    """One quantity: the arms' medians in ``unit``, the ratios of each repeat with their medians, and the fastest runs.
+    The verdict is from ``chunks`` where there are any, else from these medians.
     """
 
     what: str
@@ -172,6 +202,7 @@ class Outcome:
     noise_floor: float
     verdict: Verdict
     fastest: Fastest
+    chunks: Chunks | None = None
 
 
 @dataclass(frozen=True)
@@ -203,7 +234,7 @@ class Report:
     """Everything that was asked, used and found; ``str()`` for reading, ``asdict`` for JSON.
 
     ``order``: the arms of each repeat as they ran. ``in_turn``: the arms did not fit into memory together; else they
-    decode in lockstep. ``settings``: every effective setting of A and B. ``same_acceptance``: the traces of A and B are
+    run in lockstep. ``settings``: every effective setting of A and B. ``same_acceptance``: the traces of A and B are
     equal.
     """
 
@@ -242,14 +273,26 @@ class Report:
             f"{'':16}{'A':>12}{'B':>12}{'B/A':>10}{'interval':>20}{AGAIN + '/A':>10}{'interval':>20}",
         ]
         for o in self.outcomes:
-            pairs = "".join(f"{e.median:>10.4f}{f'[{e.low:.4f}, {e.high:.4f}]':>20}" for e in (o.ratio, o.again))
-            lines.append(f"{o.what + ' ' + o.unit:16}{o.a:>12.2f}{o.b:>12.2f}{pairs}")
-            f = o.fastest
-            lines.append(f"{'  fastest run':16}{f.a:>12.2f}{f.b:>12.2f}{f.ratio:>10.4f}{'':20}{f.again_ratio:>10.4f}")
-        confidence = 100.0 * self.outcomes[0].ratio.confidence
-        lines += [f"medians; intervals hold the median with {confidence:.1f} % confidence (exact sign test)", ""]
+            lines.append(_medians_line(f"{o.what} {o.unit}", o))
+            lines.append(_fastest_line("  fastest run", o.fastest))
+            if o.chunks is not None:
+                lines.append(_medians_line("  by chunk", o.chunks))
+                if o.chunks.fastest is not None:
+                    lines.append(_fastest_line("  fastest chunks", o.chunks.fastest))
+        lines += [self._confidence(), ""]
         lines += [f"{outcome.what}: {outcome.verdict.text}" for outcome in self.outcomes]
         return "\n".join([*lines, *self._output_lines(), *self._acceptance_lines()])
+
+    def _confidence(self) -> str:
+        confidence = f"{100.0 * self.outcomes[0].ratio.confidence:.1f} %"
+        chunks = self.outcomes[0].chunks
+        if chunks is None:
+            return f"medians; intervals hold the median with {confidence} confidence (exact sign test)"
+        return (
+            f"medians; intervals hold the median with confidence {confidence}, by chunk "
+            f"{100.0 * chunks.ratio.confidence:.1f} % (exact sign test)\n"
+            f"by chunk: each {chunks.tokens} tokens of a prompt in both arms; the verdict on prefill is from this"
+        )
 
     def _output_lines(self) -> list[str]:
         outputs = self.outputs
@@ -281,34 +324,66 @@ class Report:
         return [f"acceptance: {same}" if len(speculating) == 2 else "acceptance:", *lines]
 
 
+def _medians_line(name: str, of: Outcome | Chunks) -> str:
+    pairs = "".join(f"{e.median:>10.4f}{f'[{e.low:.4f}, {e.high:.4f}]':>20}" for e in (of.ratio, of.again))
+    return f"{name:16}{of.a:>12.2f}{of.b:>12.2f}{pairs}"
+
+
+def _fastest_line(name: str, of: Fastest) -> str:
+    return f"{name:16}{of.a:>12.2f}{of.b:>12.2f}{of.ratio:>10.4f}{'':20}{of.again_ratio:>10.4f}"
+
+
 def runs_of(samples: Sequence[Sample], arm: str) -> list[Sample]:
     """The runs of one arm, by repeat."""
     return [sample for sample in samples if sample.arm == arm]
 
 
-def outcomes(samples: Sequence[Sample], within: float | None, cycles: bool) -> list[Outcome]:
-    """Prefill and decode; milliseconds of a cycle too when both arms speculate."""
-    quantities: list[tuple[str, str, Callable[[Sample], float]]] = [
-        ("prefill", "tok/s", lambda s: s.prefill),
-        ("decode", "tok/s", lambda s: s.decode),
+def outcomes(samples: Sequence[Sample], within: float | None, cycles: bool, lockstep: bool) -> list[Outcome]:
+    """Prefill and decode; milliseconds of a cycle too when both arms speculate. Prefill by chunk in ``lockstep``."""
+    quantities: list[tuple[str, str, Callable[[Sample], float], Chunks | None]] = [
+        ("prefill", "tok/s", lambda s: s.prefill, _chunks(samples) if lockstep else None),
+        ("decode", "tok/s", lambda s: s.decode, None),
     ]
     if cycles:
-        quantities.append(("cycle", "ms", lambda s: s.cycle))
+        quantities.append(("cycle", "ms", lambda s: s.cycle, None))
     return [
-        _outcome(what, unit, {arm: [of(s) for s in runs_of(samples, arm)] for arm in ARMS}, within)
-        for what, unit, of in quantities
+        _outcome(what, unit, {arm: [of(s) for s in runs_of(samples, arm)] for arm in ARMS}, within, chunks)
+        for what, unit, of, chunks in quantities
     ]
 
 
-def _outcome(what: str, unit: str, values: Mapping[str, Sequence[float]], within: float | None) -> Outcome:
+def _outcome(
+    what: str, unit: str, values: Mapping[str, Sequence[float]], within: float | None, chunks: Chunks | None = None
+) -> Outcome:
     a, b = values[A], values[B]
     ratios, again_ratios = paired_ratios(a, b), paired_ratios(a, values[AGAIN])
     ratio, noise = median_interval(ratios), median_interval(again_ratios)
     floor = noise_floor(noise)
-    found = verdict(ratio, floor, within=within, lower_is_better=unit == "ms")
+    shown = (ratio, floor) if chunks is None else (chunks.ratio, chunks.noise_floor)
+    found = verdict(*shown, within=within, lower_is_better=unit == "ms")
     medians = statistics.median(a), statistics.median(b)
     fastest = _fastest(values, min if unit == "ms" else max)
-    return Outcome(what, unit, *medians, ratios, ratio, again_ratios, noise, floor, found, fastest)
+    return Outcome(what, unit, *medians, ratios, ratio, again_ratios, noise, floor, found, fastest, chunks)
+
+
+def _chunks(samples: Sequence[Sample]) -> Chunks | None:
+    """None where every prompt is read in one piece: there is nothing that its run does not say."""
+    rows = max(s.chunk for s in samples)
+    if all(s.prompt_tokens <= rows for s in samples):
+        return None
+    pieces = {arm: [s.pieces(rows) for s in runs_of(samples, arm)] for arm in ARMS}
+    speeds = {arm: [tokens / seconds for run in runs for tokens, seconds in run] for arm, runs in pieces.items()}
+    ratios, again_ratios = paired_ratios(speeds[A], speeds[B]), paired_ratios(speeds[A], speeds[AGAIN])
+    ratio, noise = median_interval(ratios), median_interval(again_ratios)
+    medians = statistics.median(speeds[A]), statistics.median(speeds[B])
+    fastest = _fastest_pieces(pieces) if len({s.prompt_tokens for s in samples}) == 1 else None
+    return Chunks(rows, *medians, ratios, ratio, again_ratios, noise, noise_floor(noise), fastest)
+
+
+def _fastest_pieces(pieces: Mapping[str, Sequence[Sequence[tuple[int, float]]]]) -> Fastest:
+    """Of arms that read equally many tokens in each repeat: the speed if every piece took its fewest seconds."""
+    tokens = sum(count for count, _ in pieces[A][0])
+    return _fastest({arm: [tokens / sum(min(at)[1] for at in zip(*runs))] for arm, runs in pieces.items()}, max)
 
 
 def _fastest(values: Mapping[str, Sequence[float]], best: Callable[[Sequence[float]], float]) -> Fastest:
@@ -367,13 +442,14 @@ def pyplot() -> Any:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Draw the ratios of every repeat, their medians and intervals, B/A beside A'/A, one panel a quantity."""
+    """Draw the ratios that the verdict rests on, of every repeat or of every chunk, their medians and intervals, B/A
+    beside A'/A, one panel a quantity.
+    """
     outcomes = report.outcomes
     figure, panels = pyplot().subplots(1, len(outcomes), figsize=(4.5 * len(outcomes), 4), squeeze=False)
     for axes, outcome in zip(panels[0], outcomes):
-        for x, (ratios, estimate) in enumerate(
-            ((outcome.ratios, outcome.ratio), (outcome.again_ratios, outcome.again))
-        ):
+        shown = outcome.chunks or outcome
+        for x, (ratios, estimate) in enumerate(((shown.ratios, shown.ratio), (shown.again_ratios, shown.again))):
             percents = [100.0 * (ratio - 1.0) for ratio in ratios]
             low, median, high = (100.0 * (r - 1.0) for r in (estimate.low, estimate.median, estimate.high))
             axes.plot([x - 0.15] * len(percents), percents, "o", color="gray", alpha=0.6)
@@ -381,7 +457,10 @@ def plot(report: Report, path: Path) -> None:
         axes.axhline(0.0, linewidth=0.8, color="black")
         axes.set_xticks([0, 1], ["B/A", "A'/A"])
         axes.set_xlim(-0.6, 1.6)
-        axes.set(title=f"{outcome.what} ({outcome.unit})", ylabel="difference from A in %")
+        axes.set(
+            title=f"{outcome.what}{' by chunk' if outcome.chunks else ''} ({outcome.unit})",
+            ylabel="difference from A in %",
+        )
         axes.grid(axis="y", alpha=0.3)
     figure.suptitle("\n".join(arm.label for arm in report.arms.values()), fontsize=9)
     figure.tight_layout()

@@ -8,7 +8,7 @@ autoregressive one; with any other sampler every token is one draw from the targ
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pydflash.draft import DraftSession
@@ -21,7 +21,10 @@ __all__ = ["Stats", "Step", "Width", "autoregressive", "speculative"]
 
 @dataclass(frozen=True)
 class Step:
-    """Tokens that one step decided. ``accepted`` of them were proposed; the last one never is (the bonus token)."""
+    """Tokens that one step decided. ``accepted`` of them were proposed; the last one never is (the bonus token).
+
+    No tokens: a chunk of the prompt was read (``by_chunk``).
+    """
 
     tokens: tuple[int, ...]
     accepted: int = 0
@@ -128,15 +131,17 @@ def autoregressive(
     max_tokens: int | None = None,
     stop_ids: frozenset[int] = frozenset(),
     stats: Stats | None = None,
+    by_chunk: bool = False,
 ) -> Iterator[Step]:
     """Generate after ``prompt``, one token a step, until ``max_tokens``, a token of ``stop_ids`` or a full context.
 
-    The last token yielded is not in the session yet; everything before it is. Raises ShapeError for an empty prompt,
-    ContextFull when the prompt does not fit.
+    The last token yielded is not in the session yet; everything before it is. ``by_chunk``: yield a Step without tokens
+    after each chunk of the prompt but the last as well, when the device is done with it. Raises ShapeError for an empty
+    prompt, ContextFull when the prompt does not fit.
     """
     stats = stats if stats is not None else Stats()
     history = list(prompt)
-    token = _prefill(session, None, prompt, sampler, history, stats)
+    token = yield from _prefill(session, None, prompt, sampler, history, stats, by_chunk)
     while True:
         yield Step((token,))
         if _finished(session, stats, token, max_tokens, stop_ids):
@@ -163,17 +168,19 @@ def speculative(
     stats: Stats | None = None,
     draft_max: int | None = None,
     adaptive: bool = False,
+    by_chunk: bool = False,
 ) -> Iterator[Step]:
     """Generate after ``prompt``, a proposed block a step; the same tokens as ``autoregressive`` with the same sampler.
 
     propose -> verify -> accept -> commit. ``draft_max`` limits a proposal (default: block_size - 1); ``adaptive``
     chooses its length from live acceptance and measured cost. Generation is cut exactly at ``max_tokens`` or a token of
-    ``stop_ids``, in the middle of a block too; the session then holds everything but the last token.
+    ``stop_ids``, in the middle of a block too; the session then holds everything but the last token. ``by_chunk``: see
+    ``autoregressive``.
     """
     stats = stats if stats is not None else Stats()
     width = Width(min(draft.block - 1 if draft_max is None else draft_max, draft.block - 1), adaptive)
     history = list(prompt)
-    anchor = _prefill(session, draft, prompt, sampler, history, stats)
+    anchor = yield from _prefill(session, draft, prompt, sampler, history, stats, by_chunk)
     tokens, accepted, drafted = [anchor], 0, 0
     while True:
         yield Step(tuple(tokens), accepted, drafted)
@@ -213,13 +220,14 @@ def _prefill(
     sampler: Sampler,
     history: list[int],
     stats: Stats,
-) -> int:
+    by_chunk: bool,
+) -> Generator[Step, None, int]:
     """Forward the prompt chunk by chunk, hand its features to the draft, and draw the first token."""
     if not len(prompt):
         raise ShapeError("the prompt is empty; give at least one token")
     session.check_room(len(prompt))
-    begin = time.perf_counter()
     for start in range(0, len(prompt), session.chunk):
+        begin = time.perf_counter()
         chunk = prompt[start : start + session.chunk]
         last = start + len(chunk) == len(prompt)
         if draft is not None:
@@ -228,11 +236,16 @@ def _prefill(
         session.commit(len(chunk))
         if draft is not None:
             draft.keep(len(chunk))
-    token = _draw(output, 0, sampler, history)
+        if last:
+            token = _draw(output, 0, sampler, history)
+        elif by_chunk:
+            session.model.backend.synchronize()
+        stats.prompt_tokens += len(chunk)
+        stats.prefill_seconds += time.perf_counter() - begin
+        if by_chunk and not last:
+            yield Step(())
     history.append(token)
-    stats.prompt_tokens += len(prompt)
     stats.tokens += 1
-    stats.prefill_seconds += time.perf_counter() - begin
     return token
 
 

@@ -201,6 +201,7 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         speculate: bool = True,
+        by_chunk: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> Iterator[Chunk]:
@@ -208,8 +209,9 @@ class Engine:
 
         ``prompt``: text is taken as it is, messages go through the chat template (with ``tools`` and its own
         ``variables``, such as ``{"enable_thinking": False}``), token ids are used unchanged. ``speculate`` False leaves
-        a loaded draft aside. Raises ConfigError, TemplateError, ShapeError for an empty prompt, ContextFull,
-        SessionClosed, and StateError while another generation runs.
+        a loaded draft aside. ``by_chunk``: yield an empty Chunk too after each ``config.chunk`` tokens of the prompt
+        but the last ones, when the device is done with them. Raises ConfigError, TemplateError, ShapeError for an empty
+        prompt, ContextFull, SessionClosed, and StateError while another generation runs.
         """
         self._check_open()
         params = params or SamplingParams()
@@ -217,7 +219,7 @@ class Engine:
         if not ids:
             raise ShapeError("the prompt is empty; give at least one token")
         sampler = Sampler(params, self.model.config.vocab)
-        stream = self._stream(ids, params, sampler, speculate)
+        stream = self._stream(ids, params, sampler, speculate, by_chunk)
         self._streams.add(stream)
         return stream
 
@@ -257,7 +259,7 @@ class Engine:
         return [bos, *ids] if self.tokenizer.add_bos and bos is not None and ids[:1] != [bos] else ids
 
     def _stream(
-        self, ids: list[int], params: SamplingParams, sampler: Sampler, speculate: bool
+        self, ids: list[int], params: SamplingParams, sampler: Sampler, speculate: bool, by_chunk: bool
     ) -> Generator[Chunk, None, None]:
         if not self._busy.acquire(blocking=False):
             raise StateError("this engine is generating already; finish or close that stream, or load another engine")
@@ -266,7 +268,7 @@ class Engine:
             stats = Stats()
             stop_ids = frozenset() if params.ignore_eos else self.tokenizer.eos_ids
             text = _Text(self.tokenizer, params.stop)
-            for step in self._steps(ids, sampler, params.max_tokens, stop_ids, stats, speculate):
+            for step in self._steps(ids, sampler, params.max_tokens, stop_ids, stats, speculate, by_chunk):
                 chunk = text.chunk(step, stats, self._reason(step, stats, params.max_tokens, stop_ids))
                 yield chunk
                 if chunk.finish_reason is not None:
@@ -275,23 +277,27 @@ class Engine:
             self._busy.release()
 
     def _steps(
-        self, ids: list[int], sampler: Sampler, max_tokens: int, stop_ids: frozenset[int], stats: Stats, speculate: bool
-    ) -> Iterator[Step]:
+        self, ids: list[int], sampler: Sampler, max_tokens: int, stop_ids: frozenset[int], stats: Stats,
+        speculate: bool, by_chunk: bool,
+    ) -> Iterator[Step]:  # fmt: skip
         """A new sequence, decoded with the draft when there is one."""
         self.session.reset()
-        if self.draft_session is None:
-            return autoregressive(self.session, ids, sampler, max_tokens=max_tokens, stop_ids=stop_ids, stats=stats)
-        self.draft_session.reset()
-        if not speculate:
+        if self.draft_session is not None:
+            self.draft_session.reset()
+            if speculate:
+                return speculative(
+                    self.session, self.draft_session, ids, sampler, max_tokens=max_tokens, stop_ids=stop_ids,
+                    stats=stats, draft_max=self.config.draft_max, adaptive=self.config.adaptive, by_chunk=by_chunk,
+                )  # fmt: skip
             stats.fallback = "speculate=False was asked for"
-            return autoregressive(self.session, ids, sampler, max_tokens=max_tokens, stop_ids=stop_ids, stats=stats)
-        return speculative(
-            self.session, self.draft_session, ids, sampler, max_tokens=max_tokens, stop_ids=stop_ids, stats=stats,
-            draft_max=self.config.draft_max, adaptive=self.config.adaptive,
-        )  # fmt: skip
+        return autoregressive(
+            self.session, ids, sampler, max_tokens=max_tokens, stop_ids=stop_ids, stats=stats, by_chunk=by_chunk
+        )
 
     def _reason(self, step: Step, stats: Stats, max_tokens: int, stop_ids: frozenset[int]) -> FinishReason | None:
         """Why the decoder yields nothing after ``step``, or None when it goes on."""
+        if not step.tokens:
+            return None  # there is more of the prompt
         if step.tokens[-1] in stop_ids:
             return "stop"
         if stats.tokens >= max_tokens:

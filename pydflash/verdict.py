@@ -47,22 +47,29 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
     random resampling. Raises ConfigError when there are too few values for any interval.
     """
     n, ordered = len(values), sorted(values)
-    covers = [k for k in range(1, (n + 1) // 2 + 1) if _coverage(n, k) >= confidence]
-    if not covers:
+    k, coverage = _rank(n, confidence)
+    if not k:
         raise ConfigError(
             f"{n} repeats give no interval of {100 * confidence:g} %; use at least {fewest(confidence)} repeats"
         )
-    k = covers[-1]
-    return Estimate(statistics.median(ordered), ordered[k - 1], ordered[n - k], _coverage(n, k))
+    return Estimate(statistics.median(ordered), ordered[k - 1], ordered[n - k], coverage)
 
 
 def fewest(confidence: float = CONFIDENCE) -> int:
     """How many values the interval of a median needs."""
-    return next(n for n in range(1, 64) if _coverage(n, 1) >= confidence)
+    return next(n for n in range(1, 64) if _rank(n, confidence)[0])
 
 
-def _coverage(n: int, k: int) -> float:
-    return 1.0 - 2.0 * sum(math.comb(n, i) for i in range(k)) / 2.0**n
+def _rank(n: int, confidence: float) -> tuple[int, float]:
+    """The largest k whose order statistics reach ``confidence``, 0 when none does, and what they reach."""
+    k, coverage, outside = 0, 1.0, 0
+    while k < (n + 1) // 2:
+        outside += math.comb(n, k)  # of 2^n equally likely patterns, those with k values below the median
+        reached = 1.0 - 2.0 * (outside / (1 << n))  # whole numbers: 2^n may lie beyond any float
+        if reached < confidence:
+            break
+        k, coverage = k + 1, reached
+    return k, coverage
 
 
 def noise_floor(again: Estimate) -> float:

@@ -14,7 +14,7 @@ import pytest
 
 from pydflash import ab, ab_report, cli
 from pydflash.ab import compare, parse_arm
-from pydflash.ab_report import Arm, Protocol, Report
+from pydflash.ab_report import Arm, Outcome, Protocol, Report, Sample
 from pydflash.bench import WARM_UPS
 from pydflash.config import EngineConfig
 from pydflash.decode import Stats
@@ -64,32 +64,53 @@ class Clock:
 
 
 class FakeEngine:
-    """Yields one token a step and moves the ``clock`` on by what ``seconds`` says of the machine at this step."""
+    """Reads a chunk or yields one token a step and moves the ``clock`` on by what ``seconds`` says of it then."""
 
     draft = None
 
-    def __init__(self, name: str, log: list[str], clock: list[float], seconds: Callable[[int], float]) -> None:
+    def __init__(
+        self, name: str, log: list[str], clock: list[float], seconds: Callable[[int], float], chunk: int = 32
+    ) -> None:
         self.name, self.log, self.clock, self.seconds = name, log, clock, seconds
+        self.config = EngineConfig(chunk=chunk)
         self.closed = False
 
-    def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[Chunk]:
+    def stream(self, prompt: Sequence[int], params: SamplingParams, *, by_chunk: bool) -> Iterator[Chunk]:
         stats = Stats()
         try:
+            for _ in range(self.config.chunk, len(prompt), self.config.chunk):
+                self.work()
+                if by_chunk:
+                    yield Chunk("", (), (), (), stats)
             for token in range(params.max_tokens or 0):
-                self.clock[0] += self.seconds(len(self.log))
-                self.log.append(self.name)
+                self.work()
                 if token:
                     stats.record(0, 0)
                 yield Chunk("", (token,), (False,), (), stats)
         finally:
             self.closed = True
 
+    def work(self) -> None:
+        self.clock[0] += self.seconds(len(self.log))
+        self.log.append(self.name)
 
-def fakes(seconds: Callable[[int], float]) -> tuple[list[FakeEngine], list[str], Callable[[], float]]:
+
+def fakes(
+    seconds: Callable[[int], float], chunks: Sequence[int] = (32, 32, 32)
+) -> tuple[list[FakeEngine], list[str], Callable[[], float]]:
     """The three arms, the log of their steps, and the clock they move; ``seconds`` of the n-th step of all."""
     log: list[str] = []
     now = [0.0]
-    return [FakeEngine(name, log, now, seconds) for name in ab_report.ARMS], log, lambda: now[0]
+    engines = [FakeEngine(name, log, now, seconds, chunk) for name, chunk in zip(ab_report.ARMS, chunks)]
+    return engines, log, lambda: now[0]
+
+
+def sample(arm: str, repeat: int, *chunk_seconds: float, chunk: int = 32, prompt_tokens: int | None = None) -> Sample:
+    """A run whose chunks took ``chunk_seconds``, the last one full unless ``prompt_tokens`` says otherwise."""
+    tokens = prompt_tokens or chunk * len(chunk_seconds)
+    return Sample(
+        arm, repeat, 0, tokens, sum(chunk_seconds), chunk, chunk_seconds, 8, 8.0, (0,) * 9, 8, 0, 0, (), (), (0,) * 8
+    )
 
 
 STEADY = {"A": (1.0,), "B": (1.0,), "again": (1.0,)}
@@ -251,8 +272,8 @@ def test_an_arm_with_fewer_steps_leaves_the_others_going() -> None:
     """B's steps yield two tokens."""
     engines, log, clock = fakes(lambda step: 1.0)
     single = engines[1].stream
-    engines[1].stream = lambda *given: (  # type: ignore[method-assign]
-        dataclasses.replace(chunk, tokens=chunk.tokens * 2) for chunk in single(*given)
+    engines[1].stream = lambda *given, **named: (  # type: ignore[method-assign]
+        dataclasses.replace(chunk, tokens=chunk.tokens * 2) for chunk in single(*given, **named)
     )
     found = ab.measure(engines, [1], 8, clock)  # type: ignore[arg-type]
     assert [log.count(name) for name in ab_report.ARMS] == [8, 4, 8]
@@ -270,6 +291,150 @@ def test_an_error_in_one_arm_closes_the_streams_of_all() -> None:
     with pytest.raises(OutOfMemory, match="in the middle"):
         ab.measure(engines, [1], 9, clock)  # type: ignore[arg-type]
     assert all(engine.closed for engine in engines)
+
+
+def test_a_prompt_is_read_chunk_by_chunk_in_reversed_order() -> None:
+    engines, log, clock = fakes(lambda step: 1.0 + step / 16)
+    found = ab.measure(engines, [1] * (5 * 32 + 7), 2, clock)  # type: ignore[arg-type]
+    chunks = [log[i : i + 3] for i in range(0, 18, 3)]
+    assert chunks == [ab.turns(ab_report.ARMS, turn) for turn in range(6)]
+    assert all(chunks[i + 1] == chunks[i][::-1] for i in range(0, 6, 2))
+    assert log[18:] == list(ab_report.ARMS)
+    for name, of in zip(ab_report.ARMS, found):
+        assert of["chunk_seconds"] == tuple(1.0 + at / 16 for at, who in enumerate(log[:18]) if who == name)
+        assert (of["prefill_seconds"], of["chunk"]) == (sum(of["chunk_seconds"]), 32)
+    assert len({of["prefill_seconds"] for of in found}) == 1  # a steady drift cancels
+
+
+def test_a_drift_within_a_prompt_falls_on_all_arms_alike() -> None:
+    """The machine slows down over some chunks and recovers; it lasts as long as an arm takes for its prompt."""
+
+    def seconds(step: int) -> float:
+        return 1.0 + max(0, min(step - 6, 30 - step)) / 16
+
+    prompt = [1] * (12 * 32)
+    engines, _, clock = fakes(seconds)
+    together = [of["prefill_seconds"] for of in ab.measure(engines, prompt, 2, clock)]  # type: ignore[arg-type]
+    assert together[0] == together[1] == together[2] > 12.0
+    engines, log, clock = fakes(seconds)
+    apart = []
+    for engine in engines:
+        apart.append(ab.measure([engine], prompt, 2, clock)[0]["prefill_seconds"])  # type: ignore[list-item]
+        log.pop()  # the step after the prompt: the next arm reads at once
+    assert max(apart) / min(apart) > 1.4
+
+
+def test_arms_with_chunks_of_other_sizes_read_as_much_at_a_turn() -> None:
+    engines, log, clock = fakes(lambda step: 1.0, (32, 128, 64))
+    found = ab.measure(engines, [1] * (2 * 128 + 70), 2, clock)  # type: ignore[arg-type]
+    first = ["A"] * 4 + ["B"] + ["A'"] * 2
+    last = ["B"] + ["A'"] * 2 + ["A"] * 3  # of 70 tokens
+    assert log == [*first, *first[::-1], *last, *ab_report.ARMS]
+    assert [len(of["chunk_seconds"]) for of in found] == [11, 3, 6]
+    pieces = [Sample(name, 0, 0, **of).pieces(128) for name, of in zip(ab_report.ARMS, found)]
+    assert pieces == [
+        [(128, 4.0), (128, 4.0), (70, 3.0)],
+        [(128, 1.0), (128, 1.0), (70, 1.0)],
+        [(128, 2.0), (128, 2.0), (70, 2.0)],
+    ]
+
+
+# --- what the pieces of a prompt show ---------------------------------------------------------------------------------
+
+
+def prefill(samples: Sequence[Sample], within: float | None = None, *, lockstep: bool = True) -> Outcome:
+    return ab_report.outcomes(samples, within, cycles=False, lockstep=lockstep)[0]
+
+
+def test_pieces_are_paired_and_the_fastest_of_each_are_summed_up() -> None:
+    """B takes 1 1/4 times as long; in every other repeat one of its two pieces takes twice that."""
+    slow = ((2.5, 2.5), (1.25, 5.0))
+    samples = [
+        of
+        for repeat in range(6)
+        for of in (
+            sample("A", repeat, 1.0, 2.0 + repeat),
+            sample("B", repeat, *slow[repeat % 2]),
+            sample("A'", repeat, 1.0 + repeat, 2.0),
+        )
+    ]
+    chunks = prefill(samples).chunks
+    assert chunks is not None
+    assert chunks.ratios[:6] == pytest.approx([1 / 2.5, 2 / 2.5, 1 / 1.25, 3 / 5.0, 1 / 2.5, 4 / 2.5])
+    assert chunks.again_ratios[:4] == [1.0, 1.0, 1 / 2, 3 / 2]
+    assert chunks.ratio == median_interval(chunks.ratios)
+    assert chunks.again == median_interval(chunks.again_ratios)
+    assert chunks.noise_floor == noise_floor(chunks.again)
+    assert chunks.tokens == 32
+    assert chunks.fastest == ab_report.Fastest(64 / 3.0, 64 / 3.75, 64 / 3.0, pytest.approx(0.8), 1.0)
+
+
+def test_a_slow_piece_in_most_runs_does_not_hide_that_arms_are_equal() -> None:
+    """One of four pieces of each run takes up to a third longer: sums differ by percents, most pieces by nothing."""
+    rng = np.random.default_rng(3)
+    samples = []
+    for repeat in range(9):
+        drift = 1.0 + repeat  # of the machine, the same for all arms
+        for arm, slower in (("A", 1.0), ("B", 1.001), ("A'", 1.0)):
+            seconds = np.full(4, drift * slower)
+            seconds[rng.integers(4)] *= 1.0 + rng.random() / 3
+            samples.append(sample(arm, repeat, *seconds.tolist()))
+    by_chunk, by_run = prefill(samples, 0.3), prefill(samples, 0.3, lockstep=False)
+    assert by_chunk.verdict.kind == "within"
+    assert by_run.verdict.kind != "within"
+    assert by_run.chunks is None
+    assert by_chunk.chunks is not None
+    assert by_chunk.chunks.ratio.median == pytest.approx(1 / 1.001)
+    assert by_chunk.chunks.ratio.confidence > 0.95
+    assert by_chunk.ratio == by_run.ratio
+
+
+def test_the_interval_by_chunk_holds_the_ratio_as_often_as_it_says() -> None:
+    """Noise of either kind, of a repeat and of a piece, neither of which makes anything faster; B takes 1 % longer."""
+    rng = np.random.default_rng(5)
+    found = []
+    for _ in range(400):
+        seconds = 1.0 + rng.exponential(0.05, (1, 9, 1)) + rng.exponential(0.004, (3, 9, 4))
+        seconds[1] *= 1.01
+        runs = zip(ab_report.ARMS, seconds.tolist())
+        samples = [sample(arm, repeat, *run) for arm, rows in runs for repeat, run in enumerate(rows)]
+        chunks = prefill(samples).chunks
+        assert chunks is not None
+        found.append(chunks.ratio)
+    share = np.mean([estimate.low <= 1 / 1.01 <= estimate.high for estimate in found])
+    claimed = found[0].confidence
+    assert abs(share - claimed) < 4 * math.sqrt(claimed * (1 - claimed) / len(found))
+
+
+def test_only_arms_in_lockstep_with_prompts_of_several_pieces_are_compared_by_chunk() -> None:
+    def of(tokens: Sequence[int], chunks: Sequence[int], *, lockstep: bool = True) -> ab_report.Chunks | None:
+        return prefill(
+            [
+                sample(arm, repeat, *[1.0] * -(-count // chunk), chunk=chunk, prompt_tokens=count)
+                for arm, chunk in zip(ab_report.ARMS, chunks)
+                for repeat, count in enumerate(tokens)
+            ],
+            lockstep=lockstep,
+        ).chunks
+
+    assert of([64] * 6, (32, 32, 32), lockstep=False) is None
+    assert of([64] * 6, (32, 64, 32)) is None
+    mixed = of([96] * 6, (32, 64, 32))
+    assert mixed is not None
+    assert mixed.ratios == [2.0, 1.0] * 6
+    assert mixed.fastest == ab_report.Fastest(32.0, 48.0, 32.0, 1.5, 1.0)
+    unequal = of([64, 96, 64, 20, 64, 64], (32, 32, 32))
+    assert unequal is not None
+    assert (len(unequal.ratios), unequal.fastest) == (12, None)
+
+
+def test_many_pieces_have_an_interval_too() -> None:
+    """2^n is no float for so many; the ranks are those of the normal law then."""
+    found = median_interval([float(i) for i in range(1, 4097)])
+    assert found.median == 2048.5
+    assert found.low == pytest.approx(2048.5 - 1.96 * 32, abs=1.0)
+    assert found.low + found.high == 4097.0
+    assert 0.95 <= found.confidence < 0.953
 
 
 # --- the protocol -----------------------------------------------------------------------------------------------------
@@ -312,6 +477,54 @@ def test_a_slower_arm_is_told_apart_from_noise() -> None:
         assert outcome.noise_floor == pytest.approx(1 / 0.98 - 1)
     assert decode.a == pytest.approx(1 / 4.0)  # the median repeat has steps of 4 s
     assert prefill.a == pytest.approx(24 / 4.0)
+
+
+@needs_pair
+def test_a_long_prompt_is_reported_by_chunk() -> None:
+    """72 tokens in chunks of 32; in each repeat one arm's first chunk takes 1 s longer, B's chunks 1/64 longer."""
+    protocol = Protocol(repeats=9, prompt_tokens=72, max_tokens=2, within=2.0)
+    reads, now = itertools.count(), [0.0]
+
+    def clock() -> float:
+        repeat, read = divmod(next(reads), 2 * 4 * 3)  # both ends of three chunks and one step of three arms
+        turn, at = divmod(read // 2, 3)
+        order = ab.ORDERS[repeat % len(ab.ORDERS)]
+        arm = ab.turns(order, turn % 3)[at]
+        if read % 2:
+            now[0] += (65 / 64 if arm == "B" else 1.0) + (turn == 0 and arm == order[repeat // 3])
+        return now[0]
+
+    report = run("chunk=32", "chunk=32", protocol, clock=clock)
+    outcome = report.outcomes[0]
+    assert outcome.chunks is not None
+    assert outcome.chunks.ratio.median == outcome.chunks.fastest.ratio == pytest.approx(64 / 65)
+    assert outcome.chunks.fastest.again_ratio == outcome.chunks.again.median == 1.0
+    assert outcome.verdict.kind == "within"
+    assert [len(of.chunk_seconds) for of in report.samples] == [3] * 27
+    lines = str(report).splitlines()
+    table = [line for line in lines if line.startswith(("prefill tok/s", "  fastest", "  by chunk"))]
+    assert [line[:16].strip() for line in table] == [
+        "prefill tok/s", "fastest run", "by chunk", "fastest chunks", "fastest run",
+    ]  # fmt: skip
+    assert table[3].split()[2:] == ["24.00", "23.63", "0.9846", "1.0000"]
+    assert max(map(len, lines[:16])) <= 120
+    assert "the verdict on prefill is from this" in str(report)
+
+
+@needs_pair
+def test_arms_in_lockstep_write_what_each_writes_alone() -> None:
+    """With drafts, chunks of two sizes and prompts of several: no arm's sequence touches another's."""
+    protocol = Protocol(repeats=6, max_tokens=24, prompts=TEST_DATA / "held_out.jsonl")
+    report = run("chunk=32", "chunk=64,cache_k=q8_0", protocol, draft=True, clock=Clock(**STEADY))
+    texts = protocol.texts()
+    for name, options in (("A", {"chunk": 32}), ("B", {"chunk": 64, "cache_k": "q8_0"})):
+        samples = ab_report.runs_of(report.samples, name)
+        assert max(len(of.chunk_seconds) for of in samples) > 1
+        with Engine.load(TARGET, DRAFT, **OPTIONS, **options, environment={}) as engine:  # type: ignore[arg-type]
+            for text, of in zip(texts, samples):
+                done = engine.generate(text, SamplingParams(max_tokens=24 + 16, ignore_eos=True))
+                assert done.tokens[:24] == of.tokens
+                assert tuple(done.stats.trace[: of.cycles]) == of.trace
 
 
 @needs_pair
@@ -499,6 +712,7 @@ def test_the_json_holds_everything(tmp_path: Path, capsys: pytest.CaptureFixture
         assert sample["prefill_seconds"] > 0 < sample["decode_seconds"]
         assert (len(sample["tokens"]), sample["prompt_tokens"]) == (8, 24)
         assert sum(sample["trace"]) == sample["accepted"]
+        assert (len(sample["chunk_seconds"]), sum(sample["chunk_seconds"])) == (1, sample["prefill_seconds"])
     assert len(found["order"]) == 6
     for outcome in found["outcomes"]:
         assert len(outcome["ratios"]) == len(outcome["again_ratios"]) == 6

@@ -44,6 +44,22 @@ def test_the_chunks_joined_are_the_completion(speculating: Engine) -> None:
     assert [chunk.finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
 
 
+def test_a_prompt_read_by_chunk_gives_empty_chunks_first_and_only_when_asked(
+    target_path: Path, draft_path: Path
+) -> None:
+    with Engine.load(target_path, draft_path, chunk=32, **OPTIONS) as engine:  # type: ignore[arg-type]
+        prompt = [5] * 80
+        plain, chunks = (list(engine.stream(prompt, greedy(), by_chunk=by_chunk)) for by_chunk in (False, True))
+        assert all(chunk.tokens for chunk in plain)
+        assert [(c.text, c.tokens, c.pieces, c.finish_reason) for c in chunks[:2]] == [("", (), (), None)] * 2
+        assert [c.tokens for c in chunks[2:]] == [c.tokens for c in plain]
+        assert [c.text for c in chunks[2:]] == [c.text for c in plain]
+        stream = engine.stream(prompt, greedy(), by_chunk=True)
+        assert next(stream).stats.prompt_tokens == 32
+        stream.close()  # type: ignore[attr-defined]
+        assert engine.generate(prompt, greedy()).tokens == tuple(t for c in plain for t in c.tokens)
+
+
 def test_the_text_is_the_decoded_tokens_whatever_bytes_they_split(engine: Engine) -> None:
     done = engine.generate(PROMPT, greedy(200))
     assert done.text == engine.tokenizer.decode(done.tokens, skip_special=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 import numpy as np
 import pytest
 
-from pydflash.backend import Arena
+from pydflash.backend import Arena, Backend
 from pydflash.decode import Stats, Step, Width, autoregressive, speculative
 from pydflash.draft import DraftSession
 from pydflash.errors import ConfigError, ContextFull, ShapeError
@@ -228,6 +228,49 @@ def test_a_prompt_of_several_chunks_hands_every_feature_to_the_draft(pair_of: Pa
             draft.propose(5)
             proposed.append(draft.logits()[1:])
     assert np.abs(proposed[0] - proposed[1]).max() < 1e-2 * proposed[0].std()
+
+
+@pytest.mark.parametrize("speculate", [False, True])
+def test_reading_a_prompt_by_chunk_yields_between_chunks_and_changes_nothing(pair_of: PairOf, speculate: bool) -> None:
+    """Another sequence of the same model is read and decoded in between, as two arms of ab are."""
+    pair = pair_of(layers=3, window=24)
+    prompt = np.random.default_rng(1).integers(0, VOCAB, 100).tolist()
+    (session, draft), (other, others_draft) = pair.open(chunk=32), pair.open(chunk=64)
+
+    def steps(session: Session, draft: DraftSession, stats: Stats, by_chunk: bool) -> Iterator[Step]:
+        if speculate:
+            return speculative(session, draft, prompt, greedy(), max_tokens=40, stats=stats, by_chunk=by_chunk)
+        return autoregressive(session, prompt, greedy(), max_tokens=40, stats=stats, by_chunk=by_chunk)
+
+    with session, draft, other, others_draft:
+        whole_stats, stats = Stats(), Stats()
+        whole = list(steps(session, draft, whole_stats, False))
+        assert whole[0].tokens
+        session.reset()
+        draft.reset()
+        found, beside = [], steps(other, others_draft, Stats(), True)
+        for step in steps(session, draft, stats, True):
+            found.append((step, session.length, stats.prompt_tokens, stats.tokens, stats.prefill_seconds))
+            next(beside, None)
+        chunks, decoded = found[:3], [step for step, *_ in found[3:]]
+        assert [entry[:-1] for entry in chunks] == [(Step(()), at, at, 0) for at in (32, 64, 96)]
+        assert decoded == whole
+        seconds = [entry[-1] for entry in found[:4]]
+        assert sorted(seconds) == seconds
+        assert len({0.0, *seconds}) == 5
+        assert (stats.trace, stats.tokens, stats.prompt_tokens) == (whole_stats.trace, 40, 100)
+        assert stats.drafted == whole_stats.drafted
+
+
+def test_reading_by_chunk_waits_for_the_device(pair_of: PairOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, waits = pair_of(), []
+    synchronize = Backend.synchronize
+    monkeypatch.setattr(Backend, "synchronize", lambda backend: (waits.append(backend), synchronize(backend))[1])
+    for by_chunk, expected in ((False, [0]), (True, [1, 2, 2])):
+        with Session(pair.model, 256, "f32", "f32", chunk=32) as session:
+            waits.clear()
+            steps = autoregressive(session, PROMPT * 4, greedy(), max_tokens=1, by_chunk=by_chunk)
+            assert [len(waits) for _ in steps] == expected
 
 
 # --- cuts -------------------------------------------------------------------------------------------------------------
