@@ -2,7 +2,6 @@
 
 #include "ggml-cpu.h"
 #include "lanes.h"
-#include "vec.h"  // ggml_vec_soft_max_f32
 
 #include <assert.h>
 #include <math.h>
@@ -12,7 +11,11 @@
 // Slots are taken in aligned blocks of BLOCK: scores first, then values. Values, and keys of a float type, are
 // converted to f32 once for up to BATCH (row, head) items of a key/value head. The block is cut at fixed slots, so an
 // item's arithmetic is the same in any batch.
+//
+// Items that see the same slots of a block go together, as many as fill the registers with sums: each key and each value
+// is then loaded once for all of them. A sum's terms and their order do not depend on who goes beside it.
 #define BLOCK 32
+#define TOGETHER (LANES == 16 ? 4 : 2)
 #define BATCH 96
 #define MAX_HEAD 256
 
@@ -72,7 +75,9 @@ struct item {
     const void *         q;                          // as the dot product wants it
     float                max;
     float                sum;
-    _Alignas(64) float   converted[MAX_HEAD + 64];   // holds q when it is not q itself; never wider than f32
+    float                factor;                     // what out is worth by the block's maximum
+    _Alignas(64) float   weights[BLOCK];             // of the slots it sees of a block: first their scores
+    float                converted[MAX_HEAD + 64];   // holds q when it is not q itself; never wider than f32
     float                out[MAX_HEAD];
 };
 
@@ -83,7 +88,7 @@ static void begin_item(const struct attention * a, struct item * item, int64_t r
     item->q    = a->q_from_float ? (const void *) item->converted : q;
     item->max  = -INFINITY;
     item->sum  = 0.0f;
-    memset(item->out, 0, sizeof(item->out));
+    memset(item->out, 0, (size_t) a->columns * sizeof(float));
     if (a->q_from_float && a->k_to_float) {  // q as it is after rounding to K's type
         char rounded[MAX_HEAD * sizeof(float)];
         a->q_from_float((const float *) q, rounded, a->columns);
@@ -112,6 +117,7 @@ struct side {
 struct block {
     int         count;
     int32_t     positions[BLOCK];
+    int32_t     lowest, highest;  // of the positions
     struct side k, v;
 };
 
@@ -133,8 +139,13 @@ static void begin_block(const struct attention * a, struct block * block, int64_
     block->count = left < BLOCK ? (int) left : BLOCK;
     begin_side(&block->k, a->k, a->k_to_float, head_slice(a->k, kv_head, a->columns, slot));
     begin_side(&block->v, a->v, a->v_to_float, head_slice(a->v, kv_head, a->columns, slot));
+    block->lowest  = INT32_MAX;
+    block->highest = INT32_MIN;
     for (int i = 0; i < block->count; i++) {
-        block->positions[i] = a->slot_positions ? a->slot_positions[slot + i] : (int32_t) slot + i;
+        const int32_t position = a->slot_positions ? a->slot_positions[slot + i] : (int32_t) slot + i;
+        block->positions[i] = position;
+        block->lowest  = position < block->lowest ? position : block->lowest;
+        block->highest = position > block->highest ? position : block->highest;
     }
 }
 
@@ -150,87 +161,182 @@ static const float * float_row(struct side * side, int64_t columns, int i) {
     return side->values[i];
 }
 
-// q times four keys.
-static four_lanes dot_four(const float * q, const float * const key[4], int64_t columns) {
-    lanes sum[4] = { 0 };
-#pragma GCC unroll 1
-    for (int64_t c = 0; c < columns; c += LANES) {
-        const lanes x = load_lanes(q + c);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-            sum[i] = multiply_add(x, load_lanes(key[i] + c), sum[i]);
-        }
-    }
-    return sum_four(sum);
+// The slots of a block that an item sees.
+struct view {
+    int count;
+    int slots[BLOCK];
+};
+
+static bool sees_all(const struct block * block, struct pydflash_span span) {
+    return block->lowest >= span.first && block->highest <= span.last;
 }
 
-// scores[i] = q . key of slot seen[i]; up to three more are written.
-static void score(const struct attention * a, const struct item * item, struct block * block, const int * seen, int count,
-                  float * scores) {
-    for (int i = 0; i < count && a->dot; i++) {
-        const char * key = block->k.slots + (size_t) seen[i] * block->k.stride;
-        a->dot((int) a->columns, &scores[i], 0, key, 0, item->q, 0, 1);
-    }
-    for (int i = 0; i < count && !a->dot; i += 4) {
-        const float * key[4];
-        for (int j = 0; j < 4; j++) {
-            key[j] = float_row(&block->k, a->columns, seen[i + j < count ? i + j : i]);
-        }
-        const four_lanes four = dot_four((const float *) item->q, key, a->columns);
-        memcpy(scores + i, &four, sizeof(four));
+static void look(const struct block * block, struct pydflash_span span, struct view * view) {
+    view->count = 0;
+    for (int i = 0; i < block->count; i++) {
+        view->slots[view->count] = i;
+        view->count += block->positions[i] >= span.first && block->positions[i] <= span.last;
     }
 }
 
-// out = factor * out + the rows' values, weighed, slot after slot.
-static void add_values(float * out, float factor, const float * const * rows, const float * weights, int count,
-                       int64_t columns) {
-    for (int64_t c = 0; c < columns; c += 4 * LANES) {
-        lanes sum[4];
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            sum[j] = factor * load_lanes(out + c + j * LANES);
+// How many of `count` items see what the first one sees: the heads of a row, or rows for which the block is complete.
+static int64_t count_alike(const struct block * block, const struct item * items, int64_t count) {
+    const struct pydflash_span span = items[0].span;
+    const bool all = sees_all(block, span);
+    int64_t    n   = 1;
+    while (n < count && ((items[n].span.first == span.first && items[n].span.last == span.last) ||
+                         (all && sees_all(block, items[n].span)))) {
+        n++;
+    }
+    return n;
+}
+
+// The scores of n items by dot products of their own with quantised keys.
+static void score_quantised(const struct attention * a, struct item * items, int64_t n, const struct side * keys,
+                            const struct view * view) {
+    for (int64_t i = 0; i < n; i++) {
+        for (int s = 0; s < view->count; s++) {
+            const char * key = keys->slots + (size_t) view->slots[s] * keys->stride;
+            a->dot((int) a->columns, &items[i].weights[s], 0, key, 0, items[i].q, 0, 1);
         }
+    }
+}
+
+// The scores of n items, four keys at a time; up to three scores more than `count` are written.
+LANES_INLINE void score(struct item * items, int n, const float * const * keys, int count, int64_t columns) {
+    for (int s = 0; s < count; s += 4) {
+        lanes sum[TOGETHER][4] = { 0 };
 #pragma GCC unroll 1
-        for (int i = 0; i < count; i++) {
+        for (int64_t c = 0; c < columns; c += LANES) {
+            lanes key[4];
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) {
-                sum[j] = multiply_add(all_lanes(weights[i]), load_lanes(rows[i] + c + j * LANES), sum[j]);
+                key[j] = load_lanes(keys[s + j] + c);
+            }
+#pragma GCC unroll 4
+            for (int i = 0; i < n; i++) {
+                const lanes q = load_lanes((const float *) items[i].q + c);
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++) {
+                    sum[i][j] = multiply_add(q, key[j], sum[i][j]);
+                }
             }
         }
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            store_lanes(out + c + j * LANES, sum[j]);
+        for (int i = 0; i < n; i++) {
+            const four_lanes four = sum_four(sum[i]);
+            memcpy(items[i].weights + s, &four, sizeof(four));
         }
     }
 }
 
-static void add_block(const struct attention * a, struct item * item, struct block * block) {
-    int           seen[BLOCK];
-    const float * values[BLOCK];
-    float         scores[BLOCK], weights[BLOCK];
-    int           count = 0;
-    float         max   = item->max;
-    for (int i = 0; i < block->count; i++) {
-        seen[count] = i;
-        count += block->positions[i] >= item->span.first && block->positions[i] <= item->span.last;
+// A step of the online softmax: `count` scores become weights, sum and max move on. Whole registers, so that every
+// exponential is computed alike.
+static void weigh(struct item * item, int count, float scale) {
+    for (int s = count; s < BLOCK; s++) {
+        item->weights[s] = -INFINITY;
     }
-    if (count == 0) {
+    lanes largest = all_lanes(item->max), sum = { 0 };
+    for (int s = 0; s < BLOCK; s += LANES) {
+        const lanes scores = scale * load_lanes(item->weights + s);
+        largest = larger_lanes(scores, largest);
+        store_lanes(item->weights + s, scores);
+    }
+    const float max = largest_lane(largest);
+    for (int s = 0; s < BLOCK; s += LANES) {
+        const lanes weights = exp_lanes(load_lanes(item->weights + s) - max);
+        sum += weights;
+        store_lanes(item->weights + s, weights);
+    }
+    item->factor = exp_lanes(all_lanes(item->max - max))[0];  // 0 the first time, when item->max is -infinity
+    item->sum    = item->sum * item->factor + sum_lanes(sum);
+    item->max    = max;
+}
+
+// out = factor * out + the rows' values, weighed, slot after slot: four registers of columns at a time, for n items.
+LANES_INLINE void add_values(struct item * items, int n, const float * const * values, int count, int64_t columns) {
+    for (int64_t c = 0; c < columns; c += 4 * LANES) {
+        lanes sum[TOGETHER][4];
+#pragma GCC unroll 4
+        for (int i = 0; i < n; i++) {
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                sum[i][j] = items[i].factor * load_lanes(items[i].out + c + j * LANES);
+            }
+        }
+#pragma GCC unroll 1
+        for (int s = 0; s < count; s++) {
+            lanes value[4];
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                value[j] = load_lanes(values[s] + c + j * LANES);
+            }
+#pragma GCC unroll 4
+            for (int i = 0; i < n; i++) {
+                const lanes weight = all_lanes(items[i].weights[s]);
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++) {
+                    sum[i][j] = multiply_add(weight, value[j], sum[i][j]);
+                }
+            }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < n; i++) {
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                store_lanes(items[i].out + c + j * LANES, sum[i][j]);
+            }
+        }
+    }
+}
+
+// The f32 rows of a side's slots in a view, and three more for who reads four at a time.
+static void float_rows(struct side * side, int64_t columns, const struct view * view, const float * rows[BLOCK + 3]) {
+    for (int s = 0; s < view->count; s++) {
+        rows[s] = float_row(side, columns, view->slots[s]);
+    }
+    for (int s = view->count; s < view->count + 3; s++) {
+        rows[s] = rows[view->count - 1];
+    }
+}
+
+LANES_INLINE void add_together(const struct attention * a, struct item * items, int n, const float * const * keys,
+                               const float * const * values, int count) {
+    if (!a->dot) {
+        score(items, n, keys, count, a->columns);
+    }
+    for (int i = 0; i < n; i++) {
+        weigh(&items[i], count, a->scale);
+    }
+    add_values(items, n, values, count, a->columns);
+}
+
+// A block for n items that see the same of it.
+static void add_block(const struct attention * a, struct item * items, int64_t n, struct block * block) {
+    struct view   view;
+    const float * keys[BLOCK + 3], * values[BLOCK + 3];
+    look(block, items[0].span, &view);
+    if (view.count == 0) {
         return;
     }
-    score(a, item, block, seen, count, scores);
-    for (int i = 0; i < count; i++) {
-        scores[i] *= a->scale;
-        max = scores[i] > max ? scores[i] : max;
-        values[i] = float_row(&block->v, a->columns, seen[i]);
+    if (a->dot) {
+        score_quantised(a, items, n, &block->k, &view);
+    } else {
+        float_rows(&block->k, a->columns, &view, keys);
     }
-    for (int i = count; i < BLOCK; i++) {  // whole vectors, so that every exponential is computed alike
-        scores[i] = -INFINITY;
+    float_rows(&block->v, a->columns, &view, values);
+    for (int64_t i = 0; i < n; i += TOGETHER) {
+        const int64_t left = n - i;
+        if (left >= TOGETHER) {
+            add_together(a, items + i, TOGETHER, keys, values, view.count);
+        } else if (left == 3) {
+            add_together(a, items + i, 3, keys, values, view.count);
+        } else if (left == 2) {
+            add_together(a, items + i, 2, keys, values, view.count);
+        } else {
+            add_together(a, items + i, 1, keys, values, view.count);
+        }
     }
-    const float factor = expf(item->max - max);  // 0 the first time, when item->max is -infinity
-    const float sum    = (float) ggml_vec_soft_max_f32(BLOCK, weights, scores, max);
-    add_values(item->out, factor, values, weights, count, a->columns);
-    item->sum = item->sum * factor + sum;
-    item->max = max;
 }
 
 // Items [begin, end) of one key/value head, counted by row and then by head; at most BATCH of them.
@@ -254,8 +360,10 @@ static void attend(const struct attention * a, float * dst, int64_t kv_head, int
     }
     for (int64_t slot = first / BLOCK * BLOCK; slot < slots && slot <= last; slot += BLOCK) {
         begin_block(a, &block, kv_head, slot);
-        for (int64_t i = begin; i < end; i++) {
-            add_block(a, &items[i - begin], &block);
+        for (int64_t i = 0; i < end - begin;) {
+            const int64_t n = count_alike(&block, &items[i], end - begin - i);
+            add_block(a, &items[i], n, &block);
+            i += n;
         }
     }
     for (int64_t i = begin; i < end; i++) {
