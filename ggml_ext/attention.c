@@ -111,7 +111,7 @@ struct side {
     size_t             stride;
     ggml_to_float_t    to_float;  // NULL: the slots hold f32
     bool               loaded[BLOCK];
-    _Alignas(64) float values[BLOCK][MAX_HEAD];
+    _Alignas(64) float values[BLOCK * MAX_HEAD];  // rows side by side: apart, they would meet in few sets of the L1 cache
 };
 
 struct block {
@@ -154,11 +154,12 @@ static const float * float_row(struct side * side, int64_t columns, int i) {
     if (!side->to_float) {
         return (const float *) slot;
     }
+    float * values = side->values + i * columns;
     if (!side->loaded[i]) {
-        side->to_float(slot, side->values[i], columns);
+        side->to_float(slot, values, columns);
         side->loaded[i] = true;
     }
-    return side->values[i];
+    return values;
 }
 
 // The slots of a block that an item sees.
@@ -222,10 +223,10 @@ LANES_INLINE void score(struct item * items, int n, const float * const * keys, 
                 }
             }
         }
-#pragma GCC unroll 4
+        four_lanes scores[TOGETHER];
+        sum_fours(sum, n, scores);
         for (int i = 0; i < n; i++) {
-            const four_lanes four = sum_four(sum[i]);
-            memcpy(items[i].weights + s, &four, sizeof(four));
+            memcpy(items[i].weights + s, &scores[i], sizeof(scores[i]));
         }
     }
 }

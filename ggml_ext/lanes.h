@@ -84,6 +84,29 @@ LANES_INLINE four_lanes sum_four(const lanes x[4]) {
     return (f0 + f2) + (f1 + f3);
 }
 
+// sum_four of each of `count` groups, at most four.
+LANES_INLINE void sum_fours(const lanes (*x)[4], int count, four_lanes * sums) {
+#if defined(__AVX512F__)
+    // The same additions for all at once: the quarters of four groups' registers side by side, then the lanes of those.
+    lanes fold[4], all[4][4] = { 0 };
+    memcpy(all, x, (size_t) count * sizeof(all[0]));
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        const lanes a = _mm512_shuffle_f32x4(all[0][j], all[1][j], 0x44) + _mm512_shuffle_f32x4(all[0][j], all[1][j], 0xee);
+        const lanes b = _mm512_shuffle_f32x4(all[2][j], all[3][j], 0x44) + _mm512_shuffle_f32x4(all[2][j], all[3][j], 0xee);
+        fold[j] = _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
+    }
+    const lanes a = _mm512_shuffle_ps(fold[0], fold[1], 0x44) + _mm512_shuffle_ps(fold[0], fold[1], 0xee);
+    const lanes b = _mm512_shuffle_ps(fold[2], fold[3], 0x44) + _mm512_shuffle_ps(fold[2], fold[3], 0xee);
+    const lanes sum = _mm512_shuffle_ps(a, b, 0x88) + _mm512_shuffle_ps(a, b, 0xdd);
+    memcpy(sums, &sum, (size_t) count * sizeof(*sums));
+#else
+    for (int i = 0; i < count; i++) {
+        sums[i] = sum_four(x[i]);
+    }
+#endif
+}
+
 // Lane by lane, a where `mask` (the result of a comparison) holds, else b.
 LANES_INLINE lanes choose_lanes(int_lanes mask, lanes a, lanes b) {
     return (lanes) ((mask & (int_lanes) a) | (~mask & (int_lanes) b));
@@ -94,13 +117,18 @@ LANES_INLINE lanes larger_lanes(lanes a, lanes b) {
 }
 
 LANES_INLINE float largest_lane(lanes x) {
-    float lane[LANES], largest = -INFINITY;
-    memcpy(lane, &x, sizeof(x));
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) {
-        largest = lane[i] > largest ? lane[i] : largest;
+    four_lanes part[LANES / 4];
+    memcpy(part, &x, sizeof(x));
+#pragma GCC unroll 4
+    for (int i = 1; i < LANES / 4; i++) {
+#pragma GCC unroll 4
+        for (int l = 0; l < 4; l++) {
+            part[0][l] = part[i][l] > part[0][l] ? part[i][l] : part[0][l];
+        }
     }
-    return largest;
+    const float a = part[0][0] > part[0][1] ? part[0][0] : part[0][1];
+    const float b = part[0][2] > part[0][3] ? part[0][2] : part[0][3];
+    return a > b ? a : b;
 }
 
 // e^x to 2 ulp; 0 below -87, where float32 becomes denormal, and infinity above 88.
