@@ -12,8 +12,8 @@
 // converted to f32 once for up to BATCH (row, head) items of a key/value head. The block is cut at fixed slots, so an
 // item's arithmetic is the same in any batch.
 //
-// Items that see the same slots of a block go together, as many as fill the registers with sums: each key and each value
-// is then loaded once for all of them. A sum's terms and their order do not depend on who goes beside it.
+// Items that see the same slots of a block go together, as many as fill the registers with sums: a key or a value is
+// then loaded once for all of them. A sum's terms and their order do not depend on who goes beside it.
 #define BLOCK 32
 #define TOGETHER (LANES == 16 ? 4 : 2)
 #define BATCH 96
@@ -111,7 +111,7 @@ struct side {
     size_t             stride;
     ggml_to_float_t    to_float;  // NULL: the slots hold f32
     bool               loaded[BLOCK];
-    _Alignas(64) float values[BLOCK * MAX_HEAD];  // rows side by side: apart, they would meet in few sets of the L1 cache
+    _Alignas(64) float values[BLOCK][MAX_HEAD];
 };
 
 struct block {
@@ -154,12 +154,11 @@ static const float * float_row(struct side * side, int64_t columns, int i) {
     if (!side->to_float) {
         return (const float *) slot;
     }
-    float * values = side->values + i * columns;
     if (!side->loaded[i]) {
-        side->to_float(slot, values, columns);
+        side->to_float(slot, side->values[i], columns);
         side->loaded[i] = true;
     }
-    return values;
+    return side->values[i];
 }
 
 // The slots of a block that an item sees.
