@@ -11,15 +11,16 @@
 // products are exact in any order, and every (weight row, x row) has a float accumulator of its own, which takes one
 // multiply-add per block in the order of the blocks. x is rounded to 8 bits as ggml rounds it.
 //
-// Work goes in groups of eight weight rows, one to a 32-bit lane. A step is four consecutive k of the eight rows: one
-// register of unsigned bytes, multiplied with four bytes of x that are repeated in every lane. Products are summed in
-// 16 bits for as many steps as cannot overflow, then in 32 bits, times the scale of the sub-block; CPUs with AVX512-VNNI
-// take a step's products and sum them in 32 bits with one instruction. The transposition
-// that this takes happens on the packed bits, 16 bytes of each row at a time. It does not pay for a single row of x but
-// with Q4_0: there the same integers come from a dot product along k.
+// Work goes in tiles of eight weight rows (sixteen with AVX-512), one to a 32-bit lane. A step is four consecutive k of
+// these rows: one register of unsigned bytes, multiplied with four bytes of x that are repeated in every lane. Products
+// are summed in 16 bits for as many steps as cannot overflow, then in 32 bits, times the scale of the sub-block; CPUs
+// with AVX512-VNNI take a step's products and sum them in 32 bits with one instruction. The transposition that this
+// takes happens on the packed bits, 16 bytes of each row at a time. It does not pay for a single row of x but with
+// Q4_0: there the same integers come from a dot product along k.
 //
-// What bounds it: one row, unpacking and memory; many rows, the loads of x (two a cycle, each feeds 32 products).
-// A Zen 3 core whose sibling is busy does 90e9 products a second at 16 rows of Q4_K, 30e9 at one (K = 1536, M = 256).
+// What bounds it: one row, unpacking and memory; many rows, the loads of x (two a cycle, each feeds 32 products) or,
+// with VNNI, the multiplier (64 products a cycle; scales and minima add a fifth, with Q6_K a third). A Zen 3 core whose
+// sibling is busy does 90e9 products a second at 16 rows of Q4_K, 30e9 at one (K = 1536, M = 256).
 //
 // Other types, and CPUs without AVX2, take ggml's dot product row by row.
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -84,103 +85,135 @@ static void multiply_any(const struct ggml_tensor * dst, int64_t begin, int64_t 
 
 // --- x in 8 bits -------------------------------------------------------------------------------------------------
 
-// T rows of K values: bytes, the sum of every sixteen (or 32) of them, and a scale for each block.
+// T rows of K values: bytes, a scale for each block, and what the minima of the weights are multiplied with. All of it
+// goes block by block, and row by row within a block: what is multiplied together lies at constant distances.
 struct activations {
-    int64_t   T, K, block, sum_of;
+    int64_t   T, blocks;
     int8_t *  q;
-    int16_t * sums;
+    int16_t * sums;   // minus the sum of every sixteen (or 32), in blocks of 256
+    int32_t * start;  // minus the sum times what q counts from, in blocks of 32
     float *   scale;
 };
 
-// Sixteen (or 32) values at a time: pairs, then fours, then lanes.
-INLINE void add_up(const struct activations * x, int64_t t) {
-    const __m256i one = _mm256_set1_epi16(1);
-    int16_t * sums = x->sums + t * (x->K / x->sum_of);
-    for (int64_t k = 0; k < x->K; k += 32) {
-        const __m256i q    = _mm256_loadu_si256((const __m256i *) (x->q + t * x->K + k));
-        const __m256i four = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), q), one);
-        const __m256i two  = _mm256_hadd_epi32(four, four);
-        const __m256i all  = _mm256_hadd_epi32(two, two);
-        const int low = _mm256_extract_epi32(all, 0), high = _mm256_extract_epi32(all, 4);
-        if (x->sum_of == 16) {
-            *sums++ = (int16_t) low;
-            *sums++ = (int16_t) high;
-        } else {
-            *sums++ = (int16_t) (low + high);
-        }
-    }
+// The sums of four bytes.
+INLINE __m256i fours(__m256i bytes) {
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes), _mm256_set1_epi16(1));
 }
 
-// ggml's q8_0: 32 values, scale max|x|/127 kept as f16.
-static void round_q8_0(struct activations * x, int64_t t, const float * values) {
-    const ggml_from_float_t from_float = ggml_get_type_traits_cpu(GGML_TYPE_Q8_0)->from_float;
-    for (int64_t b = 0; b < x->K / QK8_0; b++) {
-        block_q8_0 block;
-        from_float(values + b * QK8_0, &block, QK8_0);
-        memcpy(x->q + t * x->K + b * QK8_0, block.qs, QK8_0);
-        x->scale[t * (x->K / QK8_0) + b] = _cvtsh_ss(block.d);
+// 32 values to the nearest integers, as bytes.
+INLINE __m256i rounded(const float * values, float times) {
+    __m256i part[4];
+    for (int j = 0; j < 4; j++) {
+        part[j] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_set1_ps(times), _mm256_loadu_ps(values + 8 * j)));
     }
+    const __m256i low = _mm256_packs_epi32(part[0], part[1]), high = _mm256_packs_epi32(part[2], part[3]);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // undoes the lanes of the packs
+    return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
 }
 
 INLINE __m256 magnitudes(const float * values) {
     return _mm256_and_ps(_mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)), _mm256_loadu_ps(values));
 }
 
+INLINE float largest(__m256 of) {
+    __m128 peak = _mm_max_ps(_mm256_extractf128_ps(of, 1), _mm256_castps256_ps128(of));
+    peak = _mm_max_ps(peak, _mm_movehl_ps(peak, peak));
+    return _mm_cvtss_f32(_mm_max_ss(peak, _mm_movehdup_ps(peak)));
+}
+
+// ggml's q8_0: 32 values, scale max|x|/127 kept as f16. Returns the scale. (ggml's own function costs a call for each
+// block, and with few weight rows as much as the product.)
+INLINE float round_q8_0(int8_t * q, int32_t * start, int from, const float * values) {
+    __m256 peaks = magnitudes(values);
+    for (int i = 8; i < QK8_0; i += 8) {
+        peaks = _mm256_max_ps(peaks, magnitudes(values + i));
+    }
+    const float   peak  = largest(peaks);
+    const __m256i bytes = rounded(values, peak != 0.0f ? 127.0f / peak : 0.0f);
+    _mm256_storeu_si256((__m256i *) q, bytes);
+    const __m256i sums = fours(bytes);
+    __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1));
+    *start = -from * _mm_cvtsi128_si32(sum);
+    return _cvtsh_ss(_cvtss_sh(peak / 127.0f, 0));
+}
+
 // The value of the largest magnitude; the first of equals, for its sign.
 static float peak_of(const float values[QK_K]) {
-    __m256 peak = _mm256_setzero_ps();
-    for (int i = 0; i < QK_K; i += 8) {
-        peak = _mm256_max_ps(peak, magnitudes(values + i));
+    __m256 highest = _mm256_loadu_ps(values), lowest = highest;
+    for (int i = 8; i < QK_K; i += 8) {
+        highest = _mm256_max_ps(highest, _mm256_loadu_ps(values + i));
+        lowest  = _mm256_min_ps(lowest, _mm256_loadu_ps(values + i));
     }
-    peak = _mm256_max_ps(peak, _mm256_permute2f128_ps(peak, peak, 1));
-    peak = _mm256_max_ps(peak, _mm256_permute_ps(peak, 0x4e));
-    peak = _mm256_max_ps(peak, _mm256_permute_ps(peak, 0xb1));
-    for (int i = 0; i < QK_K; i += 8) {
-        const int found = _mm256_movemask_ps(_mm256_cmp_ps(magnitudes(values + i), peak, _CMP_EQ_OQ));
-        if (found) {
-            return values[i + __builtin_ctz((unsigned) found)];
+    const float high = largest(highest), low = largest(_mm256_sub_ps(_mm256_setzero_ps(), lowest));
+    if (high > low) {
+        return high;
+    }
+    if (low > high) {
+        return -low;
+    }
+    for (int i = 0; i < QK_K; i++) {
+        if (fabsf(values[i]) == high) {
+            return values[i];
         }
     }
     return NAN;  // there is one among the values
 }
 
+// Minus the sum of every sixteen (or 32) of 256 bytes: fours, eights, then halves and wholes of registers.
+INLINE void add_up(int16_t * sums, int64_t sum_of, const int8_t * q) {
+    __m256i part[2];
+    for (int i = 0; i < 2; i++) {
+        __m256i four[4];
+        for (int j = 0; j < 4; j++) {
+            four[j] = fours(_mm256_loadu_si256((const __m256i *) (q + 128 * i + 32 * j)));
+        }
+        part[i] = _mm256_hadd_epi32(_mm256_hadd_epi32(four[0], four[1]), _mm256_hadd_epi32(four[2], four[3]));
+    }
+    const __m256i minus = _mm256_sub_epi16(_mm256_setzero_si256(), _mm256_packs_epi32(part[0], part[1]));
+    const __m128i low = _mm256_castsi256_si128(minus), high = _mm256_extracti128_si256(minus, 1);
+    if (sum_of == 16) {
+        _mm_storeu_si128((__m128i *) sums, _mm_unpacklo_epi16(low, high));
+        _mm_storeu_si128((__m128i *) (sums + 8), _mm_unpackhi_epi16(low, high));
+    } else {
+        _mm_storeu_si128((__m128i *) sums, _mm_add_epi16(low, high));
+    }
+}
+
 // ggml's q8_K: 256 values, scale such that the largest magnitude becomes -127. Returns the scale. (ggml's own function
 // is scalar and takes as long as a small product.)
-static float round_q8_k(int8_t * q, const float * values) {
+static float round_q8_k(int8_t * q, int16_t * sums, int64_t sum_of, const float * values) {
     const float peak = peak_of(values);
     if (peak == 0.0f) {
         memset(q, 0, QK_K);
+        memset(sums, 0, (size_t) (QK_K / sum_of) * sizeof(*sums));
         return 0.0f;
     }
-    const float   inverse = -127.0f / peak;
-    const __m256i order   = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // undoes the lanes of the packs
+    const float inverse = -127.0f / peak;
     for (int i = 0; i < QK_K; i += 32) {
-        __m256i part[4];
-        for (int j = 0; j < 4; j++) {
-            part[j] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_set1_ps(inverse), _mm256_loadu_ps(values + i + 8 * j)));
-        }
-        const __m256i low = _mm256_packs_epi32(part[0], part[1]), high = _mm256_packs_epi32(part[2], part[3]);
-        const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
-        _mm256_storeu_si256((__m256i *) (q + i), bytes);
+        _mm256_storeu_si256((__m256i *) (q + i), rounded(values + i, inverse));
     }
+    add_up(sums, sum_of, q);
     return 1.0f / inverse;
 }
 
-static struct activations round_rows(const struct ggml_tensor * dst, int64_t block, int64_t sum_of) {
-    const int64_t T = dst->ne[1], K = dst->src[0]->ne[0];
-    char * memory = (char *) scratch((size_t) (T * K / 4 * 6 + T * K / block * 4));
-    struct activations x = { T, K, block, sum_of, NULL, NULL, (float *) memory };
-    x.sums = (int16_t *) (x.scale + T * (K / block));
-    x.q    = (int8_t *) (x.sums + T * (K / sum_of));
+INLINE struct activations round_rows(const struct ggml_tensor * dst, int64_t block, int64_t sum_of, int from) {
+    const int64_t T = dst->ne[1], blocks = dst->src[0]->ne[0] / block, all = T * blocks;
+    char * memory = (char *) scratch((size_t) (all * (block + block / sum_of * 2 + 8)));
+    struct activations x = { T, blocks, NULL, NULL, NULL, (float *) memory };
+    x.start = (int32_t *) (x.scale + all);
+    x.sums  = (int16_t *) (x.start + all);
+    x.q     = (int8_t *) (x.sums + all * (block / sum_of));
     for (int64_t t = 0; t < T; t++) {
-        if (block == QK8_0) {
-            round_q8_0(&x, t, x_row(dst, t));
-        } else {
-            for (int64_t b = 0; b < K / QK_K; b++) {
-                x.scale[t * (K / QK_K) + b] = round_q8_k(x.q + t * K + b * QK_K, x_row(dst, t) + b * QK_K);
+        const float * values = x_row(dst, t);
+        for (int64_t i = t; i < all; i += T, values += block) {
+            if (block == QK8_0) {
+                x.scale[i] = round_q8_0(x.q + i * block, x.start + i, from, values);
+            } else {
+                x.scale[i] = round_q8_k(x.q + i * block, x.sums + i * (block / sum_of), sum_of, values);
             }
         }
-        add_up(&x, t);
     }
     return x;
 }
@@ -188,13 +221,14 @@ static struct activations round_rows(const struct ggml_tensor * dst, int64_t blo
 // --- the product -------------------------------------------------------------------------------------------------
 
 struct format {
-    void    (*unpack)(struct tile *, int, const char * const *, int64_t);
-    __m256i (*dot)(const char *, const int8_t *, const int16_t *, __m256i *);  // or NULL: a single row is unpacked for, too
+    void    (*unpack)(struct tile *, const char * const *, int64_t);
+    __m256i (*dot)(const char *, const int8_t *, const int16_t *, __m256i *);  // or NULL: one row is unpacked for, too
     int  steps;         // in a block
     int  run;           // steps that 16 bits hold: 2 * 127 * largest q * run < 2^15
     int  per_scale;     // steps
     int  minima;        // registers of them
     int  sum_of;        // values of x that share a minimum
+    int  from;          // q counts from minus this (blocks of 32)
     bool is_signed;
     bool has_scales;    // within a block
     bool has_dmin;      // minima have a scale of their own
@@ -207,50 +241,44 @@ INLINE wide repeated(const void * four_bytes) {
     return WIDE(set1_epi32, value);
 }
 
-INLINE wide of_tile(const __m256i groups[GROUPS]) {
-    return *(const wide *) groups;
-}
-
-// scale of the tile's rows * scale of the row of x
-INLINE wide_float unit_of(const __m256 groups[GROUPS], float scale) {
-    return WIDE(mul_ps, *(const wide_float *) groups, WIDE(set1_ps, scale));
-}
-
 // acc[i] += block b of the tile's rows times that of row t + i of x, for n rows.
 INLINE void add_block(struct format f, const struct tile * tile, const struct activations * x, int64_t b, int64_t t,
                       int n, wide_float * acc) {
-    const int8_t *  q     = x->q + t * x->K + b * x->block;
-    const int16_t * sums  = x->sums + (t * x->K + b * x->block) / f.sum_of;
-    const float *   scale = x->scale + t * (x->K / x->block) + b;
+    const int       block = 4 * f.steps, n_sums = block / f.sum_of;
+    const int8_t *  q     = x->q + (b * x->T + t) * block;
+    const int16_t * sums  = x->sums + (b * x->T + t) * n_sums;
+    const int32_t * start = x->start + b * x->T + t;
+    const float *   scale = x->scale + b * x->T + t;
     wide total[TOGETHER], run[TOGETHER];
+#pragma GCC unroll 8
     for (int i = 0; i < n; i++) {
-        total[i] = WIDE(set1_epi32, 0);
+        total[i] = f.from ? repeated(start + i) : WIDE(set1_epi32, 0);
         for (int j = 0; j < f.minima; j++) {
-            const wide two_sums = repeated(sums + i * (x->K / f.sum_of) + 2 * j);
-            total[i] = WIDE(sub_epi32, total[i], WIDE(madd_epi16, of_tile(tile->min[j]), two_sums));
+            total[i] = add_products(total[i], tile->min[j], repeated(sums + i * n_sums + 2 * j));
         }
         if (f.has_dmin) {
-            const wide_float unit = unit_of(tile->dmin, scale[i * (x->K / x->block)]);
+            const wide_float unit = WIDE(mul_ps, tile->dmin, WIDE(set1_ps, scale[i]));
             acc[i]   = WIDE(fmadd_ps, unit, WIDE(cvtepi32_ps, total[i]), acc[i]);
             total[i] = WIDE(set1_epi32, 0);
         }
     }
 #ifdef DOT_OF_FOUR
     for (int s = 0; s < f.steps; s += f.per_scale) {
+#pragma GCC unroll 8
         for (int i = 0; i < n; i++) {
-            run[i] = WIDE(set1_epi32, 0);
+            run[i] = f.has_scales ? WIDE(set1_epi32, 0) : total[i];
         }
 #pragma GCC unroll 8
         for (int r = s; r < s + f.per_scale; r++) {
 #pragma GCC unroll 8
             for (int i = 0; i < n; i++) {
-                run[i] = WIDE(dpbusd_epi32, run[i], of_tile(tile->q[r]), repeated(q + i * x->K + 4 * r));
+                run[i] = WIDE(dpbusd_epi32, run[i], tile->q[r], repeated(q + i * block + 4 * r));
             }
         }
-        const wide weight = WIDE(srai_epi32, of_tile(tile->scale[s / f.per_scale]), 16);
 #pragma GCC unroll 8
         for (int i = 0; i < n; i++) {
-            total[i] = WIDE(add_epi32, total[i], f.has_scales ? WIDE(mullo_epi32, run[i], weight) : run[i]);
+            const wide scaled = WIDE(mullo_epi32, run[i], tile->scale[s / f.per_scale]);
+            total[i] = f.has_scales ? WIDE(add_epi32, total[i], scaled) : run[i];
         }
     }
 #else
@@ -259,21 +287,22 @@ INLINE void add_block(struct format f, const struct tile * tile, const struct ac
         for (int r = s; r < s + f.run; r++) {
 #pragma GCC unroll 4
             for (int i = 0; i < n; i++) {
-                const wide four  = repeated(q + i * x->K + 4 * r);
-                const wide pairs = WIDE(maddubs_epi16, of_tile(tile->q[r]),
-                                        f.is_signed ? WIDE(sign_epi8, four, of_tile(tile->sign[r])) : four);
+                const wide four  = repeated(q + i * block + 4 * r);
+                const wide right = f.is_signed ? WIDE(sign_epi8, four, tile->sign[r]) : four;
+                const wide pairs = WIDE(maddubs_epi16, tile->q[r], right);
                 run[i] = r == s ? pairs : WIDE(add_epi16, run[i], pairs);
                 __asm__("" : "+x"(run[i]));  // compilers otherwise take all products first and run out of registers
             }
         }
 #pragma GCC unroll 4
         for (int i = 0; i < n; i++) {
-            total[i] = WIDE(add_epi32, total[i], WIDE(madd_epi16, run[i], of_tile(tile->scale[s / f.per_scale])));
+            total[i] = add_products(total[i], run[i], tile->scale[s / f.per_scale]);
         }
     }
 #endif
+#pragma GCC unroll 8
     for (int i = 0; i < n; i++) {
-        const wide_float unit = unit_of(tile->d, scale[i * (x->K / x->block)]);
+        const wide_float unit = WIDE(mul_ps, tile->d, WIDE(set1_ps, scale[i]));
         acc[i] = WIDE(fmadd_ps, unit, WIDE(cvtepi32_ps, total[i]), acc[i]);
     }
 }
@@ -285,9 +314,9 @@ INLINE void take_rows(const char ** row, int count, const struct ggml_tensor * d
     }
 }
 
-// Asks for the same block of the next `count` rows, into the L2 cache. The CPU's own prefetcher does not follow eight or
-// sixteen rows at once. Without this, and with weights that other work has driven out of the caches, a single row of x
-// takes nearly twice as long, and sixteen take 1.5 times (K-quants) to 1.9 times (Q8_0).
+// Asks for the same block of the next `count` rows, into the L2 cache. The CPU's own prefetcher does not follow eight
+// or sixteen rows at once. Without this, and with weights that other work has driven out of the caches, a single row of
+// x takes nearly twice as long, and sixteen take 1.5 times (K-quants) to 1.9 times (Q8_0).
 INLINE void fetch_next(const struct ggml_tensor * dst, const char * const * row, int count, size_t at, size_t bytes) {
     const size_t ahead = at + (size_t) count * dst->src[1]->nb[1];
     for (int r = 0; r < count; r++) {
@@ -325,16 +354,17 @@ INLINE __m256i lane_sums(const __m256i in[GROUP]) {
 // A single row of x, by the format's own dot product.
 INLINE void multiply_one(struct format f, const struct activations * x, const struct ggml_tensor * dst, int64_t begin,
                          int64_t end) {
+    const int block = 4 * f.steps;
     for (int64_t m = begin; m < end; m += GROUP) {
         const char * row[GROUP];
         take_rows(row, GROUP, dst, m, end);
         __m256 acc = _mm256_setzero_ps();
-        for (int64_t b = 0; b < x->K / x->block; b++) {
+        for (int64_t b = 0; b < x->blocks; b++) {
             const size_t at = (size_t) b * f.bytes;
             fetch_next(dst, row, GROUP, at, f.bytes);
             __m256i total[GROUP], minima[GROUP];
             for (int r = 0; r < GROUP; r++) {
-                total[r] = f.dot(row[r] + at, x->q + b * x->block, x->sums + b * (x->block / f.sum_of), &minima[r]);
+                total[r] = f.dot(row[r] + at, x->q + b * block, x->sums + b * (block / f.sum_of), &minima[r]);
             }
             if (f.has_dmin) {
                 const __m256 unit = _mm256_mul_ps(halves(row, at + f.d + 2), _mm256_set1_ps(x->scale[b]));
@@ -348,7 +378,7 @@ INLINE void multiply_one(struct format f, const struct activations * x, const st
 }
 
 INLINE void multiply(struct format f, const struct ggml_tensor * dst, int64_t begin, int64_t end) {
-    const struct activations x = round_rows(dst, 4 * f.steps, f.sum_of);
+    const struct activations x = round_rows(dst, 4 * f.steps, f.sum_of, f.from);
     if (f.dot && x.T == 1) {
         multiply_one(f, &x, dst, begin, end);
         return;
@@ -361,10 +391,8 @@ INLINE void multiply(struct format f, const struct ggml_tensor * dst, int64_t be
         for (int64_t t = 0; t < x.T; t++) {
             acc[t] = WIDE(set1_ps, 0.0f);
         }
-        for (int64_t b = 0; b < x.K / x.block; b++) {
-            for (int g = 0; g < GROUPS; g++) {
-                f.unpack(&tile, g, row + g * GROUP, b);
-            }
+        for (int64_t b = 0; b < x.blocks; b++) {
+            f.unpack(&tile, row, b);
             fetch_next(dst, row, TILE_ROWS, (size_t) b * f.bytes, f.bytes);
             int64_t t = 0;
             for (; t + TOGETHER <= x.T; t += TOGETHER) {
@@ -391,12 +419,13 @@ INLINE void multiply(struct format f, const struct ggml_tensor * dst, int64_t be
     static void multiply_##name(const struct ggml_tensor * dst, int64_t begin, int64_t end) {         \
         multiply((struct format) __VA_ARGS__, dst, begin, end);                                       \
     }
-FORMAT(q4_k, { unpack_q4_k, dot_q4_k, 64, 8, 8, 4, 32, false, true,  true,  sizeof(block_q4_K), 0 })
-FORMAT(q5_k, { unpack_q5_k, dot_q5_k, 64, 4, 8, 4, 32, false, true,  true,  sizeof(block_q5_K), 0 })
-FORMAT(q6_k, { unpack_q6_k, dot_q6_k, 64, 2, 4, 8, 16, false, true,  false, sizeof(block_q6_K), offsetof(block_q6_K, d) })
-FORMAT(q8_0, { unpack_q8_0, dot_q8_0,  8, 1, 8, Q8_0_MINIMA, 16, !Q8_0_MINIMA, false, false, sizeof(block_q8_0),
+FORMAT(q4_k, { unpack_q4_k, dot_q4_k, 64, 8, 8, 4, 32, 0, false, true,  true,  sizeof(block_q4_K), 0 })
+FORMAT(q5_k, { unpack_q5_k, dot_q5_k, 64, 4, 8, 4, 32, 0, false, true,  true,  sizeof(block_q5_K), 0 })
+FORMAT(q6_k, { unpack_q6_k, dot_q6_k, 64, 2, 4, 8, 16, 0, false, true,  false, sizeof(block_q6_K),
+               offsetof(block_q6_K, d) })
+FORMAT(q8_0, { unpack_q8_0, dot_q8_0,  8, 1, 8, 0, 32, Q8_0_FROM, !Q8_0_FROM, false, false, sizeof(block_q8_0),
                offsetof(block_q8_0, d) })
-FORMAT(q4_0, { unpack_q4_0, NULL,      8, 8, 8, 1, 16, false, false, false, sizeof(block_q4_0), 0 })
+FORMAT(q4_0, { unpack_q4_0, NULL,      8, 8, 8, 0, 32, 8, false, false, false, sizeof(block_q4_0), 0 })
 
 // --- f16, bf16 and f32 weights -----------------------------------------------------------------------------------
 
