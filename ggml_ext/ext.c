@@ -6,7 +6,9 @@
 #include "delta_rule.h"
 #include "linear.h"
 #include "norm_rope.h"
+#include "rms_norm.h"
 #include "rope.h"
+#include "sigmoid_gate.h"
 #include "store_kv.h"
 #include "turbo_wht.h"
 
@@ -22,6 +24,8 @@ static const struct pydflash_op OPS[PYDFLASH_OP_COUNT] = {
     [PYDFLASH_OP_NORM_ROPE]  = { PYDFLASH_MAGIC, PYDFLASH_OP_NORM_ROPE,  "norm_rope",  pydflash_norm_rope_cpu  },
     [PYDFLASH_OP_STORE_KV]   = { PYDFLASH_MAGIC, PYDFLASH_OP_STORE_KV,   "store_kv",   pydflash_store_kv_cpu   },
     [PYDFLASH_OP_ARGMAX]     = { PYDFLASH_MAGIC, PYDFLASH_OP_ARGMAX,     "argmax",     pydflash_argmax_cpu     },
+    [PYDFLASH_OP_RMS_NORM]   = { PYDFLASH_MAGIC, PYDFLASH_OP_RMS_NORM,   "rms_norm",   pydflash_rms_norm_cpu   },
+    [PYDFLASH_OP_SIGMOID_GATE] = { PYDFLASH_MAGIC, PYDFLASH_OP_SIGMOID_GATE, "sigmoid_gate", pydflash_sigmoid_gate_cpu },
 };
 
 const struct pydflash_op * pydflash_op_get(enum pydflash_op_id id) {

@@ -25,6 +25,8 @@ enum pydflash_op_id {
     PYDFLASH_OP_NORM_ROPE,
     PYDFLASH_OP_STORE_KV,
     PYDFLASH_OP_ARGMAX,
+    PYDFLASH_OP_RMS_NORM,
+    PYDFLASH_OP_SIGMOID_GATE,
     PYDFLASH_OP_COUNT,
 };
 
@@ -61,6 +63,14 @@ void pydflash_graph_set_uid(struct ggml_cgraph * cgraph);
 static inline float pydflash_node_param_f32(const struct ggml_tensor * node, int index) {
     union { int32_t i; float f; } bits = { pydflash_node_params(node)[index] };
     return bits.f;
+}
+
+// Row `row` of an f32 tensor, counted over all axes but the contiguous one.
+static inline const float * pydflash_row(const struct ggml_tensor * t, int64_t row) {
+    const size_t i1 = (size_t) (row % t->ne[1]);
+    const size_t i2 = (size_t) (row / t->ne[1] % t->ne[2]);
+    const size_t i3 = (size_t) (row / t->ne[1] / t->ne[2]);
+    return (const float *) ((const char *) t->data + i1 * t->nb[1] + i2 * t->nb[2] + i3 * t->nb[3]);
 }
 
 // The half-open range of `count` items that thread `ith` of `nth` works on.

@@ -19,6 +19,8 @@ const pydflash_cuda_op * const TABLE[PYDFLASH_OP_COUNT] = {
     /* PYDFLASH_OP_NORM_ROPE    */ &pydflash_cuda_norm_rope,
     /* PYDFLASH_OP_STORE_KV     */ &pydflash_cuda_store_kv,
     /* PYDFLASH_OP_ARGMAX       */ &pydflash_cuda_argmax,
+    /* PYDFLASH_OP_RMS_NORM     */ nullptr,  // of the CPU only: here ggml's nodes are fused instead
+    /* PYDFLASH_OP_SIGMOID_GATE */ nullptr,
 };
 
 // Scratch of one launch: taken from ggml's stream-ordered pool, given back in reverse order.
@@ -55,12 +57,12 @@ pydflash_cuda handle(ggml_backend_cuda_context & ctx, scratch & s) {
 
 bool pydflash_cuda_supports(const ggml_tensor * node) {
     const pydflash_op * op = pydflash_node_op(node);
-    return op && TABLE[op->id]->supports(node);
+    return op && TABLE[op->id] && TABLE[op->id]->supports(node);
 }
 
 bool pydflash_cuda_compute(ggml_backend_cuda_context * ctx, ggml_tensor * node) {
     const pydflash_op * op = pydflash_node_op(node);
-    if (!op) {
+    if (!op || !TABLE[op->id]) {
         return false;
     }
     scratch s(*ctx);

@@ -35,6 +35,27 @@ LANES_INLINE void store_lanes(float * to, lanes x) {
     memcpy(to, &x, sizeof(x));
 }
 
+// The first n values, all when there are as many; other lanes are 0 and are not stored. So the end of a row that is no
+// whole number of registers takes the same path as the rest.
+LANES_INLINE lanes load_first(const float * from, int64_t n) {
+    lanes x = { 0 };
+    if (n >= LANES) {
+        return load_lanes(from);
+    }
+    if (n > 0) {
+        memcpy(&x, from, (size_t) n * sizeof(float));
+    }
+    return x;
+}
+
+LANES_INLINE void store_first(float * to, int64_t n, lanes x) {
+    if (n >= LANES) {
+        store_lanes(to, x);
+    } else if (n > 0) {
+        memcpy(to, &x, (size_t) n * sizeof(float));
+    }
+}
+
 LANES_INLINE lanes all_lanes(float value) {
     return value - (lanes) { 0 };
 }
@@ -145,7 +166,7 @@ LANES_INLINE float largest_lane(lanes x) {
     return a > b ? a : b;
 }
 
-// e^x to 1 ulp (0.88 where multiply-adds round once); 0 below -87, where float32 becomes denormal, and infinity above 88.
+// e^x to 1 ulp (0.88 where multiply-adds round once); 0 below -87, where float32 gets denormal, and infinity above 88.
 //
 // e^x = 2^n e^r with n = x / ln 2 rounded, so |r| <= ln 2 / 2. Adding 1.5 * 2^23 rounds: n then stands in the low bits
 // of the sum. ln 2 is taken off in two parts, the first of which has few bits, so that its multiples are exact. The
@@ -165,4 +186,8 @@ LANES_INLINE lanes exp_lanes(lanes x) {
     const lanes power = (lanes) (((int_lanes) shifted << 23) + (int_lanes) all_lanes(1.0f));  // 2^n
     p = choose_lanes(x < -87.0f, all_lanes(0.0f), p * power);
     return choose_lanes(x > 88.0f, all_lanes(INFINITY), p);
+}
+
+LANES_INLINE lanes sigmoid_lanes(lanes x) {
+    return 1.0f / (1.0f + exp_lanes(-x));
 }

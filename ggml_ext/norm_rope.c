@@ -1,24 +1,10 @@
 #include "norm_rope.h"
 
+#include "rms_norm.h"
 #include "turbo_wht.h"
 
-#include <math.h>
-
-// Sums squares of f32 in double, as ggml does.
-static float norm_scale(const float * x, int n, float eps) {
-    double sum = 0.0;
-    for (int i = 0; i < n; i++) {
-        sum += (double) (x[i] * x[i]);
-    }
-    const float mean = (float) (sum / n);
-    return 1.0f / sqrtf(mean + eps);
-}
-
 void pydflash_head_apply(const struct pydflash_head * head, const float * x, float * y) {
-    const float scale = norm_scale(x, head->size, head->eps);
-    for (int i = 0; i < head->size; i++) {
-        y[i] = x[i] * scale * head->weight[i];
-    }
+    pydflash_rms_norm_row(y, x, head->weight, head->size, head->eps);
     pydflash_rope_turn(&head->rope, y);
     for (int i = 0; head->group && i < head->size; i += head->group) {
         pydflash_rotate(y + i, head->group, head->signs, 0);

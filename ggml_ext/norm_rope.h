@@ -11,8 +11,8 @@
 //   params   [0] dims: even, 2..D   [1] base (float)   [2] eps (float)   [3] group: 0, or 64, 128 or 256 dividing D
 //   result   (T, H, D) f32 contiguous
 //
-// The result has the bits of ggml's rms_norm and mul followed by our rope and turbo_wht, on the CPU and on CUDA each:
-// the same sums in the same order. So a row's result does not depend on T nor on the rows beside it.
+// The result has the bits of the norm (rms_norm on the CPU, ggml's rms_norm and mul on CUDA) followed by rope and
+// turbo_wht: the same sums in the same order. So a row's result does not depend on T nor on the rows beside it.
 #pragma once
 
 #include "rope.h"

@@ -27,6 +27,7 @@ __all__ = [
     "copy_into",
     "delta_inputs",
     "delta_rule",
+    "gated_rms_norm",
     "get_rows",
     "linear",
     "norm_rope",
@@ -34,6 +35,7 @@ __all__ = [
     "rope",
     "set_rows",
     "sigmoid",
+    "sigmoid_gate",
     "silu",
     "store_kv",
     "swiglu",
@@ -120,10 +122,53 @@ def copy_into(target: Tensor, source: Tensor) -> Tensor:
 # --- element-wise and norms -------------------------------------------------------------------------------------------
 
 
+def _own_norms(x: Tensor) -> bool:
+    """Whether norms and gates are nodes of ours: on the CPU.
+
+    There ggml runs each node alone, some of them value by value. On CUDA ggml and ggml_ext/fuse.cu fuse ggml's nodes.
+    """
+    return x.graph is not None and not x.graph.backend.is_cuda
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis; GGUF norm weights already hold Qwen's +1."""
-    _require(weight.shape == x.shape[-1:], f"rms_norm: weight {weight!r} does not fit {x!r}")
+    _check_rows("rms_norm", x)
+    _check_norm_weight("rms_norm", x, weight)
+    if _own_norms(x):
+        return _custom(lib.PYDFLASH_OP_RMS_NORM, [x, weight], x.shape, [float(eps)])
     return x.derive(lib.ggml_rms_norm(x.context, x.c, eps), x.shape) * weight
+
+
+def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``rms_norm(x, weight, eps) * silu(z)``, x and z of the same shape (ggml_ext/rms_norm.h)."""
+    _check_rows("gated_rms_norm", x)
+    _check_rows("gated_rms_norm", z, x.shape)
+    _check_norm_weight("gated_rms_norm", x, weight)
+    if _own_norms(x):
+        return _custom(lib.PYDFLASH_OP_RMS_NORM, [x, weight, z], x.shape, [float(eps)])
+    return rms_norm(x, weight, eps) * silu(z)
+
+
+def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
+    """``x * sigmoid(gate)``, both of the same shape (ggml_ext/sigmoid_gate.h)."""
+    _check_rows("sigmoid_gate", x)
+    _check_rows("sigmoid_gate", gate, x.shape)
+    if _own_norms(x):
+        return _custom(lib.PYDFLASH_OP_SIGMOID_GATE, [x, gate], x.shape)
+    return x * sigmoid(gate)
+
+
+def _check_rows(op: str, x: Tensor, shape: Shape | None = None) -> None:
+    _require(
+        x.dtype == GGMLType.F32 and x.c.nb[0] == 4 and x.shape == (shape or x.shape),
+        f"{op}: {x!r} is not f32 of shape {shape or x.shape} with contiguous rows",
+    )
+
+
+def _check_norm_weight(op: str, x: Tensor, weight: Tensor) -> None:
+    _require(
+        weight.shape == x.shape[-1:] and weight.dtype == GGMLType.F32, f"{op}: weight {weight!r} does not fit {x!r}"
+    )
 
 
 def silu(x: Tensor) -> Tensor:

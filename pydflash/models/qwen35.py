@@ -200,7 +200,7 @@ class GatedAttention:
         k = self.attn_k(x).reshape(T, Hkv, D)
         v = self.attn_v(x).reshape(T, Hkv, D)
         o = cache.attend(self.layer, q, k, v, self.attn_q_norm, self.attn_k_norm, step)  # (T, H, D)
-        return self.attn_output((o * ops.sigmoid(gate)).reshape(T, H * D))
+        return self.attn_output(ops.sigmoid_gate(o, gate).reshape(T, H * D))
 
 
 class GatedDeltaNet:
@@ -231,7 +231,7 @@ class GatedDeltaNet:
             keep=step.keep,
         )  # (16 + T, q | k | v | g | beta)
         o = ops.delta_rule(inputs, delta.state(self.layer), step.counts, k_heads=c.k_heads, eps=c.eps, keep=step.keep)
-        o = ops.rms_norm(o.reshape(T, Hv, S), self.ssm_norm, c.eps) * ops.silu(z.reshape(T, Hv, S))
+        o = ops.gated_rms_norm(o.reshape(T, Hv, S), z.reshape(T, Hv, S), self.ssm_norm, c.eps)
         return self.ssm_out(o.reshape(T, Hv * S))
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from pydflash import ops
 from pydflash.backend import Backend
-from pydflash.errors import ShapeError
+from pydflash.errors import DeviceError, ShapeError
 from pydflash.ggml_types import GGMLType
 from pydflash.graph import Graph
 from pydflash.tensor import Tensor
@@ -21,6 +21,8 @@ ROWS = 40
 X, Y = (RNG.standard_normal((ROWS, 256)).astype(np.float32) for _ in range(2))
 HEADS = RNG.standard_normal((ROWS, 3, 128)).astype(np.float32)
 WEIGHT, HEAD_WEIGHT = (RNG.uniform(0.5, 1.5, n).astype(np.float32) for n in (256, 128))
+PAIRS = np.random.default_rng(6).standard_normal((ROWS, 3, 256)).astype(np.float32)
+X77, Y77 = X[:, :77].copy(), Y[:, :77].copy()  # no whole number of any CPU's registers
 POSITIONS = RNG.integers(0, 262_144, ROWS).astype(np.int32)
 POSITIONS[:3] = 0, 1, 262_143
 IDS = RNG.integers(0, 50, ROWS).astype(np.int32)
@@ -48,7 +50,14 @@ CASES: dict[str, Case] = {
     "swiglu": (ops.swiglu, (X, Y)),
     "add": (lambda x, y: x + y, (X, Y)),
     "mul": (lambda x, y: x * y, (X, Y)),
-    "gated norm": (lambda x, z, w: ops.rms_norm(x, w, 1e-6) * ops.silu(z), (X, Y, WEIGHT)),
+    "gated_rms_norm": (lambda x, z, w: ops.gated_rms_norm(x, z, w, 1e-6), (X, Y, WEIGHT)),
+    "gated_rms_norm of 77": (lambda x, z, w: ops.gated_rms_norm(x, z, w, 1e-6), (X77, Y77, WEIGHT[:77])),
+    "sigmoid_gate": (ops.sigmoid_gate, (X, Y)),
+    "sigmoid_gate by a strided half": (
+        lambda x, y: ops.sigmoid_gate(x, y.reshape(y.shape[0], 3, 256).split([128, 128])[1]),
+        (HEADS, PAIRS),
+    ),
+    "sigmoid_gate of 77": (ops.sigmoid_gate, (X77, Y77)),
     "argmax": (ops.argmax, (X,)),
     "reshape": (lambda x: x.reshape(x.shape[0], 4, 64), (X,)),
     "a strided half": (lambda x: ops.sigmoid(x.reshape(x.shape[0], 2, 128).split([64, 64])[1]), (X,)),
@@ -64,7 +73,13 @@ EXPECTED: dict[str, Callable[[], Array]] = {
     "swiglu": lambda: oracle.silu(X.astype(float)) * Y,
     "add": lambda: X.astype(float) + Y,
     "mul": lambda: X.astype(float) * Y,
-    "gated norm": lambda: oracle.rms_norm(X.astype(float), WEIGHT, 1e-6) * oracle.silu(Y.astype(float)),
+    "gated_rms_norm": lambda: oracle.rms_norm(X.astype(float), WEIGHT, 1e-6) * oracle.silu(Y.astype(float)),
+    "gated_rms_norm of 77": lambda: (
+        oracle.rms_norm(X77.astype(float), WEIGHT[:77], 1e-6) * oracle.silu(Y77.astype(float))
+    ),
+    "sigmoid_gate": lambda: X * oracle.sigmoid(Y.astype(float)),
+    "sigmoid_gate by a strided half": lambda: HEADS * oracle.sigmoid(PAIRS.astype(float)[..., 128:]),
+    "sigmoid_gate of 77": lambda: X77 * oracle.sigmoid(Y77.astype(float)),
     "argmax": lambda: X.argmax(axis=1),
     "reshape": lambda: X.reshape(ROWS, 4, 64),
     "a strided half": lambda: oracle.sigmoid(X.astype(float).reshape(ROWS, 2, 128)[..., 64:]),
@@ -91,6 +106,29 @@ def test_a_row_is_bit_equal_at_every_width(backend: Backend, name: str) -> None:
         assert np.array_equal(compute(backend, build, *cut(leaves, slice(0, width)))[0], whole[:width]), width
     for row in range(16):
         assert np.array_equal(compute(backend, build, *cut(leaves, slice(row, row + 1)))[0][0], whole[row]), row
+
+
+def test_gates_far_from_zero_are_open_or_shut(backend: Backend) -> None:
+    gates = np.array([[-1e30, -200, -90, -80, 80, 90, 200, 1e30]], np.float32)
+    ones, weight = np.ones_like(gates), np.ones(8, np.float32)
+    got = compute(backend, ops.sigmoid_gate, ones, gates)[0]
+    assert np.abs(got - (gates > 0)).max() < 1e-30
+    got = compute(backend, lambda x, z, w: ops.gated_rms_norm(x, z, w, 1e-6), ones, gates, weight)[0]
+    assert relative(got, gates * (gates > 0)) < FEW_ULP
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["RMS_NORM", "SIGMOID_GATE"])
+def test_an_operation_of_the_cpu_alone_is_refused_on_cuda(
+    cuda: Backend, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(ops, "_own_norms", lambda _: True)
+    build = {
+        "RMS_NORM": lambda x: ops.rms_norm(x, x.reshape(256), 1e-6),
+        "SIGMOID_GATE": lambda x: ops.sigmoid_gate(x, x),
+    }
+    with pytest.raises(DeviceError, match=name.lower()):
+        compute(cuda, build[name], X[:1])
 
 
 @pytest.mark.parametrize("dims", [2, 16, 64, 128])
@@ -188,6 +226,10 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], Shapes]] = {
     "set_rows too few": (ops.set_rows, [((8, 4), F), ((2,), INT), ((3, 4), F)]),
     "set_rows by floats": (ops.set_rows, [((8, 4), F), ((2,), F), ((2, 4), F)]),
     "copy_into another shape": (ops.copy_into, [((8, 4), F), ((4, 8), F)]),
+    "rms_norm of f16": (lambda x, w: ops.rms_norm(x, w, 1e-6), [((8, 4), GGMLType.F16), ((4,), F)]),
+    "gated_rms_norm gate": (lambda x, z, w: ops.gated_rms_norm(x, z, w, 1e-6), [((8, 4), F), ((4, 4), F), ((4,), F)]),
+    "gated_rms_norm weight": (lambda x, z, w: ops.gated_rms_norm(x, z, w, 1e-6), [((8, 4), F), ((8, 4), F), ((8,), F)]),
+    "sigmoid_gate": (ops.sigmoid_gate, [((8, 4), F), ((8, 5), F)]),
     "rms_norm weight": (lambda x, w: ops.rms_norm(x, w, 1e-6), [((8, 4), F), ((8,), F)]),
     "swiglu": (ops.swiglu, [((8, 4), F), ((8, 5), F)]),
     "argmax of a vector": (ops.argmax, [((8,), F)]),
