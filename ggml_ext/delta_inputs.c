@@ -1,7 +1,6 @@
 #include "delta_inputs.h"
 
 #include "lanes.h"
-#include "vec.h"  // ggml_vec_silu_f32
 
 #include <math.h>
 #include <string.h>
@@ -48,11 +47,8 @@ LANES_INLINE void convolve(const struct ggml_tensor * dst, int64_t kept, int64_t
             for (int64_t j = 0; j < taps; j++) {
                 sum = multiply_add(load_lanes(w[j]), load_lanes(from[t + j] + c), sum);
             }
-            store_lanes(to[t] + c, sum);
+            store_lanes(to[t] + c, silu_lanes(sum));
         }
-    }
-    for (int64_t t = 0; t < count; t++) {
-        ggml_vec_silu_f32((int) (c1 - c0), to[t] + c0, to[t] + c0);
     }
 }
 
@@ -66,6 +62,24 @@ static void gates(float * out, const struct ggml_tensor * dst, int64_t row) {
         const float a = alpha[h] + dt_bias[h];
         out[h]         = ssm_a[h] * (a > 20.0f ? a : log1pf(expf(a)));
         out[heads + h] = 1.0f / (1.0f + expf(-beta[h]));
+    }
+}
+
+// Row t of the gates: the kept one comes from the window, the new one is computed and takes its place there.
+static void move_gates(const struct ggml_tensor * dst, int64_t kept, int64_t rows, int keep, int64_t t) {
+    const int64_t channels = dst->src[0]->ne[0];
+    const size_t  bytes    = (size_t) (2 * dst->src[4]->ne[0]) * sizeof(float);
+    float *       out      = (float *) dst->data + t * dst->ne[0] + channels;
+    float *       pending  = window_row(dst->src[6], dst->src[3]->ne[0] - 1 + t) + channels;
+    if (t < kept) {
+        memcpy(out, pending, bytes);
+    }
+    if (t < rows) {
+        out += TAPE * dst->ne[0];
+        gates(out, dst, t);
+        if (keep) {
+            memcpy(pending, out, bytes);
+        }
     }
 }
 
@@ -87,18 +101,14 @@ static void move_window(const struct ggml_tensor * dst, int64_t kept, int64_t ro
 
 void pydflash_delta_inputs_cpu(struct ggml_tensor * dst, int ith, int nth, void * op) {
     (void) op;
-    const struct ggml_tensor * window = dst->src[6];
     const int32_t * counts   = (const int32_t *) dst->src[7]->data;
     const int       keep     = pydflash_node_params(dst)[0];
     const int64_t   channels = dst->src[0]->ne[0];
-    const int64_t   heads    = dst->src[4]->ne[0];
     const int64_t   history  = dst->src[3]->ne[0] - 1;
     const int64_t   kept     = counts[0];
     const int64_t   rows     = counts[1];
-    const int64_t   width    = dst->ne[0];
-    float *         out      = (float *) dst->data;
 
-    // Shares are multiples of 16 channels, so that silu takes the same vector path whatever the number of threads.
+    // Shares are multiples of 16 channels: whole registers.
     int64_t c0, c1;
     pydflash_share((channels + 15) / 16, ith, nth, &c0, &c1);
     c0 = 16 * c0 < channels ? 16 * c0 : channels;
@@ -113,17 +123,9 @@ void pydflash_delta_inputs_cpu(struct ggml_tensor * dst, int ith, int nth, void 
     }
     move_window(dst, kept, rows, keep, c0, c1);
 
-    if (ith == 0) {
-        const size_t bytes = (size_t) (2 * heads) * sizeof(float);
-        for (int64_t t = 0; t < kept; t++) {
-            memcpy(out + t * width + channels, window_row(window, history + t) + channels, bytes);
-        }
-        for (int64_t t = 0; t < rows; t++) {
-            float * row = out + (TAPE + t) * width + channels;
-            gates(row, dst, t);
-            if (keep) {
-                memcpy(window_row(window, history + t) + channels, row, bytes);
-            }
-        }
+    int64_t begin, end;
+    pydflash_share(kept > rows ? kept : rows, ith, nth, &begin, &end);
+    for (int64_t t = begin; t < end; t++) {
+        move_gates(dst, kept, rows, keep, t);
     }
 }

@@ -29,8 +29,7 @@ void pydflash_rms_norm_row(float * y, const float * x, const float * weight, int
 
 static void multiply_by_silu(float * y, const float * z, int64_t n) {
     for (int64_t i = 0; i < n; i += LANES) {
-        const lanes gate = load_first(z + i, n - i);
-        store_first(y + i, n - i, load_first(y + i, n - i) * (gate * sigmoid_lanes(gate)));
+        store_first(y + i, n - i, load_first(y + i, n - i) * silu_lanes(load_first(z + i, n - i)));
     }
 }
 
