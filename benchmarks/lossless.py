@@ -34,7 +34,9 @@ def read_prompts(path: Path | None, encode: Any, vocab: int, count: int) -> list
     return [encode(row["prompt"]) for row in rows if "continuation" in row][:count]
 
 
-def compare(session: Session, draft: DraftSession, prompt: Sequence[int], tokens: int) -> dict[str, Any]:
+def compare(
+    session: Session, draft: DraftSession, prompt: Sequence[int], tokens: int, adaptive: bool
+) -> dict[str, Any]:
     """One prompt both ways: the tokens' hash, whether they agree, seconds and acceptance."""
     greedy = Sampler(SamplingParams(), session.model.config.vocab)
     plain, fast = Stats(), Stats()
@@ -45,9 +47,8 @@ def compare(session: Session, draft: DraftSession, prompt: Sequence[int], tokens
     ]
     session.reset()
     draft.reset()
-    found = [
-        t for step in speculative(session, draft, prompt, greedy, max_tokens=tokens, stats=fast) for t in step.tokens
-    ]
+    steps = speculative(session, draft, prompt, greedy, max_tokens=tokens, stats=fast, adaptive=adaptive)
+    found = [t for step in steps for t in step.tokens]
     return {
         "equal": expected == found,
         "sha256": hashlib.sha256(np.asarray(expected, np.int32).tobytes()).hexdigest(),
@@ -55,6 +56,7 @@ def compare(session: Session, draft: DraftSession, prompt: Sequence[int], tokens
         "autoregressive_seconds": plain.decode_seconds,
         "speculative_seconds": fast.decode_seconds,
         "steps": fast.steps,
+        "proposals": fast.drafted_per_position[0] if fast.drafted else 0,
         "trace": fast.trace,
     }
 
@@ -70,30 +72,33 @@ def main() -> int:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--cache-k", default="f16")
     parser.add_argument("--cache-v", default="f16")
+    parser.add_argument("--adaptive", action=argparse.BooleanOptionalAction, help="lengths of proposals [on the CPU]")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
     with load_model(args.target, args.device, threads=args.threads) as model, load_draft(args.draft, model) as draft:
         prompts = read_prompts(args.prompts, model.tokenizer.encode, model.config.vocab, args.count)
+        adaptive = not model.backend.is_cuda if args.adaptive is None else args.adaptive
         context = max(map(len, prompts)) + args.tokens + 16
         begin = time.perf_counter()
         with (
             Session(model, context, args.cache_k, args.cache_v, capture=draft.config.taps) as session,
             DraftSession(draft, session) as proposer,
         ):
-            compare(session, proposer, prompts[0], min(args.tokens, 32))  # builds the graphs
-            rows = [compare(session, proposer, prompt, args.tokens) for prompt in prompts]
+            compare(session, proposer, prompts[0], min(args.tokens, 32), adaptive)  # builds the graphs
+            rows = [compare(session, proposer, prompt, args.tokens, adaptive) for prompt in prompts]
         device = model.backend.description
     total = {
         key: sum(row[key] for row in rows)
-        for key in ("tokens", "steps", "autoregressive_seconds", "speculative_seconds")
+        for key in ("tokens", "steps", "proposals", "autoregressive_seconds", "speculative_seconds")
     }
     differing = [i for i, row in enumerate(rows) if not row["equal"]]
     summary = {
         "device": device,
         "prompts": len(rows),
+        "adaptive": adaptive,
         "differing": differing,
-        "acceptance_length": (total["tokens"] - len(rows)) / total["steps"],
+        "tokens_per_step": (total["tokens"] - len(rows)) / total["steps"],
         "speedup": total["autoregressive_seconds"] / total["speculative_seconds"],
         **total,
         "seconds": time.perf_counter() - begin,

@@ -26,7 +26,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -70,7 +70,8 @@ def parse_arm(
 ) -> Arm:
     """An arm from texts like 'cache_k=q4_0,k_rotation=none': settings of EngineConfig, and speculate=true or false.
 
-    ``options``: settings of both arms, which ``texts`` replace. ``draft``: whether there is one; it is then used unless
+    ``options``: settings of both arms, which ``texts`` replace; proposals are of fixed length unless one asks for
+    adaptive=true. ``draft``: whether there is one; it is then used unless
     speculate=false. Raises ConfigError for an unknown name or value, listing the valid ones.
     """
     where = f"--{name.lower()}"
@@ -87,7 +88,10 @@ def parse_arm(
     if speculate and not draft:
         raise ConfigError(f"{where} asks for speculate=true, which needs a draft; give one with --draft")
     values = {key: parsed(key, f"{where} {key}", value) for key, value in given.items() if key != "speculate"}
-    return Arm(name, EngineConfig.resolve(environment, **{**(options or {}), **values}), speculate, given)
+    config = EngineConfig.resolve(environment, **{**(options or {}), **values})
+    if config.adaptive is None:  # proposals whose lengths follow from measured times differ from run to run
+        config = replace(config, adaptive=False)
+    return Arm(name, config, speculate, given)
 
 
 class _Source:

@@ -63,7 +63,9 @@ Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N [aut
 Threads = Annotated[int | None, typer.Option(help="Threads of the CPU [all].")]
 ChunkRows = Annotated[int | None, typer.Option("--chunk", help="Rows of a prefill step [512].")]
 DraftMax = Annotated[int | None, typer.Option(help="Most tokens to propose at once [the block less one].")]
-Adaptive = Annotated[bool | None, typer.Option(help="Choose the length of each proposal from what has paid [no].")]
+Adaptive = Annotated[
+    bool | None, typer.Option(help="Choose the length of each proposal from what has paid [on the CPU].")
+]
 DraftCausal = Annotated[
     bool | None, typer.Option(help="Override what the draft file says of causality [from the file].")
 ]

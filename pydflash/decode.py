@@ -15,8 +15,9 @@ from pydflash.draft import DraftSession
 from pydflash.errors import ConfigError, ShapeError
 from pydflash.sampling import Sampler
 from pydflash.session import Output, Proposal, Session
+from pydflash.width import Width
 
-__all__ = ["Stats", "Step", "Width", "autoregressive", "speculative"]
+__all__ = ["Stats", "Step", "autoregressive", "speculative"]
 
 
 @dataclass(frozen=True)
@@ -86,43 +87,6 @@ class Stats:
                 counts[i] += 1
 
 
-class Width:
-    """How many tokens to propose: ``draft_max``, or the count that has paid best so far (``adaptive``).
-
-    Adaptive: expected tokens of a proposal of n follow from the measured acceptance rate per position, its cost from
-    the measured seconds of steps of that width; the n with the most tokens per second wins. Untried widths are tried
-    once.
-    """
-
-    CANDIDATES = (3, 7, 15)
-
-    def __init__(self, draft_max: int, adaptive: bool = False) -> None:
-        if draft_max < 1:
-            raise ConfigError(f"draft_max is {draft_max}; it must be at least 1")
-        self.draft_max, self.adaptive = draft_max, adaptive
-        self._candidates = [n for n in self.CANDIDATES if n < draft_max] + [draft_max]
-        self._seconds: dict[int, float] = {}
-
-    def choose(self, stats: Stats) -> int:
-        if not self.adaptive:
-            return self.draft_max
-        untried = [n for n in self._candidates if n not in self._seconds]
-        if untried:
-            return untried[-1]
-        return max(self._candidates, key=lambda n: self._expected(n, stats) / self._seconds[n])
-
-    def measured(self, n: int, seconds: float) -> None:
-        """A step that proposed ``n`` took ``seconds``; the first of a width built its graph and does not count."""
-        if n in self._candidates:
-            before = self._seconds.get(n)
-            self._seconds[n] = seconds if before is None else min(before * 1.02, 0.9 * before + 0.1 * seconds)
-
-    @staticmethod
-    def _expected(n: int, stats: Stats) -> float:
-        kept = [(a + 1) / (d + 2) for a, d in zip(stats.accepted_per_position, stats.drafted_per_position)]
-        return 1.0 + sum(kept[:n])
-
-
 def autoregressive(
     session: Session,
     prompt: Sequence[int],
@@ -173,12 +137,16 @@ def speculative(
     """Generate after ``prompt``, a proposed block a step; the same tokens as ``autoregressive`` with the same sampler.
 
     propose -> verify -> accept -> commit. ``draft_max`` limits a proposal (default: block_size - 1); ``adaptive``
-    chooses its length from live acceptance and measured cost. Generation is cut exactly at ``max_tokens`` or a token of
-    ``stop_ids``, in the middle of a block too; the session then holds everything but the last token. ``by_chunk``: see
-    ``autoregressive``.
+    chooses its length from live acceptance and measured cost, and leaves it out where a single step is expected to be
+    faster. Generation is cut exactly at ``max_tokens`` or a token of ``stop_ids``, in the middle of a block too; the
+    session then holds everything but the last token. ``by_chunk``: see ``autoregressive``. Raises ConfigError for a
+    ``draft_max`` below 1.
     """
+    if draft_max is not None and draft_max < 1:
+        raise ConfigError(f"draft_max is {draft_max}; it must be at least 1")
+    longest = draft.block - 1 if draft_max is None else min(draft_max, draft.block - 1)
+    width = Width(draft.costs) if adaptive else None
     stats = stats if stats is not None else Stats()
-    width = Width(min(draft.block - 1 if draft_max is None else draft_max, draft.block - 1), adaptive)
     history = list(prompt)
     anchor = yield from _prefill(session, draft, prompt, sampler, history, stats, by_chunk)
     tokens, accepted, drafted = [anchor], 0, 0
@@ -187,11 +155,16 @@ def speculative(
         if _finished(session, stats, anchor, max_tokens, stop_ids):
             return
         begin = time.perf_counter()
-        drafted = min(width.choose(stats), session.max_context - session.length - 1)
+        drafted = min(longest, session.max_context - session.length - 1)
         if max_tokens is not None:
             drafted = min(drafted, max_tokens - stats.tokens)
         if drafted < 1:
             stats.fallback = "the context has room for one more token only"
+        elif width is not None:
+            drafted = width.choose(drafted)
+            if not drafted:
+                stats.fallback = "adaptive: single steps were expected to be faster than a proposal"
+        if not drafted:
             draft.flush()
         proposal = draft.propose(anchor, drafted) if drafted >= 1 else None
         proposed = time.perf_counter()
@@ -206,7 +179,8 @@ def speculative(
         stats.tokens += len(tokens)
         stats.record(drafted, accepted)
         end = time.perf_counter()
-        width.measured(drafted, end - begin)
+        if width is not None:
+            width.record(drafted, accepted, end - begin)
         stats.draft_seconds += proposed - begin
         stats.verify_seconds += verified - proposed
         stats.accept_seconds += end - verified

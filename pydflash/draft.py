@@ -20,6 +20,7 @@ from pydflash.session import Proposal, Session, width_for
 from pydflash.state import DraftCache, DraftInputs
 from pydflash.tensor import Tensor
 from pydflash.weights import Progress, Weights, find_tensors
+from pydflash.width import Costs
 
 __all__ = ["Draft", "DraftSession", "load_draft"]
 
@@ -78,6 +79,7 @@ class DraftSession:
 
     ``keep(n)`` tells it that the first n rows of the target's last forward were committed; ``propose(anchor)`` then
     fills the block that starts at the target's length. ``length``: positions whose features were injected or kept.
+    ``costs``: what cycles with this draft took, by width.
     """
 
     def __init__(self, draft: Draft, target: Session) -> None:
@@ -96,6 +98,7 @@ class DraftSession:
         self._graphs: dict[tuple[Any, ...], _DraftGraph] = {}
         self._held = [np.full(c, -1, np.int32) for c in self.cache.capacities]  # position that each slot holds
         self.length = 0
+        self.costs = Costs()
         self._last: _DraftGraph | None = None
         self._kept = 0  # rows of the target's features that the next proposal injects
         self.closed = False
@@ -162,7 +165,7 @@ class DraftSession:
             )
         start = self.length
         graph = self._graph("propose", self._full_span(start + self.block))
-        graph.write(self._block_inputs(anchor, start, graph.spans))
+        graph.write(self._block_inputs(anchor, start))
         graph.graph.run()
         self._kept, self._last = 0, graph
         return Proposal(self._proposal["tokens"], count + 1, self.draft.target.backend)
@@ -197,42 +200,40 @@ class DraftSession:
         if self.closed:
             raise SessionClosed("this draft session was closed; open a new one")
 
-    def _slots(self, ring: int, positions: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """Table rows of positions; negative positions and those that later ones overwrite fall into the padding row."""
-        capacity = self.cache.capacities[ring]
-        lost = (positions < 0) | (positions <= positions.max(initial=-1) - capacity)
-        return np.where(lost, capacity, positions % capacity).astype(np.int32)
+    def _inject_inputs(self, count: int, start: int, width: int) -> npt.NDArray[np.int32]:
+        """Positions, then table rows per ring, of ``count`` feature rows from position ``start``; what pads them to
+        ``width`` falls into the padding row, and so do positions that later ones overwrite."""
+        inputs = np.empty((1 + len(self._held), width), np.int32)
+        positions = inputs[0, :count]
+        positions[:] = np.arange(start, start + count)
+        inputs[0, count:] = -1
+        for rows, held in zip(inputs[1:], self._held):
+            lost = max(count - len(held), 0)
+            np.remainder(positions, len(held), out=rows[:count])
+            rows[:lost] = rows[count:] = len(held)
+            held[rows[lost:count]] = positions[lost:]
+        return inputs.reshape(-1)
 
-    def _inject_inputs(self, count: int, start: int, width: int) -> list[npt.NDArray[np.int32]]:
-        """Positions, then table rows per ring, of ``count`` feature rows from position ``start``."""
-        positions = np.full(width, -1, np.int32)
-        positions[:count] = np.arange(start, start + count)
-        rows = [self._slots(ring, positions) for ring in range(len(self._held))]
-        for held, ring_rows in zip(self._held, rows):
-            real = ring_rows < len(held)
-            held[ring_rows[real]] = positions[real]
-        return [positions, *rows]
-
-    def _block_inputs(self, anchor: int, start: int, spans: list[int]) -> npt.NDArray[np.int32]:
+    def _block_inputs(self, anchor: int, start: int) -> npt.NDArray[np.int32]:
         """All inputs of a propose graph, in the order in which it slices them."""
-        injected = self._inject_inputs(self._kept, start - self._kept, ops.EXACT_ROWS)
-        tokens = np.full(self.block, self.draft.config.mask_token_id, np.int32)
-        tokens[0] = anchor
-        positions = np.arange(start, start + self.block, dtype=np.int32)
-        parts = [*injected, tokens, positions, np.full(self.block, positions[-1], np.int32)]
-        rows = [self._slots(ring, positions) for ring in range(len(self._held))]
-        parts += rows
-        for ring, window in enumerate(self.cache.windows):
+        inputs = np.empty((3 + len(self._held), self.block), np.int32)
+        tokens, positions, ends, *rows = inputs
+        tokens[0], tokens[1:] = anchor, self.draft.config.mask_token_id
+        positions[:] = np.arange(start, start + self.block)
+        ends[:] = start + self.block - 1
+        parts = [self._inject_inputs(self._kept, start - self._kept, ops.EXACT_ROWS), inputs.reshape(-1)]
+        for window, ring_rows, ring in zip(self.cache.windows, rows, self._held):
+            np.remainder(positions, len(ring), out=ring_rows)
             if window:
-                held = self._held[ring].copy()
-                held[rows[ring]] = positions
+                held = ring.copy()
+                held[ring_rows] = positions
                 parts.append(held)
         return np.concatenate(parts)
 
     def _inject(self, count: int, start: int) -> None:
         width = width_for(count)
         graph = self._graph("inject", width)
-        graph.write(np.concatenate(self._inject_inputs(count, start, width)))
+        graph.write(self._inject_inputs(count, start, width))
         graph.graph.run()
 
     # --- graphs -----------------------------------------------------------------------------------------------------
@@ -262,7 +263,7 @@ class DraftSession:
         inputs = graph.input(((1 + len(self._held)) * width,), GGMLType.I32)
         self._injection(graph, inputs, width)
         graph.finish()
-        return _DraftGraph(graph, inputs, [])
+        return _DraftGraph(graph, inputs)
 
     def _build_propose(self, full_span: int) -> _DraftGraph:
         graph, T, rings = Graph(self.draft.target.backend), self.block, len(self._held)
@@ -289,14 +290,14 @@ class DraftSession:
         graph.effect(ops.copy_into(proposal.slice(0, 0, 1), tokens.slice(0, 0, 1)))
         graph.effect(ops.copy_into(proposal.slice(0, 1, T), ids.slice(0, 1, T)))
         graph.finish()
-        return _DraftGraph(graph, inputs, spans, logits)
+        return _DraftGraph(graph, inputs, logits)
 
 
 class _DraftGraph:
     """A persistent graph with one block of int32 inputs."""
 
-    def __init__(self, graph: Graph, inputs: Tensor, spans: list[int], logits: Tensor | None = None) -> None:
-        self.graph, self.inputs, self.spans, self.logits = graph, inputs, spans, logits
+    def __init__(self, graph: Graph, inputs: Tensor, logits: Tensor | None = None) -> None:
+        self.graph, self.inputs, self.logits = graph, inputs, logits
 
     def write(self, values: npt.NDArray[np.int32]) -> None:
         self.graph.backend.write(self.inputs, values)

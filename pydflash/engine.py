@@ -287,12 +287,20 @@ class Engine:
             if speculate:
                 return speculative(
                     self.session, self.draft_session, ids, sampler, max_tokens=max_tokens, stop_ids=stop_ids,
-                    stats=stats, draft_max=self.config.draft_max, adaptive=self.config.adaptive, by_chunk=by_chunk,
+                    stats=stats, draft_max=self.config.draft_max, adaptive=self._adaptive, by_chunk=by_chunk,
                 )  # fmt: skip
             stats.fallback = "speculate=False was asked for"
         return autoregressive(
             self.session, ids, sampler, max_tokens=max_tokens, stop_ids=stop_ids, stats=stats, by_chunk=by_chunk
         )
+
+    def _proposal(self, block: int) -> str:
+        most = f"{min(self.config.draft_max or block, block)} tokens"
+        return f"up to {most}, as many as are expected to pay" if self._adaptive else most
+
+    @property
+    def _adaptive(self) -> bool:
+        return not self.model.backend.is_cuda if self.config.adaptive is None else self.config.adaptive
 
     def _reason(self, step: Step, stats: Stats, max_tokens: int, stop_ids: frozenset[int]) -> FinishReason | None:
         """Why the decoder yields nothing after ``step``, or None when it goes on."""
@@ -332,7 +340,7 @@ class Engine:
                 ("tapped layers", ", ".join(map(str, config.taps)), "draft"),
                 ("windows", ", ".join(str(w) if w else "full" for w in config.windows), "draft"),
                 ("causal layers", ", ".join("yes" if c else "no" for c in config.causal), self._causal_source()),
-                ("proposal", f"up to {self.config.draft_max or config.block_size - 1} tokens", "draft_max, block size"),
+                ("proposal", self._proposal(config.block_size - 1), "draft_max, block size, adaptive, device"),
                 ("draft cache", f"{self.draft_session.cache.nbytes:,} bytes", "max_context, windows"),
             ]
         return (*self.config.settings(), *(Setting(*entry) for entry in derived))

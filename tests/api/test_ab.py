@@ -520,7 +520,7 @@ def test_arms_in_lockstep_write_what_each_writes_alone() -> None:
     for name, options in (("A", {"chunk": 32}), ("B", {"chunk": 64, "cache_k": "q8_0"})):
         samples = ab_report.runs_of(report.samples, name)
         assert max(len(of.chunk_seconds) for of in samples) > 1
-        with Engine.load(TARGET, DRAFT, **OPTIONS, **options, environment={}) as engine:  # type: ignore[arg-type]
+        with Engine.load(TARGET, DRAFT, **OPTIONS, **options, adaptive=False, environment={}) as engine:  # type: ignore[arg-type]
             for text, of in zip(texts, samples):
                 done = engine.generate(text, SamplingParams(max_tokens=24 + 16, ignore_eos=True))
                 assert done.tokens[:24] == of.tokens

@@ -71,7 +71,17 @@ def test_speculation_changes_no_byte(engine: Engine, speculating: Engine) -> Non
         alone, paired = engine.generate(prompt, greedy(96)), speculating.generate(prompt, greedy(96))
         assert (alone.text, alone.tokens, alone.finish_reason) == (paired.text, paired.tokens, paired.finish_reason)
         assert paired.stats.drafted > 0
-        assert alone.stats.fallback is paired.stats.fallback is None
+        assert alone.stats.fallback is None
+        assert paired.stats.fallback is None or paired.stats.fallback.startswith("adaptive: single steps")
+
+
+def test_on_the_cpu_the_length_of_a_proposal_adapts_unless_told_otherwise(target_path: Path, draft_path: Path) -> None:
+    for adaptive, words in ((None, "up to 15 tokens, as many as are expected to pay"), (False, "15 tokens")):
+        with Engine.load(target_path, draft_path, adaptive=adaptive, **OPTIONS) as engine:  # type: ignore[arg-type]
+            assert {s.name: s.value for s in engine.settings()}["proposal"] == words
+            stats = engine.generate(PROMPT, greedy(96)).stats
+            # A draft with random weights is right once in a while only: what pays is to leave it out.
+            assert (stats.fallback is not None) == (adaptive is None)
 
 
 def test_speculation_can_be_left_aside_and_the_stats_say_so(speculating: Engine) -> None:

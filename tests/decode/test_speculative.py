@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from pydflash.backend import Arena, Backend
-from pydflash.decode import Stats, Step, Width, autoregressive, speculative
+from pydflash.decode import Stats, Step, autoregressive, speculative
 from pydflash.draft import DraftSession
 from pydflash.errors import ConfigError, ContextFull, ShapeError
 from pydflash.ggml_types import GGMLType
 from pydflash.sampling import Sampler, SamplingParams
 from pydflash.session import Proposal, Session
+from pydflash.width import Costs
 from tests.decode.conftest import Pair
 from tests.helpers import run_chunks
 from tests.reference.dflash import DraftReference, speculative_reference
@@ -34,6 +35,7 @@ class Scripted(DraftSession):
 
     def __init__(self, session: Session, choose: Choose, block: int = 16) -> None:
         self.target, self.block, self.length, self._choose = session, block, 0, choose
+        self.costs = Costs()
         self._arena = Arena(session.model.backend, {"tokens": ((16,), GGMLType.I32)}, "a scripted proposal")
         self.made: list[int] = []
         self.closed = False
@@ -401,33 +403,3 @@ def test_a_draft_max_below_one_is_refused(pair_of: PairOf, draft_max: int) -> No
     session, draft = pair_of().open(64)
     with session, draft, pytest.raises(ConfigError, match=f"draft_max is {draft_max}"):
         list(speculative(session, draft, [1], greedy(), draft_max=draft_max, max_tokens=2))
-
-
-# --- the width --------------------------------------------------------------------------------------------------------
-
-
-def test_a_fixed_width_is_draft_max() -> None:
-    assert {Width(n).choose(Stats()) for n in range(1, 16)} == set(range(1, 16))
-
-
-def recorded(accepted: int) -> Stats:
-    stats = Stats()
-    for _ in range(50):
-        stats.record(15, accepted)
-    return stats
-
-
-@pytest.mark.parametrize(("accepted", "chosen"), [(0, 3), (15, 15)])
-def test_an_adaptive_width_follows_what_pays(accepted: int, chosen: int) -> None:
-    width, stats = Width(15, adaptive=True), recorded(accepted)
-    for n, seconds in ((15, 0.040), (7, 0.035), (3, 0.025)):
-        width.measured(n, seconds)
-    assert width.choose(stats) == chosen
-
-
-def test_an_adaptive_width_tries_every_candidate_once() -> None:
-    width, stats, tried = Width(15, adaptive=True), recorded(5), []
-    for _ in range(3):
-        tried.append(width.choose(stats))
-        width.measured(tried[-1], 0.03)
-    assert sorted(tried) == [3, 7, 15]

@@ -30,6 +30,7 @@ LAYERS = (
     ("models.qwen35", "models.dflash"),
     ("models",),
     ("session",),
+    ("width",),
     ("draft",),
     ("decode",),
     ("config", "convert", "doctor", "verdict"),
