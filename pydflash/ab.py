@@ -70,9 +70,9 @@ def parse_arm(
 ) -> Arm:
     """An arm from texts like 'cache_k=q4_0,k_rotation=none': settings of EngineConfig, and speculate=true or false.
 
-    ``options``: settings of both arms, which ``texts`` replace; proposals are of fixed length unless one asks for
-    adaptive=true. ``draft``: whether there is one; it is then used unless
-    speculate=false. Raises ConfigError for an unknown name or value, listing the valid ones.
+    ``options``: settings of both arms, which ``texts`` replace. ``draft``: whether there is one; it is then used unless
+    speculate=false, with proposals of one length unless adaptive=true. Raises ConfigError for an unknown name or value,
+    listing the valid ones.
     """
     where = f"--{name.lower()}"
     known = [f.name for f in fields(EngineConfig) if f.name != "sources"]
