@@ -2,12 +2,14 @@
 
 Both packages bring libraries called libggml-base.so; in one process the loader would give the second one the first
 one's. Usage: ``python -m tests.parity.peer REQUEST.json RESULT.npz``. The request holds ``path`` and either ``texts``
-to tokenize, or ``sequences`` of tokens of one length to evaluate at each of ``widths``.
+to tokenize, or ``sequences`` of tokens of one length to evaluate at each of ``widths``. Threads that wait for each
+other sleep: where other processes want the processor, a spinning one keeps it from the one it waits for.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,11 +30,24 @@ def peer_logits(
 
 
 def peer_logits_of_many(
-    path: Path, sequences: Sequence[Sequence[int]], widths: Sequence[int], folder: Path, cache: str = "f32"
+    path: Path,
+    sequences: Sequence[Sequence[int]],
+    widths: Sequence[int],
+    folder: Path,
+    cache: str = "f32",
+    *,
+    start: int = 0,
+    flash: bool = False,
+    threads: int = 1,
 ) -> dict[int, npt.NDArray[np.float32]]:
-    """Logits (S, T, vocab) of S sequences of T tokens each, evaluated on their own."""
+    """Logits (S, T, vocab) of S sequences of T tokens each, evaluated on their own.
+
+    The first ``start`` tokens are read at the largest of ``widths`` whatever the width. ``flash``: attention is one
+    operation, which splits the slots of a single query among ``threads`` where it sees 512 or more.
+    """
     wanted = [list(map(int, tokens)) for tokens in sequences]
-    arrays = _ask({"path": str(path), "sequences": wanted, "widths": list(widths), "cache": cache}, folder)
+    how = {"widths": list(widths), "cache": cache, "start": start, "flash": flash, "threads": threads}
+    arrays = _ask({"path": str(path), "sequences": wanted, **how}, folder)
     return {width: arrays[f"width_{width}"] for width in widths}
 
 
@@ -46,7 +61,8 @@ def _ask(request: dict[str, Any], folder: Path) -> dict[str, npt.NDArray[Any]]:
     question, answer = folder / "request.json", folder / "result.npz"
     question.write_text(json.dumps(request), encoding="utf-8")
     command = [sys.executable, "-m", "tests.parity.peer", str(question), str(answer)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode:
         raise RuntimeError(f"llama.cpp failed on {request['path']}:\n{done.stderr[-2000:]}")
     with np.load(answer) as arrays:
@@ -61,22 +77,26 @@ def _answer(request: dict[str, Any]) -> dict[str, npt.NDArray[Any]]:
         texts = [t.encode() for t in request["texts"]]
         ids = [model.tokenize(t, add_bos=False, special=request["special"]) for t in texts]
         return {f"text_{i}": np.array(row, np.int32) for i, row in enumerate(ids)}
-    sequences, cache = request["sequences"], {"f32": 0, "f16": 1}[request["cache"]]
-    context = -(-len(sequences[0]) // 256) * 256
+    sequences, widths, start = request["sequences"], request["widths"], request["start"]
+    context, threads = -(-len(sequences[0]) // 256) * 256, request["threads"]
+    cache = {"f32": 0, "f16": 1}[request["cache"]]
+    model = llama_cpp.Llama(
+        request["path"], n_ctx=context, n_batch=max(widths), n_ubatch=max(widths), n_threads=threads,
+        n_threads_batch=threads, logits_all=True, type_k=cache, type_v=cache, flash_attn=request["flash"],
+        verbose=False,
+    )  # fmt: skip
     arrays = {}
-    for width in request["widths"]:
-        model = llama_cpp.Llama(
-            request["path"], n_ctx=context, n_batch=width, n_ubatch=width, n_threads=1, n_threads_batch=1,
-            logits_all=True, type_k=cache, type_v=cache, flash_attn=False, verbose=False,
-        )  # fmt: skip
+    for width in widths:
         rows = []
         for tokens in sequences:
             model.reset()
             model._ctx.kv_cache_clear()  # the delta-net's state as well
-            model.eval(tokens)
+            model.eval(tokens[:start])
+            for i in range(start, len(tokens), width):
+                model.eval(tokens[i : i + width])
             rows.append(np.array(model.scores[: len(tokens)], np.float32))
         arrays[f"width_{width}"] = np.stack(rows)
-        model.close()
+    model.close()
     return arrays
 
 
