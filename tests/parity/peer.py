@@ -3,7 +3,7 @@
 Both packages bring libraries called libggml-base.so; in one process the loader would give the second one the first
 one's. Usage: ``python -m tests.parity.peer REQUEST.json RESULT.npz``. The request holds ``path`` and either ``texts``
 to tokenize, or ``sequences`` of tokens of one length to evaluate at each of ``widths``. Threads that wait for each
-other sleep: where other processes want the processor, a spinning one keeps it from the one it waits for.
+other soon sleep: where other processes want the processor, a spinning one keeps it from the one it waits for.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _ask(request: dict[str, Any], folder: Path) -> dict[str, npt.NDArray[Any]]:
     question, answer = folder / "request.json", folder / "result.npz"
     question.write_text(json.dumps(request), encoding="utf-8")
     command = [sys.executable, "-m", "tests.parity.peer", str(question), str(answer)]
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {**os.environ, "GOMP_SPINCOUNT": "2000"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode:
         raise RuntimeError(f"llama.cpp failed on {request['path']}:\n{done.stderr[-2000:]}")
