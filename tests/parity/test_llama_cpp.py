@@ -14,6 +14,9 @@ layer, so that recurrent layers come after it and remember.
 Both distances are the same noise. The rule is that ours is no larger than llama.cpp's own beyond `ERRORS` standard
 errors of their difference, which come from the same texts. It holds for the mean of the rows and for their median,
 which a rare row with a hundred times the error does not blur: there the standard error has to be small (`RESOLUTION`).
+
+The oracle that rounds activations as the CPU's products do, and is exact otherwise, is one more run of this kind. We
+part from it later than llama.cpp with flash attention does: our first rows have to be closer to it.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ pytestmark = [
 ]
 
 FLOAT_NMSE = 1e-6
-ERRORS, RESOLUTION = 2, 0.05  # one draw in 44 of equal noise lies further out; RESOLUTION is a share of the distance
+ERRORS, RESOLUTION = 2, 0.1  # one draw in 44 of equal noise lies further out; RESOLUTION is a share of the distance
 EXACT = 2, 32  # texts, and rows of each, that the oracles compute
 # llama.cpp aborts on models whose layers are all of one kind, and takes the layer kinds from full_attention_interval
 # alone.
@@ -114,8 +117,8 @@ class Distances:
         for statistic in (np.mean, np.median):
             ours, own, error = self.by(statistic)
             assert ours <= own + ERRORS * error, self
+        _, own, error = self.by(np.median)
         assert ERRORS * error <= RESOLUTION * own, self
-        assert self.rounding[0].mean() <= self.rounding[1].mean(), self
 
 
 def nmse_by_row(got: Array, wanted: Array) -> Array:
@@ -174,6 +177,7 @@ def test_quantised_logits_are_no_further_from_llama_cpp_than_it_is_from_itself(
     with capsys.disabled():
         print(f"\n{types}: {joined}")
     joined.check()
+    assert joined.rounding[0].mean() <= joined.rounding[1].mean(), joined
 
 
 def tokenizer_agrees(path: Path, folder: Path, normalise: Callable[[Path], Tokenizer]) -> None:
