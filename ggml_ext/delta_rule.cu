@@ -5,7 +5,8 @@
 // reductions over four lanes. Rows are brought to shared memory in tiles of 16, with q and k normalised on
 // the way. Key rows are dealt to the four threads in groups of four, so that their 16-byte reads of k and q fall into
 // different banks. The loop over rows is serial by nature: latency of about 300 cycles a row bounds it; the state itself
-// (read once, written once) is 3 MiB a layer for the 27B geometry.
+// (read once, written once) is 3 MiB a layer for the 27B geometry. A state's scale is taken in where it is read, and is
+// 1 where it is written: the decay is part of a multiply-add here.
 #include "delta_inputs.h"
 #include "delta_rule.h"
 #include "ext_cuda.cuh"
@@ -123,17 +124,23 @@ __device__ float step(float (&state)[D / SPLIT], const tile<D> & s, int t, int p
 }
 
 template <int D>
-__device__ void move_state(float (&state)[D / SPLIT], float * memory, bool store) {
+__device__ void load_state(float (&state)[D / SPLIT], const float * memory, float scale) {
+    if (scale == 0.0f) { scale = 1.0f; }
 #pragma unroll
     for (int i = 0; i < D / SPLIT; i += 4) {
-        float4 * cell = (float4 *) (memory + i * SPLIT);
-        if (store) {
-            *cell = make_float4(state[i], state[i + 1], state[i + 2], state[i + 3]);
-        } else {
-            const float4 v = *cell;
-            state[i] = v.x; state[i + 1] = v.y; state[i + 2] = v.z; state[i + 3] = v.w;
-        }
+        const float4 v = *(const float4 *) (memory + i * SPLIT);
+        state[i] = scale * v.x; state[i + 1] = scale * v.y; state[i + 2] = scale * v.z; state[i + 3] = scale * v.w;
     }
+}
+
+// The four threads of a column have read its scale before one of them gets here: barriers lie between.
+template <int D>
+__device__ void store_state(const float (&state)[D / SPLIT], float * memory, float * scale, int part) {
+#pragma unroll
+    for (int i = 0; i < D / SPLIT; i += 4) {
+        *(float4 *) (memory + i * SPLIT) = make_float4(state[i], state[i + 1], state[i + 2], state[i + 3]);
+    }
+    if (part == 0) { *scale = 1.0f; }
 }
 
 template <int D>
@@ -146,9 +153,12 @@ __global__ void __launch_bounds__(THREADS) delta_rule(arguments a) {
     const int part   = threadIdx.x % SPLIT;
     const int kept = a.counts[0], rows = a.counts[1];
 
-    float * memory = a.state + ((int64_t) head * D + base + column) * D + part * 4;
+    float * matrix = a.state + (int64_t) head * (D + 1) * D;
+    float * memory = matrix + (base + column) * D + part * 4;
+    float * scale  = matrix + D * D + base + column;
     float state[D / SPLIT];
-    move_state<D>(state, memory, false);  // written in the step before; a step begins with copies, which no kernel overtakes
+    // Written in the step before; a step begins with copies, which no kernel overtakes.
+    load_state<D>(state, memory, *scale);
     wait_for_predecessor();
 
     if (kept > 0) {
@@ -157,7 +167,7 @@ __global__ void __launch_bounds__(THREADS) delta_rule(arguments a) {
         for (int t = 0; t < kept; t++) {
             step<D>(state, s, t, part, column);
         }
-        if (a.keep) { move_state<D>(state, memory, true); }
+        if (a.keep) { store_state<D>(state, memory, scale, part); }
     }
     for (int first = 0; first < a.rows; first += TILE) {
         const int count = min(TILE, max(0, rows - first));
@@ -171,7 +181,7 @@ __global__ void __launch_bounds__(THREADS) delta_rule(arguments a) {
             }
         }
     }
-    if (!a.keep) { move_state<D>(state, memory, true); }
+    if (!a.keep) { store_state<D>(state, memory, scale, part); }
 }
 
 using kernel = void (*)(arguments);

@@ -8,7 +8,10 @@
 // never written. With keep = 0 (prefill) the state after the last new row is stored instead.
 //
 //   src[0]   inputs   (16 + T, C + 2 Hv) f32 from delta_inputs; C = (2 Hk + Hv) D; columns q | k | v | g | beta
-//   src[1]   state    (Hv, D, D) f32, persistent, updated in place; [h][value column][key row]: S transposed
+//   src[1]   state    (Hv, D + 1, D) f32, persistent, updated in place: T in rows 0..D-1, [h][value column][key row],
+//                     and in row D the scale of each value column, the same in all columns of a head. S transposed is
+//                     scale * T; how an implementation splits it is its own choice. A scale of 0 is read as 1, so that
+//                     zeros are a state S = 0.
 //   src[2]   counts   (2,) int32: rows to replay, real new rows
 //   params   [0] keep   [1] Hk   [2] D   [3] eps of the L2 norm, x / sqrt(sum x^2 + eps)
 //   result   (T, Hv * D) f32; rows beyond the real ones are zero

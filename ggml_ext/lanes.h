@@ -97,14 +97,6 @@ LANES_INLINE float sum_lanes(lanes x) {
     return (f[0] + f[2]) + (f[1] + f[3]);
 }
 
-// sum_lanes of four registers.
-LANES_INLINE four_lanes sum_four(const lanes x[4]) {
-    const four_lanes a = fold_lanes(x[0]), b = fold_lanes(x[1]), c = fold_lanes(x[2]), d = fold_lanes(x[3]);
-    const four_lanes f0 = { a[0], b[0], c[0], d[0] }, f1 = { a[1], b[1], c[1], d[1] };
-    const four_lanes f2 = { a[2], b[2], c[2], d[2] }, f3 = { a[3], b[3], c[3], d[3] };
-    return (f0 + f2) + (f1 + f3);
-}
-
 #if defined(__AVX512F__)
 // [a, b] with the halves of each added up; then the same for quarters, and for lanes within quarters.
 LANES_INLINE lanes add_halves(lanes a, lanes b) {
@@ -123,6 +115,22 @@ LANES_INLINE lanes add_neighbours(lanes a, lanes b) {
     return _mm512_shuffle_ps(a, b, 0x88) + _mm512_shuffle_ps(a, b, 0xdd);
 }
 #endif
+
+// sum_lanes of four registers.
+LANES_INLINE four_lanes sum_four(const lanes x[4]) {
+#if defined(__AVX512F__)
+    const lanes fold  = add_quarters(add_halves(x[0], x[1]), add_halves(x[2], x[3]));
+    const lanes pairs = fold + _mm512_permute_ps(fold, 0x4e);
+    const lanes sum   = pairs + _mm512_permute_ps(pairs, 0xb1);
+    const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+    return _mm512_castps512_ps128(_mm512_permutexvar_ps(first, sum));
+#else
+    const four_lanes a = fold_lanes(x[0]), b = fold_lanes(x[1]), c = fold_lanes(x[2]), d = fold_lanes(x[3]);
+    const four_lanes f0 = { a[0], b[0], c[0], d[0] }, f1 = { a[1], b[1], c[1], d[1] };
+    const four_lanes f2 = { a[2], b[2], c[2], d[2] }, f3 = { a[3], b[3], c[3], d[3] };
+    return (f0 + f2) + (f1 + f3);
+#endif
+}
 
 // sum_four of each of `count` groups, at most four: the same additions, but of sixteen registers at once.
 LANES_INLINE void sum_fours(const lanes (*x)[4], int count, four_lanes * sums) {

@@ -453,11 +453,11 @@ def delta_inputs(
 
 
 def delta_rule(inputs: Tensor, state: Tensor, counts: Tensor, *, k_heads: int, eps: float, keep: bool) -> Tensor:
-    """The gated delta rule over replayed and new rows (ggml_ext/delta_rule.h): state (Hv, D, D) to o (T, Hv*D)."""
-    heads, size, _ = state.shape
+    """The gated delta rule over replayed and new rows (ggml_ext/delta_rule.h): state (Hv, D+1, D) to o (T, Hv*D)."""
+    heads, _, size = state.shape
     rows = inputs.shape[0] - TAPE_ROWS
     _require(
-        state.shape == (heads, size, size) and inputs.shape[1] == (2 * k_heads + heads) * size + 2 * heads,
+        state.shape == (heads, size + 1, size) and inputs.shape[1] == (2 * k_heads + heads) * size + 2 * heads,
         f"delta_rule: inputs {inputs!r} do not fit state {state!r} and {k_heads} k-heads",
     )
     _require(

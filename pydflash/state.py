@@ -311,14 +311,14 @@ class DeltaState:
         window = tape_shape(geometry)
         specs: dict[str, tuple[Shape, GGMLType]] = {}
         for layer in geometry.delta_layers:
-            specs[f"state.{layer}"] = ((heads, size, size), GGMLType.F32)
+            specs[f"state.{layer}"] = ((heads, size + 1, size), GGMLType.F32)
             specs[f"window.{layer}"] = (window, GGMLType.F32)
         self.arena = Arena(backend, specs, "the delta-net state")
         self.tape_nbytes = len(geometry.delta_layers) * window[0] * window[1] * 4
-        self.state_nbytes = len(geometry.delta_layers) * heads * size * size * 4
+        self.state_nbytes = len(geometry.delta_layers) * heads * (size + 1) * size * 4
 
     def state(self, layer: int) -> Tensor:
-        """(Hv, D, D) f32 of a layer, transposed: [head][value column][key row]."""
+        """(Hv, D + 1, D) f32 of a layer: S transposed, [head][value column][key row], and a row of its scale."""
         return self.arena[f"state.{layer}"]
 
     def window(self, layer: int) -> Tensor:
