@@ -9,6 +9,7 @@ from pydflash.session import width_for
 __all__ = ["Costs", "Width"]
 
 _REMEMBERED = 8  # cycles; what slows one of them does not count, what slows all of them does
+_STALE = 128  # cycles without one of its width, after which a measurement counts no more
 # Acceptance changes from one passage of a text to the next. These three were chosen by replaying the shipped pair's
 # proposals at every position of 200 texts; neighbouring values are within 1 % of them.
 _FORGETTING = 0.8  # per proposal
@@ -24,6 +25,7 @@ class Costs:
 
     def __init__(self) -> None:
         self._recent: dict[int, deque[float]] = {}
+        self._unused: dict[int, int] = {}  # cycles since the last one of a width
 
     def add(self, proposed: int, seconds: float) -> None:
         """A cycle that verified ``proposed`` tokens. The first of a width built its graph and does not count."""
@@ -32,6 +34,10 @@ class Costs:
             self._recent[width].append(seconds)
         else:
             self._recent[width] = deque(maxlen=_REMEMBERED)
+        for other, recent in self._recent.items():
+            self._unused[other] = 0 if other == width else self._unused[other] + 1
+            if self._unused[other] >= _STALE:
+                recent.clear()
 
     def seconds(self, proposed: int) -> float | None:
         """Of a cycle that verifies ``proposed`` tokens: the fastest of late, of its width or a wider one.

@@ -47,6 +47,18 @@ def test_the_fastest_of_late_counts_and_what_is_old_is_forgotten() -> None:
     assert costs.seconds(15) == 3.0
 
 
+def test_a_width_that_was_slow_once_is_tried_again() -> None:
+    """A single step that something interrupted must not keep single steps away for good."""
+    costs = measured({15: 3.0, 0: 9.0})
+    width, tried = Width(costs), 0
+    while width.choose(15) != 0:
+        width.record(15, 0, 3.0)
+        tried += 1
+        assert tried < 200
+    width.record(0, 0, 0.4)
+    assert costs.seconds(0) == 0.4
+
+
 def test_proposals_that_share_a_graph_share_their_cost() -> None:
     costs = measured({15: 1.6, 7: 1.0})
     assert {n: costs.seconds(n) for n in (4, 7, 8, 15)} == {4: 1.0, 7: 1.0, 8: 1.6, 15: 1.6}
