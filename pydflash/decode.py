@@ -164,8 +164,6 @@ def speculative(
             drafted = width.choose(drafted)
             if not drafted:
                 stats.fallback = "adaptive: single steps were expected to be faster than a proposal"
-        if not drafted:
-            draft.flush()
         proposal = draft.propose(anchor, drafted) if drafted >= 1 else None
         proposed = time.perf_counter()
         output = session.forward(proposal or [anchor], "all")

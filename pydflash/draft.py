@@ -109,7 +109,8 @@ class DraftSession:
         """The first ``n`` rows of the target's last forward were committed: their features become context.
 
         At most 16 rows wait for the next proposal, which injects them in the same graph; more are injected now.
-        Raises StateError when earlier rows still wait, or the target has not committed them.
+        Raises StateError when the target has not committed them, or its last forward, of more than 16 rows, may have
+        taken the place of rows that waited.
         """
         self._check_open()
         if self.length + n != self.target.length:
@@ -117,18 +118,21 @@ class DraftSession:
                 f"keep({n}): the draft holds {self.length} positions and the target {self.target.length}; "
                 "call keep once after every commit, with its count"
             )
-        if self._kept:
+        if self._kept and n > ops.EXACT_ROWS:
             raise StateError(
-                f"keep({n}): {self._kept} rows kept before still wait; call flush() before the target's next forward"
+                f"keep({n}): {self._kept} rows kept before still wait; call flush() before a forward of more than "
+                f"{ops.EXACT_ROWS} rows"
             )
+        if self._kept + n > ops.EXACT_ROWS:
+            self.flush()
         if n > ops.EXACT_ROWS:
             self._inject(n, self.length)
         else:
-            self._kept = n
+            self._kept += n
         self.length += n
 
     def flush(self) -> None:
-        """Inject rows that wait, without proposing: before a target forward that no proposal precedes."""
+        """Inject rows that wait, without proposing: before a target forward of more than 16 rows."""
         if self._kept:
             self._inject(self._kept, self.length - self._kept)
             self._kept = 0
@@ -201,13 +205,15 @@ class DraftSession:
             raise SessionClosed("this draft session was closed; open a new one")
 
     def _inject_inputs(self, count: int, start: int, width: int) -> npt.NDArray[np.int32]:
-        """Positions, then table rows per ring, of ``count`` feature rows from position ``start``; what pads them to
-        ``width`` falls into the padding row, and so do positions that later ones overwrite."""
-        inputs = np.empty((1 + len(self._held), width), np.int32)
+        """Positions, the target's feature rows, then table rows per ring, of ``count`` positions from ``start``; what
+        pads them to ``width`` falls into the padding row, and so do positions that later ones overwrite."""
+        inputs = np.empty((2 + len(self._held), width), np.int32)
         positions = inputs[0, :count]
         positions[:] = np.arange(start, start + count)
         inputs[0, count:] = -1
-        for rows, held in zip(inputs[1:], self._held):
+        np.remainder(positions, self.target.chunk, out=inputs[1, :count])
+        inputs[1, count:] = self.target.chunk
+        for rows, held in zip(inputs[2:], self._held):
             lost = max(count - len(held), 0)
             np.remainder(positions, len(held), out=rows[:count])
             rows[:lost] = rows[count:] = len(held)
@@ -251,16 +257,15 @@ class DraftSession:
     def _injection(self, graph: Graph, inputs: Tensor, width: int) -> int:
         """Nodes that inject ``width`` feature rows; returns how many input words they take."""
         rings = len(self._held)
-        words = [inputs.slice(0, i * width, (i + 1) * width) for i in range(1 + rings)]
-        taps, hidden = len(self.draft.config.taps), self.draft.config.hidden
-        features = self.target.features.within(graph).slice(0, 0, width).reshape(width, taps * hidden)
-        rows = [words[1 + ring] for ring in self.cache.ring_of]
-        self.draft.network.inject(features, words[0], rows, self.cache)
-        return (1 + rings) * width
+        positions, places, *words = (inputs.slice(0, i * width, (i + 1) * width) for i in range(2 + rings))
+        kept, taps, hidden = self.target.features.shape
+        features = ops.get_rows(self.target.features.within(graph).reshape(kept, taps * hidden), places)
+        self.draft.network.inject(features, positions, [words[ring] for ring in self.cache.ring_of], self.cache)
+        return (2 + rings) * width
 
     def _build_inject(self, width: int) -> _DraftGraph:
         graph = Graph(self.draft.target.backend)
-        inputs = graph.input(((1 + len(self._held)) * width,), GGMLType.I32)
+        inputs = graph.input(((2 + len(self._held)) * width,), GGMLType.I32)
         self._injection(graph, inputs, width)
         graph.finish()
         return _DraftGraph(graph, inputs)
@@ -269,7 +274,7 @@ class DraftSession:
         graph, T, rings = Graph(self.draft.target.backend), self.block, len(self._held)
         spans = [c if w else min(c, full_span) for c, w in zip(self.cache.capacities, self.cache.windows)]
         ring_words = [span if window else 0 for span, window in zip(spans, self.cache.windows)]
-        total = (1 + rings) * ops.EXACT_ROWS + (3 + rings) * T + sum(ring_words)
+        total = (2 + rings) * ops.EXACT_ROWS + (3 + rings) * T + sum(ring_words)
         inputs = graph.input((total,), GGMLType.I32)
         at = self._injection(graph, inputs, ops.EXACT_ROWS)
 

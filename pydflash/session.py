@@ -15,7 +15,7 @@ from pydflash.errors import ConfigError, ContextFull, NothingPending, SessionClo
 from pydflash.ggml_types import GGMLType
 from pydflash.graph import Graph
 from pydflash.models import Model
-from pydflash.ops import EXACT_ROWS, argmax, copy_into, get_rows
+from pydflash.ops import EXACT_ROWS, argmax, get_rows, set_rows
 from pydflash.state import DeltaState, KVCache, StepInputs, cache_type, check_pair, k_basis, v_basis
 from pydflash.tensor import Tensor
 
@@ -96,14 +96,15 @@ class _StepGraph:
     """A persistent graph for one (width, span, head, keep)."""
 
     graph: Graph
-    inputs: Tensor  # (3 + 3 T,) int32: counts, output row, tokens, positions, cache rows
+    inputs: Tensor  # (3 + (3 + taps) T,) int32: counts, output row, tokens, positions, cache rows, feature rows
     mask: Tensor | None
     logits: Tensor
     argmax: Tensor
+    width: int
 
     def __post_init__(self) -> None:
         self.values = np.zeros(self.inputs.shape, np.int32)  # what the next run's inputs are written from
-        self.tokens, self.positions, self.rows = self.values[3:].reshape(3, -1)
+        self.tokens, self.positions, self.rows, *self.features = self.values[3:].reshape(-1, self.width)
 
 
 class Session:
@@ -151,7 +152,11 @@ class Session:
         )
         self.delta = DeltaState(backend, config)
         self._features = (
-            Arena(backend, {"features": ((chunk, len(self.capture), config.hidden), GGMLType.F32)}, "captured features")
+            Arena(
+                backend,
+                {"features": ((chunk + 1, len(self.capture), config.hidden), GGMLType.F32)},
+                "captured features",
+            )
             if self.capture
             else None
         )
@@ -164,7 +169,10 @@ class Session:
 
     @property
     def features(self) -> Tensor:
-        """(chunk, layers, hidden) f32 on the device: the captured rows of the last step."""
+        """(chunk + 1, layers, hidden) f32 on the device: a ring of captured rows, that of position p in row p % chunk.
+
+        The last row takes padding.
+        """
         if self._features is None:
             raise StateError("this session captures no features; open it with capture=<layers>")
         return self._features["features"]
@@ -306,6 +314,11 @@ class Session:
         step.positions[:count] = step.rows[:count] = np.arange(start, start + count)
         if count < width:
             step.tokens[count:], step.positions[count:], step.rows[count:] = ids[0], -1, self.cache.padding_row
+        for tap, rows in enumerate(step.features):
+            rows[:count] = step.positions[:count] % self.chunk
+            rows[count:] = self.chunk
+            rows *= len(self.capture)
+            rows += tap
         backend = self.model.backend
         backend.write(step.inputs, step.values)
         if step.mask is not None:
@@ -334,9 +347,11 @@ class Session:
 
     def _build(self, width: int, span: int, head: Head, keep: bool, proposal: Proposal | None) -> _StepGraph:
         graph = Graph(self.model.backend)
-        inputs = graph.input((3 + 3 * width,), GGMLType.I32)
+        inputs = graph.input((3 + (3 + len(self.capture)) * width,), GGMLType.I32)
         counts, row = inputs.slice(0, 0, 2), inputs.slice(0, 2, 3)
-        tokens, positions, rows = (inputs.slice(0, 3 + i * width, 3 + (i + 1) * width) for i in range(3))
+        tokens, positions, rows, *feature_rows = (
+            inputs.slice(0, start, start + width) for start in range(3, inputs.shape[0], width)
+        )
         if proposal is not None:
             tokens = proposal.tensor.within(graph).slice(0, 0, width)
         masked = width > EXACT_ROWS and self.model.config.attention_layers
@@ -344,9 +359,9 @@ class Session:
         step = StepInputs(graph, positions, rows, counts, span, keep, mask)
         network = self.model.network
         x, captured = network.forward(tokens, step, self.cache, self.delta, self.capture)
-        for i, residual in enumerate(captured):
-            target = self.features.within(graph).slice(0, 0, width).slice(1, i, i + 1)
-            graph.effect(copy_into(target, residual.reshape(width, 1, residual.shape[1])))
+        for residual, ring_rows in zip(captured, feature_rows):
+            ring = self.features.within(graph).reshape((self.chunk + 1) * len(self.capture), residual.shape[1])
+            graph.effect(set_rows(ring, ring_rows, residual))
         graph.effect(x)
         logits = ids = x
         if head != "none":
@@ -355,7 +370,7 @@ class Session:
             graph.output(logits)
             graph.output(ids)
         graph.finish()
-        return _StepGraph(graph, inputs, mask, logits, ids)
+        return _StepGraph(graph, inputs, mask, logits, ids, width)
 
 
 def _causal_mask(positions: npt.NDArray[np.int32], span: int) -> npt.NDArray[np.float16]:

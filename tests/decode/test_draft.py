@@ -195,10 +195,30 @@ def test_a_draft_that_is_behind_its_target_says_so(pair_of: PairOf) -> None:
         with pytest.raises(StateError, match="the draft holds 0 positions, the target 3"):
             draft.propose(1)
         draft.keep(3)
-        session.forward([4])
-        session.commit(1)
+        session.forward([4] * 17)
+        session.commit(17)
         with pytest.raises(StateError, match=r"3 rows kept before still wait; call flush"):
-            draft.keep(1)
+            draft.keep(17)
+
+
+def test_rows_wait_over_several_forwards_for_one_injection(pair_of: PairOf) -> None:
+    """Steps of any width between proposals; more than 16 rows, and more than the ring of features holds."""
+    pair, widths = pair_of(), [1, 1, 2, 1, 16, 1, 1, 16, 3] + [1] * 20
+    tokens, proposals = tokens_for(pair, sum(widths)), []
+    for at_once in (False, True):
+        session, draft = pair.open(128, chunk=32)
+        with session, draft:
+            done = 0
+            for width in widths:
+                session.forward(tokens[done : done + width])
+                session.commit(width)
+                draft.keep(width)
+                done += width
+                if at_once:
+                    draft.flush()
+            draft.propose(7)
+            proposals.append(draft.logits())
+    assert np.array_equal(*proposals)
 
 
 def test_a_closed_draft_session_says_so(pair_of: PairOf) -> None:
