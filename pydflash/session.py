@@ -104,7 +104,9 @@ class _StepGraph:
 
     def __post_init__(self) -> None:
         self.values = np.zeros(self.inputs.shape, np.int32)  # what the next run's inputs are written from
-        self.tokens, self.positions, self.rows, *self.features = self.values[3:].reshape(-1, self.width)
+        rows = self.values[3:].reshape(-1, self.width)
+        self.tokens, self.positions, self.rows = rows[:3]
+        self.features = rows[3:]  # one row a tap
 
 
 class Session:
@@ -160,6 +162,7 @@ class Session:
             if self.capture
             else None
         )
+        self._taps = np.arange(len(self.capture), dtype=np.int32)[:, None]
         self._graphs: dict[tuple[int, int, Head, bool, int | None], _StepGraph] = {}
         self.length = self.pending = 0
         self.serial = 0  # counts steps, so that an Output knows whether it is still valid
@@ -314,11 +317,10 @@ class Session:
         step.positions[:count] = step.rows[:count] = np.arange(start, start + count)
         if count < width:
             step.tokens[count:], step.positions[count:], step.rows[count:] = ids[0], -1, self.cache.padding_row
-        for tap, rows in enumerate(step.features):
-            rows[:count] = step.positions[:count] % self.chunk
-            rows[count:] = self.chunk
-            rows *= len(self.capture)
-            rows += tap
+        if self.capture:
+            places = step.positions % self.chunk
+            places[count:] = self.chunk
+            np.add(places * len(self.capture), self._taps, out=step.features)
         backend = self.model.backend
         backend.write(step.inputs, step.values)
         if step.mask is not None:
