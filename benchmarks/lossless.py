@@ -24,6 +24,7 @@ from pydflash.draft import DraftSession, load_draft
 from pydflash.models import load_model
 from pydflash.sampling import Sampler, SamplingParams
 from pydflash.session import Session
+from pydflash.width import adapts
 
 
 def read_prompts(path: Path | None, encode: Any, vocab: int, count: int) -> list[list[int]]:
@@ -78,7 +79,7 @@ def main() -> int:
 
     with load_model(args.target, args.device, threads=args.threads) as model, load_draft(args.draft, model) as draft:
         prompts = read_prompts(args.prompts, model.tokenizer.encode, model.config.vocab, args.count)
-        adaptive = not model.backend.is_cuda if args.adaptive is None else args.adaptive
+        adaptive = adapts(args.adaptive, model.backend)
         context = max(map(len, prompts)) + args.tokens + 16
         begin = time.perf_counter()
         with (

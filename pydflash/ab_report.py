@@ -166,40 +166,48 @@ class Fastest:
 
 
 @dataclass(frozen=True)
-class Chunks:
-    """Prefill in lockstep, piece by piece of at most ``tokens``. ``a`` and ``b``: median tokens/s of a piece.
+class Compared:
+    """The medians ``a`` and ``b`` of two arms' values; the ratios B/A and A'/A of the values that belong together, with
+    their medians; and the noise floor that A' gives.
+    """
 
-    ``ratios``: of the speeds of two arms at the same piece in the same repeat; all pieces of a repeat, then the next.
+    a: float
+    b: float
+    ratios: list[float]
+    ratio: Estimate
+    again_ratios: list[float]
+    again: Estimate
+    noise_floor: float
+
+
+def _compared(values: Mapping[str, Sequence[float]]) -> Compared:
+    a, b = values[A], values[B]
+    ratios, again_ratios = paired_ratios(a, b), paired_ratios(a, values[AGAIN])
+    ratio, again = median_interval(ratios), median_interval(again_ratios)
+    return Compared(statistics.median(a), statistics.median(b), ratios, ratio, again_ratios, again, noise_floor(again))
+
+
+@dataclass(frozen=True)
+class Chunks(Compared):
+    """Prefill in lockstep, piece by piece of at most ``tokens``, in tokens/s of a piece.
+
+    Pieces that belong together are the same one in the same repeat; all of a repeat come before the next.
     ``fastest``: tokens/s of the whole prompt if each piece took its fewest seconds of all repeats; None where prompts
     differ in length.
     """
 
     tokens: int
-    a: float
-    b: float
-    ratios: list[float]
-    ratio: Estimate
-    again_ratios: list[float]
-    again: Estimate
-    noise_floor: float
     fastest: Fastest | None
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One quantity: the arms' medians in ``unit``, the ratios of each repeat with their medians, and the fastest runs.
-    The verdict is from ``chunks`` where there are any, else from these medians.
+class Outcome(Compared):
+    """One quantity in ``unit``, compared repeat by repeat, and the fastest runs. The verdict is from ``chunks`` where
+    there are any, else from these medians.
     """
 
     what: str
     unit: str
-    a: float
-    b: float
-    ratios: list[float]
-    ratio: Estimate
-    again_ratios: list[float]
-    again: Estimate
-    noise_floor: float
     verdict: Verdict
     fastest: Fastest
     chunks: Chunks | None = None
@@ -355,15 +363,11 @@ def outcomes(samples: Sequence[Sample], within: float | None, cycles: bool, lock
 def _outcome(
     what: str, unit: str, values: Mapping[str, Sequence[float]], within: float | None, chunks: Chunks | None = None
 ) -> Outcome:
-    a, b = values[A], values[B]
-    ratios, again_ratios = paired_ratios(a, b), paired_ratios(a, values[AGAIN])
-    ratio, noise = median_interval(ratios), median_interval(again_ratios)
-    floor = noise_floor(noise)
-    shown = (ratio, floor) if chunks is None else (chunks.ratio, chunks.noise_floor)
-    found = verdict(*shown, within=within, lower_is_better=unit == "ms")
-    medians = statistics.median(a), statistics.median(b)
+    runs = _compared(values)
+    shown = chunks or runs
+    found = verdict(shown.ratio, shown.noise_floor, within=within, lower_is_better=unit == "ms")
     fastest = _fastest(values, min if unit == "ms" else max)
-    return Outcome(what, unit, *medians, ratios, ratio, again_ratios, noise, floor, found, fastest, chunks)
+    return Outcome(**vars(runs), what=what, unit=unit, verdict=found, fastest=fastest, chunks=chunks)
 
 
 def _chunks(samples: Sequence[Sample]) -> Chunks | None:
@@ -373,11 +377,8 @@ def _chunks(samples: Sequence[Sample]) -> Chunks | None:
         return None
     pieces = {arm: [s.pieces(rows) for s in runs_of(samples, arm)] for arm in ARMS}
     speeds = {arm: [tokens / seconds for run in runs for tokens, seconds in run] for arm, runs in pieces.items()}
-    ratios, again_ratios = paired_ratios(speeds[A], speeds[B]), paired_ratios(speeds[A], speeds[AGAIN])
-    ratio, noise = median_interval(ratios), median_interval(again_ratios)
-    medians = statistics.median(speeds[A]), statistics.median(speeds[B])
     fastest = _fastest_pieces(pieces) if len({s.prompt_tokens for s in samples}) == 1 else None
-    return Chunks(rows, *medians, ratios, ratio, again_ratios, noise, noise_floor(noise), fastest)
+    return Chunks(**vars(_compared(speeds)), tokens=rows, fastest=fastest)
 
 
 def _fastest_pieces(pieces: Mapping[str, Sequence[Sequence[tuple[int, float]]]]) -> Fastest:

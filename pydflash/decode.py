@@ -229,10 +229,9 @@ def _draw(output: Output, row: int, sampler: Sampler, history: Sequence[int]) ->
 def _accept(proposal: Proposal | None, output: Output, sampler: Sampler, history: list[int]) -> list[int]:
     """The target's tokens row by row, as long as the proposal agrees; the last one is the bonus token."""
     proposed = [] if proposal is None else proposal.ids[1:].tolist()
-    likely = None if sampler.needs_logits else output.argmax.tolist()
     tokens: list[int] = []
     for row in range(len(proposed) + 1):
-        tokens.append(likely[row] if likely else sampler.draw(output.logits[row], history + tokens))
+        tokens.append(_draw(output, row, sampler, history + tokens if sampler.needs_logits else ()))
         if row == len(proposed) or tokens[-1] != proposed[row]:
             break
     return tokens

@@ -20,6 +20,7 @@ from pydflash.sampling import Sampler, SamplingParams
 from pydflash.session import Session
 from pydflash.tokenizer import Tokenizer
 from pydflash.weights import Progress
+from pydflash.width import adapts
 
 if TYPE_CHECKING:
     from pydflash.chat import ChatTemplate
@@ -300,7 +301,7 @@ class Engine:
 
     @property
     def _adaptive(self) -> bool:
-        return not self.model.backend.is_cuda if self.config.adaptive is None else self.config.adaptive
+        return adapts(self.config.adaptive, self.model.backend)
 
     def _reason(self, step: Step, stats: Stats, max_tokens: int, stop_ids: frozenset[int]) -> FinishReason | None:
         """Why the decoder yields nothing after ``step``, or None when it goes on."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 
+from pydflash.backend import Backend
 from pydflash.session import width_for
 
-__all__ = ["Costs", "Width"]
+__all__ = ["Costs", "Width", "adapts"]
 
 _REMEMBERED = 8  # cycles; what slows one of them does not count, what slows all of them does
 _STALE = 128  # cycles without one of its width, after which a measurement counts no more
@@ -15,6 +16,11 @@ _STALE = 128  # cycles without one of its width, after which a measurement count
 _FORGETTING = 0.8  # per proposal
 _FADING = 0.9  # per single step
 _BEFORE = (1.8, 2.0)  # accepted tokens, of tokens examined, that are assumed before the first
+
+
+def adapts(asked: bool | None, backend: Backend) -> bool:
+    """Whether proposals are of adaptive length: as asked, else on the CPU only, where every verified row costs time."""
+    return not backend.is_cuda if asked is None else asked
 
 
 class Costs:
@@ -46,7 +52,7 @@ class Costs:
         so it is tried as soon as it might pay. None before any measurement of this or a wider width.
         """
         width = width_for(proposed + 1)
-        known = {w: min(recent) for w, recent in sorted(self._recent.items()) if w >= width and recent}
+        known = {w: min(recent) for w, recent in self._recent.items() if w >= width and recent}
         if not known:
             return None
         next_wider = min(known)
