@@ -18,11 +18,12 @@ import torch
 from torch import nn
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 
+from pydflash.gguf import GGUFFile
 from tools.synth.blocks import TYPES
 from tools.synth.writer import Tensor, Value, write_gguf
 from tools.tiny import kquants
 from tools.tiny.draft import DraftConfig
-from tools.tiny.vocabulary import CHAT_TEMPLATE, Vocabulary
+from tools.tiny.vocabulary import CHAT_TEMPLATE, Vocabulary, build
 
 Array = npt.NDArray[np.float32]
 Transform = Callable[[Array], Array]
@@ -246,6 +247,28 @@ def chunks_of(raw: kquants.Bytes) -> Callable[[], list[memoryview]]:
     return lambda: [memoryview(np.ascontiguousarray(raw).reshape(-1))]
 
 
+def load_rounded(model: nn.Module, entries: list[Entry], values: Callable[[Entry], Array]) -> None:
+    """Load `values`, which has the shapes of the file, into the parameters of `model`."""
+    rounded = {e.source: np.ascontiguousarray(e.decode(values(e)), dtype=np.float32) for e in entries}
+    model.load_state_dict({source: torch.from_numpy(value) for source, value in rounded.items()})
+
+
+def read_model(file: GGUFFile, model: nn.Module, entries: list[Entry]) -> None:
+    """Load the weights of `file`, which `write_model` wrote, into `model`."""
+
+    def values(entry: Entry) -> Array:
+        info = file.tensors[entry.name]
+        if info.type.name != entry.kind:
+            raise ValueError(f"{file.path}: tensor {entry.name!r} is {info.type.name}, not {entry.kind}")
+        return kquants.dequantize(file.data(entry.name).reshape(*info.shape[:-1], -1), entry.kind)
+
+    load_rounded(model, entries, values)
+
+
+def read_vocabulary(file: GGUFFile) -> Vocabulary:
+    return build(file.require("tokenizer.ggml.tokens", list), file.require("tokenizer.ggml.merges", list))
+
+
 def write_model(path: Path, model: nn.Module, entries: list[Entry], metadata: dict[str, Value]) -> dict[str, object]:
     """Write `model` to `path` and load the rounded weights back into it. Returns size, tensor count and errors.
 
@@ -263,9 +286,9 @@ def write_model(path: Path, model: nn.Module, entries: list[Entry], metadata: di
         back = kquants.dequantize(raw, entry.kind)
         error = np.linalg.norm(back - values) / (np.linalg.norm(values) + 1e-12)
         change.setdefault(entry.kind, []).append(float(error))
-        rounded[entry.source] = torch.from_numpy(np.ascontiguousarray(entry.decode(back), dtype=np.float32))
+        rounded[entry.name] = back
         tensors.append(Tensor(entry.name, values.shape, TYPES[entry.kind.lower()], chunks_of(raw)))
     size = write_gguf(path, metadata, tensors)
-    model.load_state_dict(rounded)
+    load_rounded(model, entries, lambda entry: rounded[entry.name])
     rounding = {kind: float(np.mean(values)) for kind, values in sorted(change.items())}
     return {"bytes": size, "tensors": len(tensors), "rounding": rounding}

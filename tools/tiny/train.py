@@ -1,4 +1,5 @@
 """Train the tiny pair from nothing and write everything that ships: `python3 -m tools.tiny.train --out DIR`.
+With `--target FILE`, train a new draft for a target of an earlier run.
 
 Stages, each bounded by wall time: read the corpus, learn the vocabulary, train the target, write it (from here on the
 target *is* the rounded weights of the file), let it continue training prompts, train the draft on what it wrote, write
@@ -15,6 +16,7 @@ import platform
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +24,14 @@ import transformers
 from torch import Tensor
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForCausalLM
 
+from pydflash.gguf import GGUFFile
 from tools.tiny import corpus, export, reference, speculate, target, templates, vocabulary
 from tools.tiny.draft import Draft, DraftConfig, Pool, observed, train_draft
 
 # What the target reads; the rest of the windows is generated text.
 TARGET_SHARES = corpus.Shares(source=0.17, recall=0.10, chat=0.05)
 # What the draft trains on: more library source, where it misses most and so takes the most steps.
-DRAFT_SHARES = corpus.Shares(source=0.35, recall=0.05, chat=0.05)
+DRAFT_SHARES = corpus.Shares(source=0.45, recall=0.05, chat=0.05)
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,10 @@ class Settings:
     draft_batch: int = 48
     draft_anchors: int = 64
     # (rows, prompt tokens, new tokens) of each pool of text that the target writes for the draft
-    pools: tuple[tuple[int, int, int], ...] = ((4096, 64, 320), (4096, 128, 320), (1024, 512, 288))
-    pool_share: float = 0.3  # of the draft's time, at most, for writing them
-    text_pool: tuple[int, int] = (4096, 512)  # (rows, tokens) of training text that the draft sees as well
+    # Texts of two lengths in all: training is compiled once for each.
+    pools: tuple[tuple[int, int, int], ...] = ((6144, 64, 384), (6144, 128, 320), (1536, 512, 288))
+    pool_share: float = 0.4  # of the draft's time, at most, for writing them
+    text_pool: tuple[int, int] = (6144, 448)  # (rows, tokens) of training text that the draft sees as well
     sampled_share: float = 0.25  # rows written at temperature 0.7 instead of greedily
     eval_batch: int = 16
     eval_rounds: int = 4
@@ -112,15 +116,17 @@ class Text:
         return [self.vocabulary.encode(p.text) for p in self.prompts[first : first + count]]
 
 
-def prepare_text(root: Path | None, settings: Settings, out: Path, journal: Journal) -> Text:
+def prepare_text(
+    root: Path | None, settings: Settings, known: vocabulary.Vocabulary | None, out: Path, journal: Journal
+) -> Text:
+    """Read and tokenise the corpus, with the vocabulary of an earlier run if it is `known`."""
     files = corpus.read_library(root)[:: settings.every_nth_file]
     training = [f for f in files if not f.held_out]
     journal.record(
         corpus_files=len(files), corpus_bytes=sum(len(f.text) for f in files), corpus_sha256=corpus.fingerprint(files)
     )
-    sample = corpus.generated_texts(settings.seed, sum(len(f.text) for f in training))
-    learned = vocabulary.train(itertools.chain((f.text for f in training), sample), settings.vocab_size)
-    journal.line("vocabulary learned")
+    learned = known or learn_vocabulary(training, settings)
+    journal.line("vocabulary ready")
     mixture = corpus.Mixture(
         training,
         learned,
@@ -142,6 +148,11 @@ def prepare_text(root: Path | None, settings: Settings, out: Path, journal: Jour
         held_out_tokens={k: len(ids) for k, ids in held_out.items()},
     )
     return Text(learned, mixture, held_out, prompts, recalls)
+
+
+def learn_vocabulary(training: list[corpus.SourceFile], settings: Settings) -> vocabulary.Vocabulary:
+    sample = corpus.generated_texts(settings.seed, sum(len(f.text) for f in training))
+    return vocabulary.train(itertools.chain((f.text for f in training), sample), settings.vocab_size)
 
 
 # --------------------------------------------------------------------------------------------------------- target
@@ -200,14 +211,24 @@ def make_target(
     return model
 
 
+def load_target(file: GGUFFile, vocab_size: int, device: torch.device) -> Qwen3_5ForCausalLM:
+    """The target of an earlier run, with the rounded weights of its file."""
+    model = target.build_target(vocab_size, device)
+    export.read_model(file, model, export.target_entries(model.config))
+    return model.eval()
+
+
 # ---------------------------------------------------------------------------------------------------------- draft
-def write_pools(
-    model: Qwen3_5ForCausalLM, layers: list[int], text: Text, settings: Settings, seconds: float, journal: Journal
-) -> list[Pool]:
-    """Text written by the target after training prompts, what the draft will have to predict, and training text."""
+def written_texts(
+    model: Qwen3_5ForCausalLM, text: Text, settings: Settings, seconds: float, journal: Journal
+) -> list[tuple[Tensor, int]]:
+    """Text that the target writes after training prompts, what the draft will have to predict, and training text.
+
+    For each pool: token ids (rows, tokens) and where the written part begins.
+    """
     device = next(model.parameters()).device
     rng = np.random.default_rng(settings.seed + 1)
-    pools = []
+    texts = []
     for n, (rows, prompt_length, new_tokens) in enumerate(settings.pools):
         prompts = text.mixture.prompts(rng, settings.draft_shares, rows, prompt_length)
         temperature = torch.from_numpy(rng.random(rows) < settings.sampled_share).to(device) * 0.7
@@ -220,16 +241,27 @@ def write_pools(
                 seconds=seconds / len(settings.pools),
                 seed=settings.seed + n,
             )
-        pools.append(observed(model, ids, prompt_length - 1, layers))
+        texts.append((ids, prompt_length - 1))
         journal.line(f"target wrote {rows} x {ids.shape[1] - prompt_length} tokens after {prompt_length}")
-    for sample in pools[0].ids[:3].tolist():
+    for sample in texts[0][0][:3].tolist():
         journal.line("a sample:\n" + text.vocabulary.decode(sample))
     rows, length = settings.text_pool
     windows = text.mixture.windows(rng, settings.draft_shares, rows, length - 1)
-    pools.append(observed(model, torch.from_numpy(windows).to(device), 0, layers))
-    agreement = {f"{n}": round(float(agree(pool)), 4) for n, pool in enumerate(pools)}
-    journal.record(pool_tokens=[pool.ids.numel() for pool in pools], pool_agreement=agreement)
-    return pools
+    return [*texts, (torch.from_numpy(windows).to(device), 0)]
+
+
+def save_texts(path: Path, texts: list[tuple[Tensor, int]]) -> None:
+    arrays: dict[str, Any] = {}
+    for n, (ids, first) in enumerate(texts):
+        arrays |= {f"ids_{n}": ids.cpu().numpy().astype(np.uint16), f"first_{n}": first}
+    np.savez_compressed(path, **arrays)
+
+
+def read_texts(path: Path, device: torch.device) -> list[tuple[Tensor, int]]:
+    with np.load(path) as file:
+        count = len(file.files) // 2
+        ids = [torch.from_numpy(file[f"ids_{n}"].astype(np.int64)).to(device) for n in range(count)]
+        return [(ids[n], int(file[f"first_{n}"])) for n in range(count)]
 
 
 def agree(pool: Pool) -> Tensor:
@@ -238,16 +270,32 @@ def agree(pool: Pool) -> Tensor:
 
 
 def make_draft(
-    model: Qwen3_5ForCausalLM, text: Text, settings: Settings, seconds: float, out: Path, journal: Journal
+    model: Qwen3_5ForCausalLM,
+    text: Text,
+    settings: Settings,
+    seconds: float,
+    earlier: list[Path],
+    out: Path,
+    journal: Journal,
 ) -> Draft:
-    """Train, measure and write the draft; returns it with the rounded weights of the file."""
+    """Train, measure and write the draft; returns it with the rounded weights of the file.
+
+    It learns from the texts of `earlier` runs, or else from new ones.
+    """
     device = next(model.parameters()).device
     taps = target.target_layer_ids(model.config.num_hidden_layers)
     config = DraftConfig(target_layer_ids=tuple(taps), mask_token_id=text.vocabulary.id("<|mask|>"))
     draft = Draft(config).to(device)
     start = time.monotonic()
     torch.set_float32_matmul_precision("high")
-    pools = write_pools(model, taps, text, settings, seconds * settings.pool_share, journal)
+    texts = [t for path in earlier for t in read_texts(path, device)]
+    if not earlier:
+        texts = written_texts(model, text, settings, seconds * settings.pool_share, journal)
+        save_texts(out / "texts.npz", texts)
+    pools = [observed(model, ids, first, taps) for ids, first in texts]
+    journal.record(
+        pool_tokens=[pool.ids.numel() for pool in pools], pool_agreement=[round(float(agree(p)), 4) for p in pools]
+    )
     totals = train_draft(
         draft,
         model,
@@ -306,6 +354,8 @@ def write_draft_reference(model: Qwen3_5ForCausalLM, draft: Draft, text: Text, s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
+    parser.add_argument("--target", type=Path, help="the target's file, if only a draft is to be trained")
+    parser.add_argument("--texts", type=Path, action="append", default=[], help="a texts.npz of an earlier run")
     parser.add_argument("--minutes-target", type=float, default=4.0, help="wall time for training the target")
     parser.add_argument("--minutes-draft", type=float, default=3.0, help="the same for the draft and its text")
     parser.add_argument("--target-steps", type=int, help="stop the target after this many steps")
@@ -324,20 +374,27 @@ def main() -> None:
     )
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
-    journal = Journal(args.out / "train_log.json")
-    text = prepare_text(args.corpus, settings, args.out, journal)  # forks, so it comes before any use of the device
+    journal = Journal(args.out / ("draft_log.json" if args.target else "train_log.json"))
+    file = GGUFFile.open(args.target) if args.target else None
+    known = export.read_vocabulary(file) if file else None
+    # Preparing the text forks, so it comes before any use of the device.
+    text = prepare_text(args.corpus, settings, known, args.out, journal)
     device = torch.device(args.device)
     journal.record(
         settings=asdict(settings),
-        minutes_target=args.minutes_target,
+        minutes_target=0 if file else args.minutes_target,
         minutes_draft=args.minutes_draft,
         python=platform.python_version(),
         torch=torch.__version__,
         transformers=transformers.__version__,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     )
-    model = make_target(text, settings, 60 * args.minutes_target, device, args.out, journal)
-    draft = make_draft(model, text, settings, 60 * args.minutes_draft, args.out, journal)
+    if file:
+        model = load_target(file, len(text.vocabulary.tokens), device)
+        journal.record(target_digest=file.full_digest(), target_rounded=evaluate_target(model, text, settings))
+    else:
+        model = make_target(text, settings, 60 * args.minutes_target, device, args.out, journal)
+    draft = make_draft(model, text, settings, 60 * args.minutes_draft, args.texts, args.out, journal)
     journal.record(tiny_draft_bytes=write_draft_reference(model, draft, text, settings, args.out))
     sizes = {path.name: path.stat().st_size for path in sorted(args.out.iterdir())}
     journal.record(files=sizes)
