@@ -29,7 +29,7 @@ class DraftConfig:
     kv_heads: int = 1
     head_dim: int = 128
     feed_forward: int = 768
-    sliding: tuple[bool, ...] = (True, True, True, False)
+    sliding: tuple[bool, ...] = (True, True, False)
     window: int = 64
     block: int = 16
     rope_theta: float = 1e7

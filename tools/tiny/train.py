@@ -39,6 +39,7 @@ class Settings:
     """Everything that decides the result, apart from the corpus, the machine and the number of steps in the time."""
 
     seed: int = 20_26
+    text_seed: int = 20_26  # of what the target writes for the draft
     vocab_size: int = 2048
     every_nth_file: int = 1
     target_shares: corpus.Shares = TARGET_SHARES
@@ -227,7 +228,7 @@ def written_texts(
     For each pool: token ids (rows, tokens) and where the written part begins.
     """
     device = next(model.parameters()).device
-    rng = np.random.default_rng(settings.seed + 1)
+    rng = np.random.default_rng(settings.text_seed + 1)
     texts = []
     for n, (rows, prompt_length, new_tokens) in enumerate(settings.pools):
         prompts = text.mixture.prompts(rng, settings.draft_shares, rows, prompt_length)
@@ -239,7 +240,7 @@ def written_texts(
                 new_tokens,
                 temperature=temperature,
                 seconds=seconds / len(settings.pools),
-                seed=settings.seed + n,
+                seed=settings.text_seed + n,
             )
         texts.append((ids, prompt_length - 1))
         journal.line(f"target wrote {rows} x {ids.shape[1] - prompt_length} tokens after {prompt_length}")
@@ -356,6 +357,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
     parser.add_argument("--target", type=Path, help="the target's file, if only a draft is to be trained")
     parser.add_argument("--texts", type=Path, action="append", default=[], help="a texts.npz of an earlier run")
+    parser.add_argument("--text-seed", type=int, default=Settings.text_seed, help="of new texts for the draft")
     parser.add_argument("--minutes-target", type=float, default=4.0, help="wall time for training the target")
     parser.add_argument("--minutes-draft", type=float, default=3.0, help="the same for the draft and its text")
     parser.add_argument("--target-steps", type=int, help="stop the target after this many steps")
@@ -366,7 +368,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a few small steps only: does everything run?")
     args = parser.parse_args()
 
-    settings = replace(SMOKE if args.smoke else Settings(), seed=args.seed)
+    settings = replace(SMOKE if args.smoke else Settings(), seed=args.seed, text_seed=args.text_seed)
     settings = replace(
         settings,
         max_target_steps=args.target_steps or settings.max_target_steps,
