@@ -149,8 +149,10 @@ class DraftSession:
     def propose(self, anchor: int, count: int | None = None) -> Proposal:
         """Propose ``count`` tokens (default: the whole block) after ``anchor``, the last token, not yet forwarded.
 
-        The result is what ``Session.forward`` takes: 1 + count tokens on the device. Raises StateError when the draft's
-        context is not the target's, ShapeError for a token outside the vocabulary or a count outside 1..block_size - 1.
+        The result is what ``Session.forward`` takes: 1 + count tokens on the device. On a CPU a short proposal comes
+        from a short block, so its tokens may differ from the first ones of a longer proposal. Raises StateError when
+        the draft's context is not the target's, ShapeError for a token outside the vocabulary or a count outside
+        1..block_size - 1.
         """
         self._check_open()
         limit = self.block - 1
@@ -168,14 +170,15 @@ class DraftSession:
                 "commit and keep first"
             )
         start = self.length
-        graph = self._graph("propose", self._full_span(start + self.block))
-        graph.write(self._block_inputs(anchor, start))
+        rows = self._rows(count)
+        graph = self._graph(("propose", rows, self._full_span(start + rows)))
+        graph.write(self._block_inputs(anchor, start, rows))
         graph.graph.run()
         self._kept, self._last = 0, graph
         return Proposal(self._proposal["tokens"], count + 1, self.draft.target.backend)
 
     def logits(self) -> npt.NDArray[np.float32]:
-        """(block_size, vocab) logits of the last proposal; row 0, the anchor's, means nothing. StateError before the
+        """(rows, vocab) logits of the last proposal's block; row 0, the anchor's, means nothing. StateError before the
         first."""
         if self._last is None or self._last.logits is None:
             raise StateError("logits: nothing was proposed yet")
@@ -220,13 +223,13 @@ class DraftSession:
             held[rows[lost:count]] = positions[lost:]
         return inputs.reshape(-1)
 
-    def _block_inputs(self, anchor: int, start: int) -> npt.NDArray[np.int32]:
-        """All inputs of a propose graph, in the order in which it slices them."""
-        inputs = np.empty((3 + len(self._held), self.block), np.int32)
+    def _block_inputs(self, anchor: int, start: int, block: int) -> npt.NDArray[np.int32]:
+        """All inputs of a propose graph of ``block`` rows, in the order in which it slices them."""
+        inputs = np.empty((3 + len(self._held), block), np.int32)
         tokens, positions, ends, *rows = inputs
         tokens[0], tokens[1:] = anchor, self.draft.config.mask_token_id
-        positions[:] = np.arange(start, start + self.block)
-        ends[:] = start + self.block - 1
+        positions[:] = np.arange(start, start + block)
+        ends[:] = start + block - 1
         parts = [self._inject_inputs(self._kept, start - self._kept, ops.EXACT_ROWS), inputs.reshape(-1)]
         for window, ring_rows, ring in zip(self.cache.windows, rows, self._held):
             np.remainder(positions, len(ring), out=ring_rows)
@@ -238,7 +241,7 @@ class DraftSession:
 
     def _inject(self, count: int, start: int) -> None:
         width = width_for(count)
-        graph = self._graph("inject", width)
+        graph = self._graph(("inject", width))
         graph.write(self._inject_inputs(count, start, width))
         graph.graph.run()
 
@@ -248,10 +251,15 @@ class DraftSession:
         """Slots of the full ring that a graph spans: a power of two, so that graphs are few."""
         return max(256, 1 << (needed - 1).bit_length())
 
-    def _graph(self, kind: str, size: int) -> _DraftGraph:
-        key = (kind, size)
+    def _rows(self, count: int) -> int:
+        """Rows of the block that proposes ``count`` tokens: the whole block, or what holds them on a CPU, where every
+        row costs time. Masks behind a token hardly change its proposal (docs/log.md)."""
+        return self.block if self.draft.target.backend.is_cuda else min(self.block, width_for(count + 1))
+
+    def _graph(self, key: tuple[Any, ...]) -> _DraftGraph:
         if key not in self._graphs:
-            self._graphs[key] = self._build_inject(size) if kind == "inject" else self._build_propose(size)
+            kind, *size = key
+            self._graphs[key] = self._build_inject(*size) if kind == "inject" else self._build_propose(*size)
         return self._graphs[key]
 
     def _injection(self, graph: Graph, inputs: Tensor, width: int) -> int:
@@ -270,8 +278,8 @@ class DraftSession:
         graph.finish()
         return _DraftGraph(graph, inputs)
 
-    def _build_propose(self, full_span: int) -> _DraftGraph:
-        graph, T, rings = Graph(self.draft.target.backend), self.block, len(self._held)
+    def _build_propose(self, T: int, full_span: int) -> _DraftGraph:
+        graph, rings = Graph(self.draft.target.backend), len(self._held)
         spans = [c if w else min(c, full_span) for c, w in zip(self.cache.capacities, self.cache.windows)]
         ring_words = [span if window else 0 for span, window in zip(spans, self.cache.windows)]
         total = (2 + rings) * ops.EXACT_ROWS + (3 + rings) * T + sum(ring_words)

@@ -138,8 +138,29 @@ def test_proposing_again_gives_the_same_bits(pair_of: PairOf) -> None:
         first = draft.logits()
         draft.propose(6)
         assert not np.array_equal(draft.logits(), first)
-        draft.propose(5, 3)
+        draft.propose(5)
         assert np.array_equal(draft.logits(), first)
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, 2), (2, 4), (3, 4), (7, 8), (8, 16)])
+def test_a_short_proposal_comes_from_a_short_block_on_a_cpu(pair_of: PairOf, count: int, rows: int) -> None:
+    """On CUDA it comes from the whole block. Either way as the algorithm has it, and nothing of it is left behind."""
+    pair = pair_of(layers=3, window=24)
+    tokens = tokens_for(pair, 40)
+    oracle = DraftReference(pair.draft_path, pair.target_path)
+    features = oracle_features(pair, tokens, oracle)
+    session, draft = pair.open()
+    with session, draft:
+        fill(session, draft, tokens, 16)
+        for _ in range(2):
+            proposal = draft.propose(5, count)
+            got = draft.logits()
+            assert len(proposal) == count + 1
+            assert len(got) == (16 if pair.model.backend.is_cuda else rows)
+            assert cosine(got[1:], oracle.propose_logits(features, 5, 40, len(got))[1:]) >= COSINE
+            assert proposal.ids[1:].tolist() == got[1 : count + 1].argmax(axis=1).tolist()
+            draft.propose(5)
+            assert cosine(draft.logits()[1:], oracle.propose_logits(features, 5, 40, 16)[1:]) >= COSINE
 
 
 def test_the_override_of_causality_reaches_every_layer(pair_of: PairOf) -> None:
