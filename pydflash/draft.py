@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,6 @@ class DraftSession:
         self.cache = DraftCache(backend, draft.config, target.max_context + self.block, fused=target.cache.path.fused)
         self._proposal = Arena(backend, {"tokens": ((ops.EXACT_ROWS,), GGMLType.I32)}, "a proposal")
         self._graphs: dict[tuple[Any, ...], _DraftGraph] = {}
-        self._held = [np.full(c, -1, np.int32) for c in self.cache.capacities]  # position that each slot holds
         self.length = 0
         self.costs = Costs()
         self._last: _DraftGraph | None = None
@@ -140,8 +140,6 @@ class DraftSession:
     def reset(self) -> None:
         """Back to an empty context, together with the target's reset."""
         self._check_open()
-        for held in self._held:
-            held.fill(-1)
         self.length = self._kept = 0
 
     # --- proposals --------------------------------------------------------------------------------------------------
@@ -169,11 +167,11 @@ class DraftSession:
                 f"the target {self.target.length} and {self.target.pending} pending; "
                 "commit and keep first"
             )
-        start = self.length
         rows = self._rows(count)
-        graph = self._graph(("propose", rows, self._full_span(start + rows)))
-        graph.write(self._block_inputs(anchor, start, rows))
-        graph.graph.run()
+        graph = self._graph(("propose", rows, self._full_span(self.length + rows)))
+        self._set_context(graph, self._kept, self.length - self._kept)
+        self._set_block(graph, anchor, self.length)
+        graph.run()
         self._kept, self._last = 0, graph
         return Proposal(self._proposal["tokens"], count + 1, self.draft.target.backend)
 
@@ -207,43 +205,38 @@ class DraftSession:
         if self.closed:
             raise SessionClosed("this draft session was closed; open a new one")
 
-    def _inject_inputs(self, count: int, start: int, width: int) -> npt.NDArray[np.int32]:
-        """Positions, the target's feature rows, then table rows per ring, of ``count`` positions from ``start``; what
-        pads them to ``width`` falls into the padding row, and so do positions that later ones overwrite."""
-        inputs = np.empty((2 + len(self._held), width), np.int32)
-        positions = inputs[0, :count]
-        positions[:] = np.arange(start, start + count)
-        inputs[0, count:] = -1
-        np.remainder(positions, self.target.chunk, out=inputs[1, :count])
-        inputs[1, count:] = self.target.chunk
-        for rows, held in zip(inputs[2:], self._held):
-            lost = max(count - len(held), 0)
-            np.remainder(positions, len(held), out=rows[:count])
-            rows[:lost] = rows[count:] = len(held)
-            held[rows[lost:count]] = positions[lost:]
-        return inputs.reshape(-1)
+    def _set_context(self, graph: _DraftGraph, count: int, start: int) -> None:
+        """Inputs that inject ``count`` positions from ``start``: positions, rows of the target's features, then table
+        rows per ring. Padding falls into padding rows, and so do positions that later ones of the injection
+        overwrite."""
+        positions, features, *rings = graph.context
+        positions[:count] = np.arange(start, start + count)
+        positions[count:] = -1
+        np.remainder(positions, self.target.chunk, out=features)
+        features[count:] = self.target.chunk
+        for rows, capacity in zip(rings, self.cache.capacities):
+            np.remainder(positions, capacity, out=rows)
+            rows[count:] = rows[: max(count - capacity, 0)] = capacity
 
-    def _block_inputs(self, anchor: int, start: int, block: int) -> npt.NDArray[np.int32]:
-        """All inputs of a propose graph of ``block`` rows, in the order in which it slices them."""
-        inputs = np.empty((3 + len(self._held), block), np.int32)
-        tokens, positions, ends, *rows = inputs
-        tokens[0], tokens[1:] = anchor, self.draft.config.mask_token_id
-        positions[:] = np.arange(start, start + block)
-        ends[:] = start + block - 1
-        parts = [self._inject_inputs(self._kept, start - self._kept, ops.EXACT_ROWS), inputs.reshape(-1)]
-        for window, ring_rows, ring in zip(self.cache.windows, rows, self._held):
-            np.remainder(positions, len(ring), out=ring_rows)
-            if window:
-                held = ring.copy()
-                held[ring_rows] = positions
-                parts.append(held)
-        return np.concatenate(parts)
+    def _set_block(self, graph: _DraftGraph, anchor: int, start: int) -> None:
+        """Inputs of the block [anchor, MASK, ...] that begins at position ``start``."""
+        tokens, positions, ends, *rings = graph.block
+        last = start + len(positions) - 1
+        tokens[0] = anchor
+        positions[:] = np.arange(start, last + 1)
+        ends.fill(last)
+        for rows, capacity, held in zip(rings, self.cache.capacities, graph.held):
+            np.remainder(positions, capacity, out=rows)
+            if held is not None:
+                # A slot holds the last position up to the block's end that falls into it; negative: none yet.
+                np.subtract(last, np.arange(capacity), out=held)
+                held %= capacity
+                np.subtract(last, held, out=held)
 
     def _inject(self, count: int, start: int) -> None:
-        width = width_for(count)
-        graph = self._graph(("inject", width))
-        graph.write(self._inject_inputs(count, start, width))
-        graph.graph.run()
+        graph = self._graph(("inject", width_for(count)))
+        self._set_context(graph, count, start)
+        graph.run()
 
     # --- graphs -----------------------------------------------------------------------------------------------------
 
@@ -264,7 +257,7 @@ class DraftSession:
 
     def _injection(self, graph: Graph, inputs: Tensor, width: int) -> int:
         """Nodes that inject ``width`` feature rows; returns how many input words they take."""
-        rings = len(self._held)
+        rings = len(self.cache.capacities)
         positions, places, *words = (inputs.slice(0, i * width, (i + 1) * width) for i in range(2 + rings))
         kept, taps, hidden = self.target.features.shape
         features = ops.get_rows(self.target.features.within(graph).reshape(kept, taps * hidden), places)
@@ -273,13 +266,13 @@ class DraftSession:
 
     def _build_inject(self, width: int) -> _DraftGraph:
         graph = Graph(self.draft.target.backend)
-        inputs = graph.input(((2 + len(self._held)) * width,), GGMLType.I32)
+        inputs = graph.input(((2 + len(self.cache.capacities)) * width,), GGMLType.I32)
         self._injection(graph, inputs, width)
         graph.finish()
-        return _DraftGraph(graph, inputs)
+        return _DraftGraph(graph, inputs, width, len(self.cache.capacities))
 
     def _build_propose(self, T: int, full_span: int) -> _DraftGraph:
-        graph, rings = Graph(self.draft.target.backend), len(self._held)
+        graph, rings = Graph(self.draft.target.backend), len(self.cache.capacities)
         spans = [c if w else min(c, full_span) for c, w in zip(self.cache.capacities, self.cache.windows)]
         ring_words = [span if window else 0 for span, window in zip(spans, self.cache.windows)]
         total = (2 + rings) * ops.EXACT_ROWS + (3 + rings) * T + sum(ring_words)
@@ -303,14 +296,34 @@ class DraftSession:
         graph.effect(ops.copy_into(proposal.slice(0, 0, 1), tokens.slice(0, 0, 1)))
         graph.effect(ops.copy_into(proposal.slice(0, 1, T), ids.slice(0, 1, T)))
         graph.finish()
-        return _DraftGraph(graph, inputs, logits)
+        propose = _DraftGraph(graph, inputs, ops.EXACT_ROWS, rings, T, ring_words, logits)
+        propose.block[0].fill(self.draft.config.mask_token_id)
+        return propose
 
 
 class _DraftGraph:
-    """A persistent graph with one block of int32 inputs."""
+    """A persistent graph and its inputs, which are written in one piece. Each is a list of rows of int32.
 
-    def __init__(self, graph: Graph, inputs: Tensor, logits: Tensor | None = None) -> None:
+    ``context`` (2 + rings, width): what is injected. Of a proposal also ``block`` (3 + rings, rows) and ``held``: per
+    ring, the position that each slot holds, or None for a ring that is as long as the context.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        inputs: Tensor,
+        width: int,
+        rings: int,
+        rows: int = 0,
+        held: Sequence[int] = (),
+        logits: Tensor | None = None,
+    ) -> None:
         self.graph, self.inputs, self.logits = graph, inputs, logits
+        self._values = np.zeros(inputs.shape, np.int32)
+        context, block, *slots = np.split(self._values, np.cumsum([(2 + rings) * width, (3 + rings) * rows, *held]))
+        self.context, self.block = list(context.reshape(-1, width)), list(block.reshape(3 + rings, rows))
+        self.held = [values if words else None for values, words in zip(slots, held)]
 
-    def write(self, values: npt.NDArray[np.int32]) -> None:
-        self.graph.backend.write(self.inputs, values)
+    def run(self) -> None:
+        self.graph.backend.write(self.inputs, self._values)
+        self.graph.run()
