@@ -112,7 +112,7 @@ def autoregressive(
             return
         begin = time.perf_counter()
         output = session.forward([token])
-        token = _draw(output, 0, sampler, history)
+        token = next(_draws(output, sampler, history))
         session.commit(1)
         history.append(token)
         stats.record(0, 0)
@@ -209,7 +209,7 @@ def _prefill(
         if draft is not None:
             draft.keep(len(chunk))
         if last:
-            token = _draw(output, 0, sampler, history)
+            token = next(_draws(output, sampler, history))
         elif by_chunk:
             session.model.backend.synchronize()
         stats.prompt_tokens += len(chunk)
@@ -221,20 +221,25 @@ def _prefill(
     return token
 
 
-def _draw(output: Output, row: int, sampler: Sampler, history: Sequence[int]) -> int:
-    """The target's own token at ``row``, after ``history``."""
-    return sampler.draw(output.logits[row], history) if sampler.needs_logits else int(output.argmax[row])
+def _draws(output: Output, sampler: Sampler, history: Sequence[int]) -> Iterator[int]:
+    """The target's own token at each row, after ``history`` and those that it drew at the rows before."""
+    if not sampler.needs_logits:
+        yield from output.argmax.tolist()
+        return
+    for row in output.logits:
+        token = sampler.draw(row, history)
+        yield token
+        history = [*history, token]
 
 
-def _accept(proposal: Proposal | None, output: Output, sampler: Sampler, history: list[int]) -> list[int]:
+def _accept(proposal: Proposal | None, output: Output, sampler: Sampler, history: Sequence[int]) -> list[int]:
     """The target's tokens row by row, as long as the proposal agrees; the last one is the bonus token."""
-    proposed = [] if proposal is None else proposal.ids[1:].tolist()
-    tokens: list[int] = []
-    for row in range(len(proposed) + 1):
-        tokens.append(_draw(output, row, sampler, history + tokens if sampler.needs_logits else ()))
-        if row == len(proposed) or tokens[-1] != proposed[row]:
-            break
-    return tokens
+    draws, tokens = _draws(output, sampler, history), []
+    for proposed in [] if proposal is None else proposal.ids[1:].tolist():
+        tokens.append(next(draws))
+        if tokens[-1] != proposed:
+            return tokens
+    return [*tokens, next(draws)]
 
 
 def _cut(tokens: list[int], max_tokens: int | None, before: int, stop_ids: frozenset[int]) -> list[int]:
