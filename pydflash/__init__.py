@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pydflash.models import Model, load_model
     from pydflash.sampling import Sampler, SamplingParams
     from pydflash.session import Session
+    from pydflash.snapshot import Snapshot
 
 __version__ = "0.1.0"
 
@@ -63,6 +64,7 @@ __all__ = [
     "Session",
     "SessionClosed",
     "ShapeError",
+    "Snapshot",
     "SnapshotMismatch",
     "StateError",
     "Stats",
@@ -83,6 +85,7 @@ _HOMES = {
     "models": ("Model", "load_model"),
     "sampling": ("Sampler", "SamplingParams"),
     "session": ("Session",),
+    "snapshot": ("Snapshot",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pydflash.graph import Graph
 from pydflash.models import Model
 from pydflash.models.dflash import DFlash, DraftConfig, tensor_names
 from pydflash.session import Proposal, Session, width_for
+from pydflash.snapshot import FORMAT, DraftFingerprint, Snapshot, check_fingerprint, host_arrays
 from pydflash.state import DraftCache, DraftInputs
 from pydflash.tensor import Tensor
 from pydflash.weights import Progress, Weights, find_tensors
@@ -32,6 +34,11 @@ class Draft:
     def __init__(self, file: GGUFFile, target: Model, config: DraftConfig, weights: Weights, network: DFlash) -> None:
         self.file, self.target, self.config, self.weights, self.network = file, target, config, weights, network
         self.path = file.path
+
+    @cached_property
+    def digest(self) -> str:
+        """:meth:`GGUFFile.fingerprint_digest` of the file: what a snapshot knows the draft by."""
+        return self.file.fingerprint_digest()
 
     def close(self) -> None:
         """Free the weights. Safe to call twice."""
@@ -101,6 +108,7 @@ class DraftSession:
         self.costs = Costs()
         self._last: _DraftGraph | None = None
         self._kept = 0  # rows of the target's features that the next proposal injects
+        self._sequence = ""  # the target's text that the context is of
         self.closed = False
 
     # --- the context ------------------------------------------------------------------------------------------------
@@ -113,6 +121,7 @@ class DraftSession:
         taken the place of rows that waited.
         """
         self._check_open()
+        self._check_follows()
         if self.length + n != self.target.length:
             raise StateError(
                 f"keep({n}): the draft holds {self.length} positions and the target {self.target.length}; "
@@ -133,7 +142,9 @@ class DraftSession:
 
     def flush(self) -> None:
         """Inject rows that wait, without proposing: before a target forward of more than 16 rows."""
+        self._check_open()
         if self._kept:
+            self._check_follows()
             self._inject(self._kept, self.length - self._kept)
             self._kept = 0
 
@@ -141,6 +152,70 @@ class DraftSession:
         """Back to an empty context, together with the target's reset."""
         self._check_open()
         self.length = self._kept = 0
+
+    # --- snapshots --------------------------------------------------------------------------------------------------
+
+    @property
+    def fingerprint(self) -> DraftFingerprint:
+        """Everything that decides what the bytes of a snapshot mean."""
+        config = self.draft.config
+        return DraftFingerprint(
+            format=FORMAT,
+            model=self.draft.target.digest,
+            draft=self.draft.digest,
+            taps=config.taps,
+            windows=config.windows,
+            causal=config.causal,
+            rope_base=config.rope_base,
+            kv_heads=config.kv_heads,
+            head_size=config.head_size,
+        )
+
+    def snapshot(self) -> Snapshot:
+        """The context, copied to the host, to be restored beside a snapshot that the target gives at the same place.
+
+        Rows that wait for the next proposal are injected first, which changes no bit of it. Raises StateError when the
+        context is not that of the target's committed positions, or rows are pending; SessionClosed.
+        """
+        self._check_open()
+        self._check_beside("snapshot")
+        self.flush()
+        fingerprint = self.fingerprint
+        arrays = host_arrays(fingerprint.layout(self.length, 0))
+        for name, tensor, table, slots in self._tables(self.length):
+            self.draft.target.backend.read(tensor, table)
+            np.take(table, slots, axis=0, out=arrays[name])
+        return Snapshot(fingerprint, self.target.sequence, self.length, 0, arrays)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from ``snapshot``, after the target was restored from the one taken at the same place.
+
+        Proposals are then those that the other draft session would make. Raises SnapshotMismatch that names the first
+        field of the fingerprint to differ, StateError when the target is not at that place, SessionClosed; nothing has
+        changed then.
+        """
+        self._check_open()
+        check_fingerprint(snapshot.fingerprint, self.fingerprint)
+        if self.target.pending or not self.target.stands_at(snapshot.place):
+            raise StateError(
+                f"restore: the draft's snapshot belongs to {snapshot.length:,} positions of another text than the "
+                f"{self.target.length:,} of the target (pending: {self.target.pending}); restore the target first, "
+                "from the snapshot taken beside this one"
+            )
+        for name, tensor, table, slots in self._tables(snapshot.length):
+            table[slots] = snapshot.arrays[name]
+            self.draft.target.backend.write(tensor, table)
+        self.draft.target.backend.synchronize()
+        self.length, self._kept, self._sequence = snapshot.length, 0, self.target.sequence
+
+    def _tables(self, length: int) -> Iterator[tuple[str, Tensor, npt.NDArray[np.uint8], npt.NDArray[np.int32]]]:
+        """Of each table: its name, the tensor, a host array for the used beginning of it, and the slots there of the
+        positions that a snapshot of ``length`` holds."""
+        for name in self.cache.arena:
+            tensor, ring = self.cache.arena[name], self.cache.ring_of[int(name.partition(".")[2])]
+            capacity = self.cache.capacities[ring]
+            table = np.zeros((min(length, capacity), tensor.dtype.nbytes(tensor.shape[1])), np.uint8)
+            yield name, tensor, table, _seen(length, self.cache.windows[ring]) % capacity
 
     # --- proposals --------------------------------------------------------------------------------------------------
 
@@ -161,12 +236,7 @@ class DraftSession:
             raise ShapeError(
                 f"propose: token id {anchor} is outside the vocabulary of {self.draft.target.config.vocab} tokens"
             )
-        if self.length != self.target.length or self.target.pending:
-            raise StateError(
-                f"propose: the draft holds {self.length} positions, "
-                f"the target {self.target.length} and {self.target.pending} pending; "
-                "commit and keep first"
-            )
+        self._check_beside("propose")
         rows = self._rows(count)
         graph = self._graph(("propose", rows, self._full_span(self.length + rows)))
         self._set_context(graph, self._kept, self.length - self._kept)
@@ -204,6 +274,28 @@ class DraftSession:
     def _check_open(self) -> None:
         if self.closed:
             raise SessionClosed("this draft session was closed; open a new one")
+        if self.target.closed:
+            raise SessionClosed("the target session of this draft session was closed; open a new pair")
+
+    def _check_follows(self) -> None:
+        """StateError when the target's text is another one than the context's; an empty context is of any new text."""
+        if not self.length and not self.target.origin.length:
+            self._sequence = self.target.sequence
+        if self._sequence != self.target.sequence:
+            raise StateError(
+                "the target session was reset or restored and its draft session was not; "
+                "reset or restore both, the target first"
+            )
+
+    def _check_beside(self, what: str) -> None:
+        """StateError unless the context is that of the target's positions, all of them committed."""
+        self._check_follows()
+        if self.length != self.target.length or self.target.pending:
+            raise StateError(
+                f"{what}: the draft holds {self.length} positions, "
+                f"the target {self.target.length} and {self.target.pending} pending; "
+                "commit and keep first"
+            )
 
     def _set_context(self, graph: _DraftGraph, count: int, start: int) -> None:
         """Inputs that inject ``count`` positions from ``start``: positions, rows of the target's features, then table
@@ -299,6 +391,11 @@ class DraftSession:
         propose = _DraftGraph(graph, inputs, ops.EXACT_ROWS, rings, T, ring_words, logits)
         propose.block[0].fill(self.draft.config.mask_token_id)
         return propose
+
+
+def _seen(length: int, window: int) -> npt.NDArray[np.int32]:
+    """The positions of a context of ``length`` that a layer's ``window`` covers, all for 0."""
+    return np.arange(max(0, length - window) if window else 0, length, dtype=np.int32)
 
 
 class _DraftGraph:

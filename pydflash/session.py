@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +17,7 @@ from pydflash.ggml_types import GGMLType
 from pydflash.graph import Graph
 from pydflash.models import Model
 from pydflash.ops import EXACT_ROWS, argmax, get_rows, set_rows
+from pydflash.snapshot import FORMAT, Fingerprint, Place, Snapshot, check_fingerprint, host_arrays
 from pydflash.state import DeltaState, KVCache, StepInputs, cache_type, check_pair, k_basis, v_basis
 from pydflash.tensor import Tensor
 
@@ -27,6 +29,7 @@ Head = Literal["last", "all", "none"]
 _WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 CHUNKS = tuple(width for width in _WIDTHS if width > EXACT_ROWS)
 """Valid values of ``chunk``."""
+_NOWHERE = Place("", 0)  # where a text that no snapshot began comes from
 _WIDE_GRAPHS_KEPT = 8  # prefill graphs are large; a long prompt uses them in order of their spans
 
 
@@ -115,7 +118,8 @@ class Session:
     ``forward(tokens)`` computes ``len(tokens)`` positions and leaves them pending; ``commit(n)`` keeps the first n of
     them and forgets the rest. At most 16 rows can be kept in part; a wider forward is committed whole.
     ``length``: committed positions. ``pending``: positions computed and not committed. ``capture``: layers whose
-    residual stream is left in ``features`` (rows, layers, hidden) for a draft.
+    residual stream is left in ``features`` (rows, layers, hidden) for a draft. ``sequence``: a name of its own for each
+    text, new after a reset or a restore. ``origin``: the place of the snapshot that the text began with.
     """
 
     def __init__(
@@ -168,6 +172,7 @@ class Session:
         self.serial = 0  # counts steps, so that an Output knows whether it is still valid
         self._replay = 0  # rows of the last step that the next one replays into the delta-net state
         self._whole = False  # the pending rows are in the delta-net state already
+        self._begin(_NOWHERE)
         self.closed = False
 
     @property
@@ -227,6 +232,7 @@ class Session:
         self.delta.arena.clear()
         self.length = self.pending = self._replay = 0
         self._whole = False
+        self._begin(_NOWHERE)
 
     def close(self) -> None:
         """Free the caches and the graphs. Safe to call twice."""
@@ -244,6 +250,79 @@ class Session:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    # --- snapshots --------------------------------------------------------------------------------------------------
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Everything that decides what the bytes of a snapshot mean. A model's first reads a few MiB of its file."""
+        config, cache = self.model.config, self.cache
+        return Fingerprint(
+            format=FORMAT,
+            model=self.model.digest,
+            cache_k=cache.k_type.name.lower(),
+            cache_v=cache.v_type.name.lower(),
+            k_basis=cache.basis.name,
+            v_basis=cache.v_basis.name,
+            rope_base=config.rope_base,
+            rope_dims=config.rope_dims,
+            attention_layers=config.attention_layers,
+            kv_heads=config.kv_heads,
+            head_size=config.head_size,
+            delta_layers=config.delta_layers,
+            k_heads=config.k_heads,
+            v_heads=config.v_heads,
+            state_size=config.state_size,
+            conv_kernel=config.conv_kernel,
+        )
+
+    def snapshot(self) -> Snapshot:
+        """What the session remembers, copied to the host: K and V of the committed positions and the delta-net state.
+
+        Nothing in it is a sampler's or a draft's: see ``Sampler.state`` and ``DraftSession.snapshot``. Raises
+        StateError while rows are pending, SessionClosed.
+        """
+        self._check_open()
+        if self.pending:
+            raise StateError(f"snapshot: {self.pending} positions are pending; commit(n) or commit(0) them first")
+        fingerprint = self.fingerprint
+        arrays = host_arrays(fingerprint.layout(self.length, self._replay))
+        for name, values in arrays.items():
+            self.model.backend.read(self._remembered(name), values)
+        return Snapshot(fingerprint, self.sequence, self.length, self._replay, arrays)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from ``snapshot``, of this or another session or process; the text so far and pending rows are gone.
+
+        What follows has the same bits as if the other session had gone on, on the same kind of device. ``max_context``,
+        ``chunk`` and ``capture`` may differ. A draft session beside this one needs its own snapshot restored next.
+        Raises SnapshotMismatch that names the first field of the fingerprint to differ, ContextFull, SessionClosed; the
+        session is then as it was.
+        """
+        self._check_open()
+        check_fingerprint(snapshot.fingerprint, self.fingerprint)
+        if snapshot.length > self.max_context:
+            raise ContextFull(
+                f"restore: the snapshot holds {snapshot.length:,} positions and this session {self.max_context:,} at "
+                f"most; open it with max_context >= {snapshot.length:,}"
+            )
+        for name, values in snapshot.arrays.items():
+            self.model.backend.write(self._remembered(name), values)
+        self.model.backend.synchronize()
+        self.length, self._replay = snapshot.length, snapshot.replay
+        self.pending, self._whole = 0, False
+        self._begin(snapshot.place)
+
+    def stands_at(self, place: Place) -> bool:
+        """Whether the committed text is the one that ``place`` names: reached here, or restored and not continued."""
+        return self.length == place.length and place in (Place(self.sequence, self.length), self.origin)
+
+    def _remembered(self, name: str) -> Tensor:
+        """The tensor of a snapshot's array, which fills the beginning of it."""
+        return (self.delta if name.startswith(("state", "window")) else self.cache).arena[name]
+
+    def _begin(self, origin: Place) -> None:
+        self.sequence, self.origin = uuid.uuid4().hex, origin
 
     # --- checks -----------------------------------------------------------------------------------------------------
 

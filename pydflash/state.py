@@ -8,6 +8,7 @@ delta_rule.h).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -34,6 +35,7 @@ __all__ = [
     "cache_type",
     "check_pair",
     "k_basis",
+    "state_shape",
     "tape_shape",
     "v_basis",
 ]
@@ -300,6 +302,11 @@ def tape_shape(geometry: DeltaGeometry) -> tuple[int, int]:
     return geometry.conv_kernel - 1 + ops.TAPE_ROWS, columns
 
 
+def state_shape(geometry: DeltaGeometry) -> Shape:
+    """(Hv, D + 1, D) of a layer's state: S transposed, [head][value column][key row], and a row of its scale."""
+    return geometry.v_heads, geometry.state_size + 1, geometry.state_size
+
+
 class DeltaState:
     """State of the gated delta-net layers: S of the last committed token, and the window of raw columns (the tape).
 
@@ -307,18 +314,17 @@ class DeltaState:
     """
 
     def __init__(self, backend: Backend, geometry: DeltaGeometry) -> None:
-        size, heads = geometry.state_size, geometry.v_heads
-        window = tape_shape(geometry)
+        state, window = state_shape(geometry), tape_shape(geometry)
         specs: dict[str, tuple[Shape, GGMLType]] = {}
         for layer in geometry.delta_layers:
-            specs[f"state.{layer}"] = ((heads, size + 1, size), GGMLType.F32)
+            specs[f"state.{layer}"] = (state, GGMLType.F32)
             specs[f"window.{layer}"] = (window, GGMLType.F32)
         self.arena = Arena(backend, specs, "the delta-net state")
-        self.tape_nbytes = len(geometry.delta_layers) * window[0] * window[1] * 4
-        self.state_nbytes = len(geometry.delta_layers) * heads * (size + 1) * size * 4
+        self.tape_nbytes = len(geometry.delta_layers) * math.prod(window) * 4
+        self.state_nbytes = len(geometry.delta_layers) * math.prod(state) * 4
 
     def state(self, layer: int) -> Tensor:
-        """(Hv, D + 1, D) f32 of a layer: S transposed, [head][value column][key row], and a row of its scale."""
+        """f32 of :func:`state_shape`, of one layer."""
         return self.arena[f"state.{layer}"]
 
     def window(self, layer: int) -> Tensor:

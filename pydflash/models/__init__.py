@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 from pydflash.backend import Backend
@@ -25,6 +26,11 @@ class Model:
         self.network = Qwen35(config, weights)
         self.tokenizer = Tokenizer.from_metadata(file.metadata)
         self.path = file.path
+
+    @cached_property
+    def digest(self) -> str:
+        """:meth:`GGUFFile.fingerprint_digest` of the file: what a snapshot knows the model by."""
+        return self.file.fingerprint_digest()
 
     def close(self) -> None:
         """Free the weights and the device. Safe to call twice."""

@@ -27,6 +27,7 @@ LAYERS = (
     ("weights", "sampling", "tokenizer"),
     ("chat",),
     ("state",),
+    ("snapshot",),
     ("models.qwen35", "models.dflash"),
     ("models",),
     ("session",),
