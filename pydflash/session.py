@@ -279,8 +279,8 @@ class Session:
     def snapshot(self) -> Snapshot:
         """What the session remembers, copied to the host: K and V of the committed positions and the delta-net state.
 
-        Nothing in it is a sampler's or a draft's: see ``Sampler.state`` and ``DraftSession.snapshot``. Raises
-        StateError while rows are pending, SessionClosed.
+        It holds no logits, so that what is restored goes on with a forward; nor what is a sampler's or a draft's, see
+        ``Sampler.state`` and ``DraftSession.snapshot``. Raises StateError while rows are pending, SessionClosed.
         """
         self._check_open()
         if self.pending:

@@ -121,6 +121,39 @@ def test_commit_n_equals_a_fresh_run_of_those_n(target: Target, name: str, types
             assert np.array_equal(fresh.forward(following, "all").logits, got)
 
 
+@pytest.mark.parametrize("n", [0, 1, 9, 16])
+@pytest.mark.parametrize(("name", "types"), [("gqa6", "q4_k_m"), ("odd", "q8_0"), ("all_recurrent", "f32")])
+def test_a_restored_session_goes_on_bit_for_bit(target: Target, name: str, types: str, n: int) -> None:
+    tokens, block, following = tokens_for(name, 40), tokens_for(name, 16)[::-1], tokens_for(name, 30)
+    with load_model(target(name, types), "cuda") as model:
+        session, restored = Session(model, 256, "q4_0", "q8_0"), Session(model, 900, "q4_0", "q8_0", chunk=64)
+        with session, restored:
+            session.forward(tokens, "none")
+            session.commit(40)
+            session.forward(block, "none")
+            session.commit(n)
+            restored.forward(following, "none")  # another text, pending
+            restored.restore(session.snapshot())
+            assert np.array_equal(run_chunks(restored, following, 1), run_chunks(session, following, 1))
+
+
+@pytest.mark.parametrize(("first", "second"), [("cpu", "cuda"), ("cuda", "cpu")])
+@pytest.mark.parametrize("name", ["gqa6", "odd"])
+def test_a_snapshot_of_one_device_goes_on_on_the_other(target: Target, name: str, first: str, second: str) -> None:
+    """States and rows lie alike on both, with rows that are still to be replayed."""
+    path, tokens = target(name, "f16"), tokens_for(name)
+    with load_model(path, first) as model, Session(model, 256) as session:
+        run_chunks(session, tokens[:12], 12)
+        session.forward(tokens[12:24], "none")
+        session.commit(8)
+        snapshot = session.snapshot()
+    with load_model(path, second) as model, Session(model, 256) as session:
+        session.restore(snapshot)
+        rows = run_chunks(session, tokens[20:], 4)
+    oracle = Reference(path).forward(tokens)[20:]
+    assert nmse(rows, oracle) < MORE_ROUNDINGS * nmse(rows_on("cpu", path, tokens, 8)[20:], oracle)
+
+
 def test_an_f32_cache_is_refused(target: Target) -> None:
     refused = pytest.raises((ConfigError, DeviceError))
     with load_model(target("gqa6", "q8_0"), "cuda") as model, refused, Session(model, 256, "f32", "f32") as session:
@@ -162,3 +195,20 @@ def test_speculative_text_is_autoregressive_text_over_every_cache(
 ) -> None:
     for text in held_out_prompts(3):
         accepted_while_lossless(pair, text, 48, *cache)
+
+
+@needs_pair
+def test_a_restored_pair_gives_the_same_tokens_and_accepts_as_many(pair: tuple[Model, Draft]) -> None:
+    model, draft = pair
+    greedy = Sampler(SamplingParams(), model.config.vocab)
+    sessions = [Session(model, size, "q4_0", "q8_0", capture=draft.config.taps) for size in (1024, 2048)]
+    drafting = [DraftSession(draft, session) for session in sessions]
+    prompt = model.tokenizer.encode(held_out_prompts(1)[0])
+    anchor = [t for s in speculative(sessions[0], drafting[0], prompt, greedy, max_tokens=60) for t in s.tokens][-1]
+    sessions[1].restore(sessions[0].snapshot())
+    drafting[1].restore(drafting[0].snapshot())
+    here, there = (list(speculative(*each, [anchor], greedy, max_tokens=100)) for each in zip(sessions, drafting))
+    assert here == there
+    assert sum(step.accepted for step in here) > len(here)  # there is acceptance to lose
+    for each in (*drafting, *sessions):
+        each.close()

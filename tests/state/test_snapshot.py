@@ -273,13 +273,18 @@ def test_every_field_of_the_fingerprint_decides(model_of: Load, field: str) -> N
     ],
     ids=str,
 )
-def test_a_session_opened_otherwise_refuses(model_of: Load, options: dict[str, Any], field: str) -> None:
+def test_a_session_opened_otherwise_refuses(
+    model_of: Load, options: dict[str, Any], field: str, tmp_path: Path
+) -> None:
+    """Also what comes from a file, whose fingerprint is that of the session that wrote it."""
     model = model_of("ratio3")
     usual = {"cache_k": "q4_0", "cache_v": "q8_0", "environment": {}}
     with Session(model, 64, **usual) as session, Session(model, 64, **(usual | options)) as other:
         prefilled(session, 5)
-        with pytest.raises(SnapshotMismatch, match=f"restore: {field} of the snapshot is"):
-            other.restore(session.snapshot())
+        session.snapshot().save(tmp_path / "file")
+        for snapshot in (session.snapshot(), Snapshot.load(tmp_path / "file")):
+            with pytest.raises(SnapshotMismatch, match=f"restore: {field} of the snapshot is"):
+                other.restore(snapshot)
         assert other.length == 0
         assert np.isfinite(go_on(other)).all()
 
