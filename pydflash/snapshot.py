@@ -111,7 +111,7 @@ class DraftFingerprint:
     def layout(self, length: int, replay: int) -> Layout:
         """The arrays of ``length`` positions: f16 K/V rows of all, or of those that a sliding layer's window covers."""
         if replay:
-            raise ValueError(f"a draft replays nothing, found {replay} rows to replay")
+            raise ShapeError(f"a draft session has no rows to replay, found {replay}")
         arrays: Layout = {}
         for layer, window in enumerate(self.windows):
             for side in "kv":
@@ -126,6 +126,15 @@ AnyFingerprint: TypeAlias = "Fingerprint | DraftFingerprint"
 
 def _rows(count: int, columns: int, cache: str) -> tuple[Shape, str]:
     return (count, CACHE_TYPES[cache].nbytes(columns)), "U8"
+
+
+def _check_counts(length: int, replay: int) -> None:
+    """ShapeError unless a session can have ``length`` positions, the last ``replay`` of them on its tape."""
+    if not 0 <= length <= _MOST_POSITIONS or not 0 <= replay <= min(length, TAPE_ROWS):
+        raise ShapeError(
+            f"a snapshot of {length} positions with {replay} rows to replay; "
+            f"there are at most {_MOST_POSITIONS:,} and {TAPE_ROWS}"
+        )
 
 
 def host_arrays(layout: Layout) -> dict[str, npt.NDArray[Any]]:
@@ -176,6 +185,7 @@ class Snapshot:
     arrays: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        _check_counts(self.length, self.replay)
         layout = self.fingerprint.layout(self.length, self.replay)
         if list(self.arrays) != list(layout):
             raise ShapeError(f"a snapshot with arrays {', '.join(self.arrays)}; it needs {', '.join(layout)}")
@@ -326,8 +336,7 @@ class _Reader:
             kind = _KINDS[content["kind"]]
             fingerprint = kind(**{f.name: _value(str(f.type), found[f.name]) for f in fields(kind)})
             length, replay = _value("int", content["length"]), _value("int", content["replay"])
-            if length > _MOST_POSITIONS or replay > min(length, TAPE_ROWS):
-                raise ValueError(f"{replay} of {length} positions to replay")
+            _check_counts(length, replay)
             fingerprint.layout(length, replay)
             return fingerprint, _value("str", content["sequence"]), length, replay
         except (ValueError, KeyError, TypeError, RecursionError) as error:

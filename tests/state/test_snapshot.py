@@ -309,3 +309,12 @@ def test_arrays_that_do_not_fit_the_fingerprint_make_no_snapshot(model_of: Load)
                 dataclasses.replace(good, arrays={**good.arrays, name: bad})
     with pytest.raises(ShapeError, match=r"it needs state\.0"):
         dataclasses.replace(good, arrays={})
+
+
+@pytest.mark.parametrize(("length", "replay"), [(40, 17), (3, 4), (-1, 0), (3, -1), ((1 << 24) + 1, 0)])
+def test_counts_that_no_session_can_have_make_no_snapshot(model_of: Load, length: int, replay: int) -> None:
+    """A window of more rows than the tape has would be written beyond it."""
+    with Session(model_of("all_recurrent"), 64) as session:
+        fingerprint = session.fingerprint
+    with pytest.raises(ShapeError, match=f"a snapshot of {length} positions with {replay} rows to replay"):
+        Snapshot(fingerprint, "", length, replay, host_arrays(fingerprint.layout(length, max(0, replay))))
