@@ -57,7 +57,10 @@ const struct pydflash_op * pydflash_node_op(const struct ggml_tensor * node);
 // The static parameters of one of our nodes.
 const int32_t * pydflash_node_params(const struct ggml_tensor * node);
 
-// Gives a graph that never changes an identity, so that CUDA-graph replay need not compare its nodes.
+// Gives a graph that never changes an identity: a uid, so that CUDA-graph replay need not compare its nodes, and a name
+// of its first node that no other graph's has. ggml finds a captured CUDA graph by the address of the first node and
+// compares every node, name included, but no operand's type: a new graph in the memory of a freed one, with a bf16
+// cache where that had f16, would be taken for it.
 void pydflash_graph_set_uid(struct ggml_cgraph * cgraph);
 
 static inline float pydflash_node_param_f32(const struct ggml_tensor * node, int index) {

@@ -27,4 +27,7 @@ const int32_t * pydflash_node_params(const struct ggml_tensor * node) {
 
 void pydflash_graph_set_uid(struct ggml_cgraph * cgraph) {
     cgraph->uid = ggml_graph_next_uid();
+    if (cgraph->n_nodes > 0) {
+        ggml_format_name(cgraph->nodes[0], "graph %llu", (unsigned long long) cgraph->uid);
+    }
 }

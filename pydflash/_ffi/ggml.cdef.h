@@ -13,6 +13,7 @@ struct ggml_tensor {
     size_t nb[4];
     void * data;
     ggml_backend_buffer_t buffer;
+    char name[...];
     ...;
 };
 

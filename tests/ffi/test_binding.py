@@ -123,6 +123,20 @@ def test_a_graph_replays_with_new_inputs() -> None:
         graph.close()
 
 
+def test_no_graph_can_be_taken_for_another() -> None:
+    """ggml-cuda tells graphs apart by their first nodes, and those by address and contents, names included."""
+    names = set()
+    with Backend("cpu", threads=1) as backend:
+        for _ in range(3):
+            graph = Graph(backend, 64)
+            x = graph.input((2, 32), GGMLType.F32)
+            graph.output(x + x)
+            graph.finish()
+            names.add(ffi.string(lib.ggml_graph_node(graph.c, 0).name))
+            graph.close()
+    assert len(names) == 3
+
+
 def test_an_operation_that_the_device_lacks_is_named_before_the_run() -> None:
     with Backend("cpu", threads=1) as backend:
         graph = Graph(backend, 64)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pydflash import ops
+from pydflash._ffi import ffi, lib
 from pydflash.backend import Backend
 from pydflash.errors import ShapeError
 from pydflash.ggml_types import GGMLType
@@ -82,6 +83,30 @@ def test_every_pair_of_cache_types_equals_the_formula(backend: Backend, size: in
     got = attend(backend, q, k, v, POSITIONS)
     wanted = expected(q, k, v, visible(POSITIONS, np.arange(SLOTS), True, 0), cuda=backend.is_cuda)
     assert relative(got, wanted) < (CUDA_TOLERANCE if backend.is_cuda else CPU_TOLERANCE)
+
+
+@pytest.mark.cuda
+def test_a_graph_in_the_memory_of_a_freed_one_is_not_taken_for_it(cuda: Backend) -> None:
+    """ggml keeps captured CUDA graphs under the address of their first node and compares no operand's type."""
+    seen: dict[int, set[str]] = {}
+    for name in ("f16", "bf16") * 8:
+        q, k, v = operands("f16", name, 128)
+        graph = Graph(cuda, 64)
+        leaves = [graph.input(x.shape, x.dtype) for x in (k, v)]
+        query, positions = graph.input(q.shape, GGMLType.F32), graph.input(POSITIONS.shape, GGMLType.I32)
+        out = graph.output(ops.attention(query, *leaves, positions, KV_HEADS))
+        graph.finish()
+        for tensor, values in zip((query, positions, *leaves), (q, POSITIONS, k.data, v.data)):
+            cuda.write(tensor, np.ascontiguousarray(values))
+        for _ in range(3):  # directly, captured, replayed
+            graph.run()
+        got = np.empty(q.shape, np.float32)
+        cuda.read(out, got)
+        seen.setdefault(int(ffi.cast("uintptr_t", lib.ggml_graph_node(graph.c, 0))), set()).add(name)
+        graph.close()
+        wanted = expected(q, k, v, visible(POSITIONS, np.arange(SLOTS), True, 0), cuda=True)
+        assert relative(got, wanted) < CUDA_TOLERANCE
+    assert any(len(names) > 1 for names in seen.values())  # else nothing was tested
 
 
 @pytest.mark.parametrize("causal", [True, False])
