@@ -166,6 +166,10 @@ class Arena:
     def __iter__(self) -> Any:
         return iter(self._tensors)
 
+    @property
+    def closed(self) -> bool:
+        return self._context is None
+
     def set_weights_usage(self) -> None:
         """Tell ggml that the contents do not change between graphs."""
         if self._buffer is not None:

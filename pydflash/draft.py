@@ -117,8 +117,8 @@ class DraftSession:
         """The first ``n`` rows of the target's last forward were committed: their features become context.
 
         At most 16 rows wait for the next proposal, which injects them in the same graph; more are injected now.
-        Raises StateError when the target has not committed them, or its last forward, of more than 16 rows, may have
-        taken the place of rows that waited.
+        Raises StateError when the target has not committed them, has the features of the last of them only, or its last
+        forward, of more than 16 rows, may have taken the place of rows that waited.
         """
         self._check_open()
         self._check_follows()
@@ -126,6 +126,11 @@ class DraftSession:
             raise StateError(
                 f"keep({n}): the draft holds {self.length} positions and the target {self.target.length}; "
                 "call keep once after every commit, with its count"
+            )
+        if n > self.target.chunk:
+            raise StateError(
+                f"keep({n}): the target has the features of its last {self.target.chunk} rows only; forward at most so "
+                "many at a time, or open it with a larger chunk"
             )
         if self._kept and n > ops.EXACT_ROWS:
             raise StateError(
@@ -243,11 +248,12 @@ class DraftSession:
         self._set_block(graph, anchor, self.length)
         graph.run()
         self._kept, self._last = 0, graph
-        return Proposal(self._proposal["tokens"], count + 1, self.draft.target.backend)
+        return Proposal(self._proposal, count + 1)
 
     def logits(self) -> npt.NDArray[np.float32]:
         """(rows, vocab) logits of the last proposal's block; row 0, the anchor's, means nothing. StateError before the
-        first."""
+        first, SessionClosed."""
+        self._check_open()
         if self._last is None or self._last.logits is None:
             raise StateError("logits: nothing was proposed yet")
         out = np.empty(self._last.logits.shape, np.float32)

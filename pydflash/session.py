@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from pydflash.backend import Arena, Backend
+from pydflash.backend import Arena
 from pydflash.errors import ConfigError, ContextFull, NothingPending, SessionClosed, ShapeError, StateError
 from pydflash.ggml_types import GGMLType
 from pydflash.graph import Graph
@@ -41,8 +41,9 @@ def width_for(rows: int) -> int:
 class Proposal:
     """Tokens that lie on the device: an anchor and what a draft proposes after it. ``len()`` counts both."""
 
-    def __init__(self, tensor: Tensor, count: int, backend: Backend) -> None:
-        self.tensor, self._count, self._backend = tensor, count, backend
+    def __init__(self, arena: Arena, count: int) -> None:
+        """The first ``count`` of ``arena["tokens"]``, which belongs to the draft session."""
+        self.arena, self._count = arena, count
         self._ids: npt.NDArray[np.int32] | None = None
 
     def __len__(self) -> int:
@@ -52,9 +53,15 @@ class Proposal:
     def ids(self) -> npt.NDArray[np.int32]:
         """(len,) int32, copied from the device when first asked for; valid until the draft's next proposal."""
         if self._ids is None:
+            self.check_open()
             self._ids = np.empty(self._count, np.int32)
-            self._backend.read(self.tensor, self._ids)
+            self.arena.backend.read(self.arena["tokens"], self._ids)
         return self._ids
+
+    def check_open(self) -> None:
+        """SessionClosed when the draft session was closed: the tokens are gone then."""
+        if self.arena.closed:
+            raise SessionClosed("the draft session of this proposal was closed; propose with one that is open")
 
 
 class Output:
@@ -89,6 +96,7 @@ class Output:
     def _check(self) -> _StepGraph:
         if self._graph is None:
             raise StateError("the forward ran with logits='none'; ask for 'last' or 'all'")
+        self._session.check_open()
         if self._serial != self._session.serial:
             raise StateError("this output belongs to an earlier forward; read logits before the next one")
         return self._graph
@@ -167,7 +175,8 @@ class Session:
             else None
         )
         self._taps = np.arange(len(self.capture), dtype=np.int32)[:, None]
-        self._graphs: dict[tuple[int, int, Head, bool, int | None], _StepGraph] = {}
+        # By width, span, head, keep, and the arena of a proposal: the arena itself, since another one may get its id.
+        self._graphs: dict[tuple[int, int, Head, bool, Arena | None], _StepGraph] = {}
         self.length = self.pending = 0
         self.serial = 0  # counts steps, so that an Output knows whether it is still valid
         self._replay = 0  # rows of the last step that the next one replays into the delta-net state
@@ -191,10 +200,11 @@ class Session:
         """Compute the next positions and leave them pending. A Proposal is read where it lies, on the device.
 
         ``logits``: the rows the LM head runs for: 'last', 'all' or 'none'. Raises ShapeError for an empty list or a
-        token outside the vocabulary, ContextFull, StateError when rows are pending already.
+        token outside the vocabulary, ContextFull, StateError when rows are pending already, SessionClosed.
         """
         self._check(len(tokens), logits)
         if isinstance(tokens, Proposal):
+            tokens.check_open()
             output = self._step(np.zeros(len(tokens), np.int32), 0, logits, keep=True, proposal=tokens)
             self.pending = len(tokens)
             return output
@@ -212,7 +222,7 @@ class Session:
 
         Raises NothingPending, or StateError when n is out of range or part of a forward wider than 16 rows.
         """
-        self._check_open()
+        self.check_open()
         if not self.pending:
             raise NothingPending(f"commit({n}) without a forward; nothing is pending")
         if not 0 <= n <= self.pending:
@@ -228,7 +238,7 @@ class Session:
 
     def reset(self) -> None:
         """Back to an empty sequence; the graphs are kept."""
-        self._check_open()
+        self.check_open()
         self.delta.arena.clear()
         self.length = self.pending = self._replay = 0
         self._whole = False
@@ -282,7 +292,7 @@ class Session:
         It holds no logits, so that what is restored goes on with a forward; nor what is a sampler's or a draft's, see
         ``Sampler.state`` and ``DraftSession.snapshot``. Raises StateError while rows are pending, SessionClosed.
         """
-        self._check_open()
+        self.check_open()
         if self.pending:
             raise StateError(f"snapshot: {self.pending} positions are pending; commit(n) or commit(0) them first")
         fingerprint = self.fingerprint
@@ -299,7 +309,7 @@ class Session:
         Raises SnapshotMismatch that names the first field of the fingerprint to differ, ContextFull, SessionClosed; the
         session is then as it was.
         """
-        self._check_open()
+        self.check_open()
         check_fingerprint(snapshot.fingerprint, self.fingerprint)
         if snapshot.length > self.max_context:
             raise ContextFull(
@@ -326,12 +336,12 @@ class Session:
 
     # --- checks -----------------------------------------------------------------------------------------------------
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
         if self.closed:
             raise SessionClosed("this session was closed; open a new one")
 
     def _check(self, count: int, logits: Head) -> None:
-        self._check_open()
+        self.check_open()
         if self.pending:
             raise StateError(
                 f"{self.pending} positions are pending; commit(n) or commit(0) them before the next forward"
@@ -418,7 +428,7 @@ class Session:
         return min(-(-needed // unit) * unit, self.cache.capacity)
 
     def _graph(self, width: int, span: int, head: Head, keep: bool, proposal: Proposal | None) -> _StepGraph:
-        key = (width, span, head, keep, None if proposal is None else id(proposal.tensor))
+        key = (width, span, head, keep, None if proposal is None else proposal.arena)
         if key not in self._graphs:
             wide = [k for k in self._graphs if k[0] > EXACT_ROWS]
             if width > EXACT_ROWS and len(wide) >= _WIDE_GRAPHS_KEPT:
@@ -434,7 +444,7 @@ class Session:
             inputs.slice(0, start, start + width) for start in range(3, inputs.shape[0], width)
         )
         if proposal is not None:
-            tokens = proposal.tensor.within(graph).slice(0, 0, width)
+            tokens = proposal.arena["tokens"].within(graph).slice(0, 0, width)
         masked = width > EXACT_ROWS and self.model.config.attention_layers
         mask = graph.input((width, span), GGMLType.F16) if masked else None
         step = StepInputs(graph, positions, rows, counts, span, keep, mask)

@@ -251,3 +251,33 @@ def test_a_closed_draft_session_says_so(pair_of: PairOf) -> None:
         with pytest.raises(SessionClosed):
             call()
     session.close()
+
+
+def test_what_a_closed_draft_session_proposed_is_gone(pair_of: PairOf) -> None:
+    pair = pair_of()
+    session, draft = pair.open(64)
+    with session:
+        proposal = draft.propose(1)
+        session.forward(proposal)  # from now on there is a graph that reads it
+        session.commit(0)
+        draft.close()
+        for call in (draft.logits, lambda: proposal.ids, lambda: session.forward(proposal)):
+            with pytest.raises(SessionClosed, match="draft session"):
+                call()
+        session.forward([1])
+
+
+def test_a_forward_of_which_features_were_overwritten_cannot_be_kept(pair_of: PairOf) -> None:
+    pair = pair_of()
+    session, draft = pair.open(256, chunk=32)
+    tokens = tokens_for(pair, 33)
+    with session, draft:
+        session.forward(tokens, "none")
+        session.commit(33)
+        with pytest.raises(StateError, match=r"keep\(33\): the target has the features of its last 32 rows only"):
+            draft.keep(33)
+        session.reset()
+        session.forward(tokens[:32], "none")
+        session.commit(32)
+        draft.keep(32)
+        draft.propose(1)

@@ -47,7 +47,7 @@ class Scripted(DraftSession):
         ids[: count + 1] = [anchor, *self._choose(self.length + 1, count)]
         self.target.model.backend.write(self._arena["tokens"], ids)
         self.made.append(count)
-        return Proposal(self._arena["tokens"], count + 1, self.target.model.backend)
+        return Proposal(self._arena, count + 1)
 
     def keep(self, n: int) -> None:
         self.length += n

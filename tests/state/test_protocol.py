@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pydflash.backend import Arena
 from pydflash.errors import (
     ConfigError,
     ContextFull,
@@ -18,8 +19,9 @@ from pydflash.errors import (
     ShapeError,
     StateError,
 )  # fmt: skip
+from pydflash.ggml_types import GGMLType
 from pydflash.models import Model
-from pydflash.session import Session
+from pydflash.session import Proposal, Session
 from pydflash.state import tape_shape
 
 Load = Callable[..., Model]
@@ -110,6 +112,33 @@ def test_a_closed_session_says_so(model_of: Load, call: Callable[[Session], obje
     session.close()
     with pytest.raises(SessionClosed, match="open a new one"):
         call(session)
+
+
+def test_the_output_of_a_closed_session_is_gone_unless_it_was_read(model_of: Load) -> None:
+    session = Session(model_of("equal"), 64)
+    output = session.forward([1, 2])
+    most_likely = output.argmax
+    session.close()
+    assert output.argmax is most_likely
+    with pytest.raises(SessionClosed):
+        _ = output.logits
+
+
+def test_every_proposal_is_read_where_it_lies(model_of: Load) -> None:
+    """Draft sessions come and go; what one leaves in memory is not taken for the next, though it may lie there."""
+    model = model_of("equal")
+    with Session(model, 64) as session:
+        for first in range(30):
+            ids = np.arange(first, first + 16, dtype=np.int32)
+            arena = Arena(model.backend, {"tokens": ((16,), GGMLType.I32)}, "a proposal")
+            model.backend.write(arena["tokens"], ids)
+            got = session.forward(Proposal(arena, 4), "all").logits
+            session.commit(0)
+            wanted = session.forward(ids[:4], "all").logits
+            session.commit(0)
+            assert np.array_equal(got, wanted)
+            arena.close()
+            del arena  # an Arena made next often gets its place
 
 
 def test_features_need_a_capture(session: Session) -> None:
