@@ -121,7 +121,7 @@ class DraftSession:
         forward, of more than 16 rows, may have taken the place of rows that waited.
         """
         self._check_open()
-        self._check_follows()
+        self._follow()
         if self.length + n != self.target.length:
             raise StateError(
                 f"keep({n}): the draft holds {self.length} positions and the target {self.target.length}; "
@@ -149,7 +149,7 @@ class DraftSession:
         """Inject rows that wait, without proposing: before a target forward of more than 16 rows."""
         self._check_open()
         if self._kept:
-            self._check_follows()
+            self._follow()
             self._inject(self._kept, self.length - self._kept)
             self._kept = 0
 
@@ -283,8 +283,8 @@ class DraftSession:
         if self.target.closed:
             raise SessionClosed("the target session of this draft session was closed; open a new pair")
 
-    def _check_follows(self) -> None:
-        """StateError when the target's text is another one than the context's; an empty context is of any new text."""
+    def _follow(self) -> None:
+        """Take a new text of the target when the context is empty; StateError when the context is of another text."""
         if not self.length and not self.target.origin.length:
             self._sequence = self.target.sequence
         if self._sequence != self.target.sequence:
@@ -295,7 +295,7 @@ class DraftSession:
 
     def _check_beside(self, what: str) -> None:
         """StateError unless the context is that of the target's positions, all of them committed."""
-        self._check_follows()
+        self._follow()
         if self.length != self.target.length or self.target.pending:
             raise StateError(
                 f"{what}: the draft holds {self.length} positions, "

@@ -265,7 +265,8 @@ class Session:
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """Everything that decides what the bytes of a snapshot mean. A model's first reads a few MiB of its file."""
+        """Everything that decides what the bytes of a snapshot mean. The first time, it reads a few MiB of the model's
+        file."""
         config, cache = self.model.config, self.cache
         return Fingerprint(
             format=FORMAT,

@@ -209,7 +209,7 @@ class Snapshot:
         return sum(values.nbytes for values in self.arrays.values())
 
     def save(self, path: str | Path) -> None:
-        """Write a file that only its owner can read, at once whole or not at all. Raises OSError."""
+        """Write a file that only its owner can read, either whole or not at all. Raises OSError."""
         path = Path(path)
         statement = _statement(self)
         header = _header(self.fingerprint.layout(self.length, self.replay), statement, _digest(statement, self.arrays))

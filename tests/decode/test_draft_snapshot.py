@@ -179,10 +179,20 @@ def test_taking_a_snapshot_changes_nothing(open_pair: Callable[..., Sessions]) -
     for snapshot, arrays in zip(snapshots, before):
         for name, values in snapshot.arrays.items():
             assert np.array_equal(values, arrays[name]), name
-    pair.restore(snapshots)  # back to where it was
-    pair.draft.reset()
-    pair.target.reset()
-    pair.restore(snapshots)
+
+
+def test_a_pair_goes_back_as_often_as_it_likes(open_pair: Callable[..., Sessions]) -> None:
+    pair = open_pair("sliding and full")
+    extend(pair, draw(19, 1))
+    cycles(pair, 6, 2)
+    snapshots = pair.snapshot()
+    wanted = trace(pair)
+    for reset in (False, True):
+        if reset:
+            pair.target.reset()
+            pair.draft.reset()
+        pair.restore(snapshots)
+        assert all(map(np.array_equal, trace(pair), wanted))
 
 
 def test_a_sliding_layer_keeps_its_window_only(open_pair: Callable[..., Sessions]) -> None:

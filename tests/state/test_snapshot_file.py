@@ -69,8 +69,11 @@ def test_the_file_is_a_safetensors_file(snapshot: Snapshot, path: Path) -> None:
 def test_an_empty_session_can_be_kept_in_a_file(model_of: Load, tmp_path: Path) -> None:
     with Session(model_of("equal"), 64) as session:
         session.snapshot().save(tmp_path / "empty")
+        wanted = session.forward([1, 2]).logits
+        session.commit(2)
         session.restore(Snapshot.load(tmp_path / "empty"))
         assert session.length == 0
+        assert np.array_equal(session.forward([1, 2]).logits, wanted)
 
 
 def test_only_the_owner_reads_the_file(path: Path) -> None:

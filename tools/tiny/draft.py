@@ -201,16 +201,17 @@ def observed(target: Qwen3_5ForCausalLM, ids: Tensor, first: int, layers: list[i
 def block_loss(logits: Tensor, labels: Tensor, valid: Tensor, smoothing: float = 0.5) -> tuple[Tensor, Tensor]:
     """Weighted cross entropy of rows 1.. of logits (B, A, R, vocab); and which `valid` rows are right, (B, A, R - 1).
 
-    `labels` and `valid` (B, A, R - 1) belong to rows 1.. too. A row weighs what it adds to the expected number of
-    accepted tokens: the chance, as the draft sees it, that all rows before some row at or after it are right too. An
-    early miss makes the rest of the block worthless. `smoothing` 1 counts every row as right. Source: "D-PACE", in
-    speculators RFC 979.
+    `labels` and `valid` (B, A, R - 1) belong to rows 1.. too. A row weighs what its log-probability adds to the
+    expected number of accepted tokens: the sum, over it and the rows after it, of the chance that all rows up to that
+    one are right. An early miss makes the rest of the block worthless. Chances are the draft's own, raised towards 1 by
+    `smoothing`, which is the paper's alpha. Source: D-PACE (arXiv:2605.18810, equations 7 and 8); unlike there, the sum
+    of the weights divides the loss.
     """
     loss = F.cross_entropy(logits[:, :, 1:].flatten(0, 2).float(), labels.flatten(), reduction="none").view_as(labels)
     with torch.no_grad():
         chance = (1 - smoothing) * torch.exp(-loss) + smoothing
-        before = (chance * valid).cumprod(-1)
-        weight = before.flip(-1).cumsum(-1).flip(-1) * valid
+        accepted = (chance * valid).cumprod(-1)  # the chance that a row and all before it are right
+        weight = accepted.flip(-1).cumsum(-1).flip(-1) * valid
         right = (logits[:, :, 1:].argmax(-1) == labels) & valid
     return (loss * weight).sum() / weight.sum(), right
 

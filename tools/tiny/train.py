@@ -49,8 +49,8 @@ class Settings:
     target_length: int = 1024
     draft_batch: int = 48
     draft_anchors: int = 64
-    # (rows, prompt tokens, new tokens) of each pool of text that the target writes for the draft
-    # Texts of two lengths in all: training is compiled once for each.
+    # (rows, prompt tokens, new tokens) of each pool of text that the target writes for the draft. With `text_pool`
+    # they have two lengths in all, since the training step is compiled once for each.
     pools: tuple[tuple[int, int, int], ...] = ((6144, 64, 384), (6144, 128, 320), (1536, 512, 288))
     pool_share: float = 0.4  # of the draft's time, at most, for writing them
     text_pool: tuple[int, int] = (6144, 448)  # (rows, tokens) of training text that the draft sees as well
@@ -87,7 +87,7 @@ SMOKE = replace(
 
 
 class Journal:
-    """Prints progress with the time since the start and keeps `train_log.json` up to date."""
+    """Prints progress with the time since the start and keeps the log file at `path` up to date."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.start, self.facts = path, time.monotonic(), {}  # type: Path, float, dict[str, object]
@@ -367,6 +367,8 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="a Python library folder (default: this interpreter's)")
     parser.add_argument("--smoke", action="store_true", help="a few small steps only: does everything run?")
     args = parser.parse_args()
+    if args.texts and not args.target:
+        parser.error("--texts needs --target: a new target has a new vocabulary, in which they mean nothing")
 
     settings = replace(SMOKE if args.smoke else Settings(), seed=args.seed, text_seed=args.text_seed)
     settings = replace(
