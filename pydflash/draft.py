@@ -91,7 +91,12 @@ class DraftSession:
     """
 
     def __init__(self, draft: Draft, target: Session) -> None:
-        """Raises ConfigError when the target session does not capture the draft's layers."""
+        """Raises ConfigError when the draft was loaded for another model or the session does not capture its layers."""
+        if target.model is not draft.target:
+            raise ConfigError(
+                f"the draft was loaded for {draft.target.path}, another model than the session's, {target.model.path}; "
+                "call load_draft(path, session.model)"
+            )
         if target.capture != draft.config.taps:
             raise ConfigError(
                 f"the target session captures layers {list(target.capture)}, "
@@ -282,6 +287,10 @@ class DraftSession:
             raise SessionClosed("this draft session was closed; open a new one")
         if self.target.closed:
             raise SessionClosed("the target session of this draft session was closed; open a new pair")
+        if self.draft.weights.closed or self.draft.target.weights.closed:
+            raise SessionClosed(
+                "the draft or the model of this draft session was closed; load both again"
+            )
 
     def _follow(self) -> None:
         """Take a new text of the target when the context is empty; StateError when the context is of another text."""

@@ -340,6 +340,8 @@ class Session:
     def check_open(self) -> None:
         if self.closed:
             raise SessionClosed("this session was closed; open a new one")
+        if self.model.weights.closed:
+            raise SessionClosed("the model of this session was closed; load it again and open a new session")
 
     def _check(self, count: int, logits: Head) -> None:
         self.check_open()

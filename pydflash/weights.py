@@ -101,6 +101,10 @@ class Weights:
         """The projection ``name.weight``."""
         return Linear(self[f"{name}.weight"])
 
+    @property
+    def closed(self) -> bool:
+        return not self._tensors
+
     def close(self) -> None:
         """Free the tensors. Safe to call twice."""
         for arena in self._arenas:

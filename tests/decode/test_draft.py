@@ -10,6 +10,7 @@ import pytest
 
 from pydflash.draft import DraftSession, load_draft
 from pydflash.errors import ConfigError, SessionClosed, ShapeError, StateError
+from pydflash.models import load_model
 from pydflash.session import Session
 from tests.decode.conftest import Pair
 from tests.helpers import Array, cosine
@@ -265,6 +266,34 @@ def test_what_a_closed_draft_session_proposed_is_gone(pair_of: PairOf) -> None:
             with pytest.raises(SessionClosed, match="draft session"):
                 call()
         session.forward([1])
+
+
+def test_a_session_of_a_closed_model_or_draft_says_so(pair_of: PairOf) -> None:
+    pair = pair_of()
+    model = load_model(pair.target_path, "cpu", threads=1)
+    draft = load_draft(pair.draft_path, model)
+    session = Session(model, 64, capture=draft.config.taps)
+    drafting = DraftSession(draft, session)
+    drafting.propose(1)
+    draft.close()
+    for call in (lambda: drafting.propose(1), drafting.logits, drafting.snapshot):
+        with pytest.raises(SessionClosed, match="the draft or the model of this draft session was closed"):
+            call()
+    output = session.forward([1])
+    model.close()
+    for call in (lambda: output.logits, lambda: session.commit(1), session.snapshot):
+        with pytest.raises(SessionClosed, match="the model of this session was closed"):
+            call()
+    drafting.close()
+    session.close()
+
+
+def test_a_draft_belongs_to_the_model_that_it_was_loaded_for(pair_of: PairOf) -> None:
+    pair = pair_of()
+    with load_model(pair.target_path, "cpu", threads=1) as other:
+        session = Session(other, 64, capture=pair.draft.config.taps)
+        with session, pytest.raises(ConfigError, match="another model than the session's"):
+            DraftSession(pair.draft, session)
 
 
 def test_a_forward_of_which_features_were_overwritten_cannot_be_kept(pair_of: PairOf) -> None:
