@@ -288,9 +288,7 @@ class DraftSession:
         if self.target.closed:
             raise SessionClosed("the target session of this draft session was closed; open a new pair")
         if self.draft.weights.closed or self.draft.target.weights.closed:
-            raise SessionClosed(
-                "the draft or the model of this draft session was closed; load both again"
-            )
+            raise SessionClosed("the draft or the model of this draft session was closed; load both again")
 
     def _follow(self) -> None:
         """Take a new text of the target when the context is empty; StateError when the context is of another text."""
