@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from pydflash.errors import ConfigError
 from pydflash.session import CHUNKS
-from pydflash.state import CACHE_TYPES, K_BASES, V_BASES
+from pydflash.state import CACHE_TYPES, K_BASES, MOST_POSITIONS, V_BASES
 
 __all__ = ["EngineConfig", "Setting", "parsed", "table", "truth"]
 
@@ -76,7 +76,7 @@ class EngineConfig:
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self._check_int("max_context", 1, 1 << 24)
+        self._check_int("max_context", 1, MOST_POSITIONS)
         self._check_choice("cache_k", tuple(CACHE_TYPES))
         self._check_choice("cache_v", tuple(CACHE_TYPES))
         self._check_choice("k_rotation", ("auto", *K_BASES))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -192,9 +192,9 @@ class DraftSession:
         self.flush()
         fingerprint = self.fingerprint
         arrays = host_arrays(fingerprint.layout(self.length, 0))
-        for name, tensor, table, slots in self._tables(self.length):
+        for tensor, table, slots, values in self._tables(self.length, arrays):
             self.draft.target.backend.read(tensor, table)
-            np.take(table, slots, axis=0, out=arrays[name])
+            np.take(table, slots, axis=0, out=values)
         return Snapshot(fingerprint, self.target.sequence, self.length, 0, arrays)
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -212,20 +212,21 @@ class DraftSession:
                 f"{self.target.length:,} of the target (pending: {self.target.pending}); restore the target first, "
                 "from the snapshot taken beside this one"
             )
-        for name, tensor, table, slots in self._tables(snapshot.length):
-            table[slots] = snapshot.arrays[name]
+        for tensor, table, slots, values in self._tables(snapshot.length, snapshot.arrays):
+            table[slots] = values
             self.draft.target.backend.write(tensor, table)
         self.draft.target.backend.synchronize()
         self.length, self._kept, self._sequence = snapshot.length, 0, self.target.sequence
 
-    def _tables(self, length: int) -> Iterator[tuple[str, Tensor, npt.NDArray[np.uint8], npt.NDArray[np.int32]]]:
-        """Of each table: its name, the tensor, a host array for the used beginning of it, and the slots there of the
-        positions that a snapshot of ``length`` holds."""
-        for name in self.cache.arena:
-            tensor, ring = self.cache.arena[name], self.cache.ring_of[int(name.partition(".")[2])]
-            capacity = self.cache.capacities[ring]
-            table = np.zeros((min(length, capacity), tensor.dtype.nbytes(tensor.shape[1])), np.uint8)
-            yield name, tensor, table, _seen(length, self.cache.windows[ring]) % capacity
+    def _tables(
+        self, length: int, arrays: Mapping[str, npt.NDArray[np.uint8]]
+    ) -> Iterator[tuple[Tensor, npt.NDArray[np.uint8], npt.NDArray[np.integer], npt.NDArray[np.uint8]]]:
+        """For each of ``arrays``, which hold the last positions of ``length``: the tensor, a host array for the used
+        beginning of it, the slots there of those positions, and the array."""
+        for name, values in arrays.items():
+            capacity = self.cache.capacities[self.cache.ring_of[int(name.partition(".")[2])]]
+            table = np.zeros((min(length, capacity), values.shape[1]), np.uint8)
+            yield self.cache.arena[name], table, np.arange(length - len(values), length) % capacity, values
 
     # --- proposals --------------------------------------------------------------------------------------------------
 
@@ -404,11 +405,6 @@ class DraftSession:
         propose = _DraftGraph(graph, inputs, ops.EXACT_ROWS, rings, T, ring_words, logits)
         propose.block[0].fill(self.draft.config.mask_token_id)
         return propose
-
-
-def _seen(length: int, window: int) -> npt.NDArray[np.int32]:
-    """The positions of a context of ``length`` that a layer's ``window`` covers, all for 0."""
-    return np.arange(max(0, length - window) if window else 0, length, dtype=np.int32)
 
 
 class _DraftGraph:

@@ -18,7 +18,7 @@ from pydflash.graph import Graph
 from pydflash.models import Model
 from pydflash.ops import EXACT_ROWS, argmax, get_rows, set_rows
 from pydflash.snapshot import FORMAT, Fingerprint, Place, Snapshot, check_fingerprint, host_arrays
-from pydflash.state import DeltaState, KVCache, StepInputs, cache_type, check_pair, k_basis, v_basis
+from pydflash.state import MOST_POSITIONS, DeltaState, KVCache, StepInputs, cache_type, check_pair, k_basis, v_basis
 from pydflash.tensor import Tensor
 
 __all__ = ["CHUNKS", "Head", "Output", "Proposal", "Session", "width_for"]
@@ -150,8 +150,8 @@ class Session:
         Raises ConfigError, OutOfMemory.
         """
         config, backend = model.config, model.backend
-        if not 1 <= max_context <= 1 << 24:
-            raise ConfigError(f"max_context is {max_context}; it must lie in 1..{1 << 24}")
+        if not 1 <= max_context <= MOST_POSITIONS:
+            raise ConfigError(f"max_context is {max_context}; it must lie in 1..{MOST_POSITIONS}")
         if chunk not in CHUNKS:
             raise ConfigError(f"chunk is {chunk}; valid values are {', '.join(map(str, CHUNKS))}")
         if not all(0 <= layer < config.layers for layer in capture):

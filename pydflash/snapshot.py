@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from pydflash.errors import LoadError, ShapeError, SnapshotMismatch
 from pydflash.ops import TAPE_ROWS
-from pydflash.state import CACHE_TYPES, state_shape, tape_shape
+from pydflash.state import CACHE_TYPES, MOST_POSITIONS, state_shape, tape_shape
 from pydflash.tensor import Shape
 
 __all__ = [
@@ -47,7 +47,6 @@ Layout: TypeAlias = "dict[str, tuple[Shape, str]]"
 """Arrays by name: shape and dtype, 'F32' or 'U8' (rows of packed bytes)."""
 
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "U8": np.dtype("u1")}
-_MOST_POSITIONS = 1 << 24  # of any session
 
 
 # --- what the bytes mean ----------------------------------------------------------------------------------------------
@@ -130,10 +129,10 @@ def _rows(count: int, columns: int, cache: str) -> tuple[Shape, str]:
 
 def _check_counts(length: int, replay: int) -> None:
     """ShapeError unless a session can have ``length`` positions, the last ``replay`` of them on its tape."""
-    if not 0 <= length <= _MOST_POSITIONS or not 0 <= replay <= min(length, TAPE_ROWS):
+    if not 0 <= length <= MOST_POSITIONS or not 0 <= replay <= min(length, TAPE_ROWS):
         raise ShapeError(
             f"a snapshot of {length} positions with {replay} rows to replay; "
-            f"there are at most {_MOST_POSITIONS:,} and {TAPE_ROWS}"
+            f"there are at most {MOST_POSITIONS:,} and {TAPE_ROWS}"
         )
 
 
@@ -246,7 +245,7 @@ class Snapshot:
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
-_HEADER_LIMIT = 1 << 20  # a header of the 27B model has 10 KB
+_HEADER_LIMIT = 1 << 20  # a header of the 27B model has 11 KB
 _STATEMENT, _SHA256 = "pydflash.snapshot", "sha256"
 
 

@@ -26,6 +26,7 @@ from pydflash.tensor import Shape, Tensor
 __all__ = [
     "CACHE_TYPES",
     "K_BASES",
+    "MOST_POSITIONS",
     "V_BASES",
     "Basis",
     "DeltaState",
@@ -42,6 +43,9 @@ __all__ = [
 
 CACHE_TYPES = {t.name.lower(): t for t in (GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.Q8_0, GGMLType.Q4_0)}
 """Types of a K or V cache, by the names that options use."""
+
+MOST_POSITIONS = 1 << 24
+"""Of any session: ``max_context`` is at most this."""
 
 
 def cache_type(name: str, option: str) -> GGMLType:
