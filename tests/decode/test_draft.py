@@ -145,7 +145,7 @@ def test_proposing_again_gives_the_same_bits(pair_of: PairOf) -> None:
 
 @pytest.mark.parametrize(("count", "rows"), [(1, 2), (2, 4), (3, 4), (7, 8), (8, 16)])
 def test_a_short_proposal_comes_from_a_short_block_on_a_cpu(pair_of: PairOf, count: int, rows: int) -> None:
-    """On CUDA it comes from the whole block. Either way as the algorithm has it, and nothing of it is left behind."""
+    """As the algorithm has it, and nothing of it is left behind. On CUDA: tests/models/test_cuda.py."""
     pair = pair_of(layers=3, window=24)
     tokens = tokens_for(pair, 40)
     oracle = DraftReference(pair.draft_path, pair.target_path)
@@ -157,7 +157,7 @@ def test_a_short_proposal_comes_from_a_short_block_on_a_cpu(pair_of: PairOf, cou
             proposal = draft.propose(5, count)
             got = draft.logits()
             assert len(proposal) == count + 1
-            assert len(got) == (16 if pair.model.backend.is_cuda else rows)
+            assert len(got) == rows
             assert cosine(got[1:], oracle.propose_logits(features, 5, 40, len(got))[1:]) >= COSINE
             assert proposal.ids[1:].tolist() == got[1 : count + 1].argmax(axis=1).tolist()
             draft.propose(5)

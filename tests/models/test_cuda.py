@@ -198,6 +198,19 @@ def test_speculative_text_is_autoregressive_text_over_every_cache(
 
 
 @needs_pair
+def test_a_short_proposal_is_the_beginning_of_a_whole_block(pair: tuple[Model, Draft]) -> None:
+    model, draft = pair
+    with Session(model, 512, capture=draft.config.taps) as session, DraftSession(draft, session) as drafting:
+        session.forward([1, 2, 3], "none")
+        session.commit(3)
+        drafting.keep(3)
+        whole = drafting.propose(4).ids.tolist()
+        for count in range(1, draft.config.block_size):
+            assert drafting.propose(4, count).ids.tolist() == whole[: 1 + count]
+            assert len(drafting.logits()) == draft.config.block_size
+
+
+@needs_pair
 def test_a_restored_pair_gives_the_same_tokens_and_accepts_as_many(pair: tuple[Model, Draft]) -> None:
     model, draft = pair
     greedy = Sampler(SamplingParams(), model.config.vocab)
