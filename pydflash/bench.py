@@ -200,7 +200,7 @@ class CycleBench:
         """Seconds of draft, verify and rest, and the next anchor: the target's token after the last kept row."""
         backend = self.session.model.backend
         begin = time.perf_counter()
-        proposal = self.draft.propose(anchor, proposed)
+        proposal = self.draft.propose(anchor, proposed, self.draft.rows_for(proposed))
         if synchronise:
             backend.synchronize()
         drafted = time.perf_counter()

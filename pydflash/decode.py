@@ -145,7 +145,7 @@ def speculative(
     if draft_max is not None and draft_max < 1:
         raise ConfigError(f"draft_max is {draft_max}; it must be at least 1")
     longest = draft.block - 1 if draft_max is None else min(draft_max, draft.block - 1)
-    width = Width(draft.costs) if adaptive else None
+    width, rows = Width(draft.costs) if adaptive else None, draft.rows_for(longest)
     stats = stats if stats is not None else Stats()
     history = list(prompt)
     anchor = yield from _prefill(session, draft, prompt, sampler, history, stats, by_chunk)
@@ -162,9 +162,10 @@ def speculative(
             stats.fallback = "the context has room for one more token only"
         elif width is not None:
             drafted = width.choose(drafted)
+            rows = draft.rows_for(drafted)
             if not drafted:
                 stats.fallback = "adaptive: single steps were expected to be faster than a proposal"
-        proposal = draft.propose(anchor, drafted) if drafted >= 1 else None
+        proposal = draft.propose(anchor, drafted, rows) if drafted >= 1 else None
         proposed = time.perf_counter()
         output = session.forward(proposal or [anchor], "all")
         tokens = _accept(proposal, output, sampler, history)

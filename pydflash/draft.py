@@ -230,25 +230,32 @@ class DraftSession:
 
     # --- proposals --------------------------------------------------------------------------------------------------
 
-    def propose(self, anchor: int, count: int | None = None) -> Proposal:
+    def rows_for(self, count: int) -> int:
+        """Rows of a block that is meant to propose ``count`` tokens: the whole block, but on a CPU, where every row
+        costs time, no more than hold them. Masks behind a token hardly change its proposal (docs/log.md)."""
+        return self.block if self.draft.target.backend.is_cuda else min(self.block, width_for(count + 1))
+
+    def propose(self, anchor: int, count: int | None = None, rows: int | None = None) -> Proposal:
         """Propose ``count`` tokens (default: the whole block) after ``anchor``, the last token, not yet forwarded.
 
-        The result is what ``Session.forward`` takes: 1 + count tokens on the device. On a CPU a short proposal comes
-        from a short block, so its tokens may differ from the first ones of a longer proposal. Raises StateError when
-        the draft's context is not the target's, ShapeError for a token outside the vocabulary or a count outside
-        1..block_size - 1.
+        ``rows``: of the block that is run, of which the first proposals are kept (default: block_size). The result is
+        what ``Session.forward`` takes: 1 + count tokens on the device. Raises StateError when the draft's context is
+        not the target's, ShapeError for a token outside the vocabulary, a count outside 1..block_size - 1 or rows
+        outside 1 + count..block_size.
         """
         self._check_open()
         limit = self.block - 1
         count = limit if count is None else count
+        rows = self.block if rows is None else rows
         if not 1 <= count <= limit:
             raise ShapeError(f"propose: count is {count}; this draft proposes 1..{limit}")
+        if not count < rows <= self.block:
+            raise ShapeError(f"propose: a block of {rows} rows for {count} tokens; it has {count + 1}..{self.block}")
         if not 0 <= anchor < self.draft.target.config.vocab:
             raise ShapeError(
                 f"propose: token id {anchor} is outside the vocabulary of {self.draft.target.config.vocab} tokens"
             )
         self._check_beside("propose")
-        rows = self._rows(count)
         graph = self._graph(("propose", rows, self._full_span(self.length + rows)))
         self._set_context(graph, self._kept, self.length - self._kept)
         self._set_block(graph, anchor, self.length)
@@ -349,11 +356,6 @@ class DraftSession:
     def _full_span(self, needed: int) -> int:
         """Slots of the full ring that a graph spans: a power of two, so that graphs are few."""
         return max(256, 1 << (needed - 1).bit_length())
-
-    def _rows(self, count: int) -> int:
-        """Rows of the block that proposes ``count`` tokens: the whole block, or what holds them on a CPU, where every
-        row costs time. Masks behind a token hardly change its proposal (docs/log.md)."""
-        return self.block if self.draft.target.backend.is_cuda else min(self.block, width_for(count + 1))
 
     def _graph(self, key: tuple[Any, ...]) -> _DraftGraph:
         if key not in self._graphs:

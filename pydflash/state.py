@@ -386,6 +386,8 @@ class DraftCache:
     into a last row.
     """
 
+    dtype = GGMLType.F16
+
     def __init__(self, backend: Backend, geometry: DraftGeometry, context: int, *, fused: bool = True) -> None:
         """``context``: positions that a full layer must hold, the block included."""
         self.geometry, self.path = geometry, KVPath(fused)
@@ -397,7 +399,7 @@ class DraftCache:
         specs: dict[str, tuple[Shape, GGMLType]] = {}
         for layer in range(geometry.layers):
             for side in "kv":
-                specs[f"{side}.{layer}"] = ((self.capacities[self.ring_of[layer]] + 1, width), GGMLType.F16)
+                specs[f"{side}.{layer}"] = ((self.capacities[self.ring_of[layer]] + 1, width), self.dtype)
         self.arena = Arena(backend, specs, f"the draft's cache of {context:,} positions")
 
     @property

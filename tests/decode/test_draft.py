@@ -139,13 +139,13 @@ def test_proposing_again_gives_the_same_bits(pair_of: PairOf) -> None:
         first = draft.logits()
         draft.propose(6)
         assert not np.array_equal(draft.logits(), first)
-        draft.propose(5)
+        draft.propose(5, 3)
         assert np.array_equal(draft.logits(), first)
 
 
 @pytest.mark.parametrize(("count", "rows"), [(1, 2), (2, 4), (3, 4), (7, 8), (8, 16)])
-def test_a_short_proposal_comes_from_a_short_block_on_a_cpu(pair_of: PairOf, count: int, rows: int) -> None:
-    """As the algorithm has it, and nothing of it is left behind. On CUDA: tests/models/test_cuda.py."""
+def test_a_short_block_is_for_a_cpu_and_leaves_nothing_behind(pair_of: PairOf, count: int, rows: int) -> None:
+    """On CUDA: tests/models/test_cuda.py."""
     pair = pair_of(layers=3, window=24)
     tokens = tokens_for(pair, 40)
     oracle = DraftReference(pair.draft_path, pair.target_path)
@@ -153,12 +153,12 @@ def test_a_short_proposal_comes_from_a_short_block_on_a_cpu(pair_of: PairOf, cou
     session, draft = pair.open()
     with session, draft:
         fill(session, draft, tokens, 16)
+        assert draft.rows_for(count) == rows
         for _ in range(2):
-            proposal = draft.propose(5, count)
+            proposal = draft.propose(5, count, rows)
             got = draft.logits()
-            assert len(proposal) == count + 1
-            assert len(got) == rows
-            assert cosine(got[1:], oracle.propose_logits(features, 5, 40, len(got))[1:]) >= COSINE
+            assert (len(proposal), len(got)) == (count + 1, rows)
+            assert cosine(got[1:], oracle.propose_logits(features, 5, 40, rows)[1:]) >= COSINE
             assert proposal.ids[1:].tolist() == got[1 : count + 1].argmax(axis=1).tolist()
             draft.propose(5)
             assert cosine(draft.logits()[1:], oracle.propose_logits(features, 5, 40, 16)[1:]) >= COSINE
@@ -191,14 +191,19 @@ def test_the_target_must_capture_what_the_draft_reads(pair_of: PairOf) -> None:
         DraftSession(pair.draft, session)
 
 
-@pytest.mark.parametrize(("anchor", "count"), [(-1, None), (320, None), (1, 0), (1, 16), (1, -3)])
-def test_a_proposal_outside_the_limits_is_refused(pair_of: PairOf, anchor: int, count: int | None) -> None:
+@pytest.mark.parametrize(
+    ("anchor", "count", "rows"),
+    [(-1, None, None), (320, None, None), (1, 0, None), (1, 16, None), (1, -3, None), (1, 4, 4), (1, 4, 17)],
+)
+def test_a_proposal_outside_the_limits_is_refused(
+    pair_of: PairOf, anchor: int, count: int | None, rows: int | None
+) -> None:
     pair = pair_of()
     session, draft = pair.open(64)
     with session, draft:
         fill(session, draft, [1, 2, 3], 16)
-        with pytest.raises(ShapeError, match=r"propose: (count is|token id)"):
-            draft.propose(anchor, count)
+        with pytest.raises(ShapeError, match=r"propose: (count is|token id|a block of)"):
+            draft.propose(anchor, count, rows)
         draft.propose(1)
 
 

@@ -74,7 +74,10 @@ class TableDraft:
     def __init__(self, likely: bool) -> None:
         self._likely, self._rng = likely, np.random.default_rng(7)
 
-    def propose(self, anchor: int, count: int) -> Proposed:
+    def rows_for(self, count: int) -> int:
+        return self.block
+
+    def propose(self, anchor: int, count: int, rows: int) -> Proposed:
         ids = [anchor]
         for _ in range(count):
             ids.append(int(TABLE[ids[-1]].argmax() if self._likely else self._rng.integers(VOCAB)))

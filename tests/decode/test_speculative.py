@@ -40,7 +40,10 @@ class Scripted(DraftSession):
         self.made: list[int] = []
         self.closed = False
 
-    def propose(self, anchor: int, count: int | None = None) -> Proposal:
+    def rows_for(self, count: int) -> int:
+        return self.block
+
+    def propose(self, anchor: int, count: int | None = None, rows: int | None = None) -> Proposal:
         assert self.length == self.target.length
         count = self.block - 1 if count is None else count
         ids = np.zeros(16, np.int32)

@@ -39,11 +39,22 @@ class Generation:
 
 
 def peer_speculation(
-    target: Path, draft: Path, prompts: Sequence[Sequence[int]], count: int, folder: Path, prompt_rows: int = 512
+    target: Path,
+    draft: Path,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    folder: Path,
+    *,
+    prompt_rows: int = 512,
+    float_draft: bool = False,
 ) -> list[Generation]:
-    """Greedy text of up to ``count`` tokens after each prompt, which is evaluated ``prompt_rows`` rows at a time."""
+    """Greedy text of up to ``count`` tokens after each prompt, which is evaluated ``prompt_rows`` rows at a time.
+
+    ``float_draft``: K and V of the draft's context are f32 instead of f16.
+    """
     question = folder / "request.json"
-    request = {"target": str(target), "draft": str(draft), "prompts": prompts, "count": count, "rows": prompt_rows}
+    request = {"target": str(target), "draft": str(draft), "prompts": prompts, "count": count}
+    request |= {"rows": prompt_rows, "float_draft": float_draft}
     question.write_text(json.dumps(request), encoding="utf-8")
     command = [sys.executable, "-m", "tests.parity.peer_dflash", str(question)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=600, check=False)
@@ -92,6 +103,8 @@ def _run(request: dict[str, Any]) -> None:
     params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_DFLASH]
     params.speculative.draft.mparams.path = request["draft"]
     params.speculative.draft.n_max = DRAFT_MAX
+    if request["float_draft"]:
+        params.speculative.draft.cache_type_k = params.speculative.draft.cache_type_v = params.cache_type_k
     server = xllamacpp.Server(params)
     options = {"n_predict": request["count"], "temperature": 0, "cache_prompt": False, "stream": False}
     for prompt in request["prompts"]:
