@@ -156,11 +156,11 @@ def speculative(
             return
         begin = time.perf_counter()
         drafted = min(longest, session.max_context - session.length - 1)
-        if max_tokens is not None:
-            drafted = min(drafted, max_tokens - stats.tokens)
         if drafted < 1:
             stats.fallback = "the context has room for one more token only"
-        elif width is not None:
+        if max_tokens is not None:
+            drafted = min(drafted, max_tokens - stats.tokens - 1)  # the bonus token comes after them
+        if width is not None and drafted >= 1:
             drafted = width.choose(drafted)
             rows = draft.rows_for(drafted)
             if not drafted:
@@ -170,7 +170,7 @@ def speculative(
         output = session.forward(proposal or [anchor], "all")
         tokens = _accept(proposal, output, sampler, history)
         verified = time.perf_counter()
-        tokens = _cut(tokens, max_tokens, stats.tokens, stop_ids)
+        tokens = _cut(tokens, stop_ids)
         accepted, anchor = len(tokens) - 1, tokens[-1]
         session.commit(len(tokens))
         draft.keep(len(tokens))
@@ -243,10 +243,8 @@ def _accept(proposal: Proposal | None, output: Output, sampler: Sampler, history
     return [*tokens, next(draws)]
 
 
-def _cut(tokens: list[int], max_tokens: int | None, before: int, stop_ids: frozenset[int]) -> list[int]:
-    """``tokens`` up to the limit, and up to the first of ``stop_ids``, which is kept."""
-    if max_tokens is not None:
-        tokens = tokens[: max_tokens - before]
+def _cut(tokens: list[int], stop_ids: frozenset[int]) -> list[int]:
+    """``tokens`` up to the first of ``stop_ids``, which is kept."""
     end = next((i for i, token in enumerate(tokens) if token in stop_ids), len(tokens) - 1)
     return tokens[: end + 1]
 

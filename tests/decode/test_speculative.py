@@ -155,6 +155,18 @@ def test_any_draft_gives_the_autoregressive_text(
         draft.close()
 
 
+@pytest.mark.parametrize(("count", "drafted"), [(16, 14), (17, 15), (18, 15), (19, 16), (20, 17)])
+def test_nothing_is_proposed_for_the_place_of_the_last_bonus_token(pair_of: PairOf, count: int, drafted: int) -> None:
+    pair = pair_of()
+    wanted = alone(pair, PROMPT, TOKENS)
+    with Session(pair.model, 256, "f32", "f32") as session:
+        draft, stats = Scripted(session, proposals(PROMPT + wanted)["right"]), Stats()
+        assert run(session, draft, PROMPT, stats, count) == wanted[:count]
+        assert (stats.drafted, stats.accepted, stats.fallback) == (drafted, drafted, None)
+        check_stats(stats, wanted[:count])
+        draft.close()
+
+
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("draft_max", range(1, 16))
 def test_every_draft_max_gives_the_autoregressive_text(pair_of: PairOf, draft_max: int, adaptive: bool) -> None:

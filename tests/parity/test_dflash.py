@@ -4,14 +4,12 @@ What is compared is every proposed token, not only the counts. A proposal follow
 both engines propose at the same position of the same text, all 15 tokens must be equal, near-ties apart; where none of
 them differs, the numbers of accepted and of drafted tokens are equal too.
 
-Three rules differ, and are made equal here:
+Two rules differ, and are made equal here:
 
 - Inside a block, llama.cpp lets every row see every other one unless the draft file has ``attention.causal``; we, like
   the draft's authors, let rows of sliding layers see earlier rows only. A file without the key is therefore loaded with
   ``causal=False`` here, and a copy with the key set is compared as it is.
-- llama.cpp proposes no more tokens than fit before the bonus token, we no more than fit without one: at the end of a
-  text it counts one drafted token less a step (`drafted_there`). The accepted ones are the same.
-- Flash attention is off in llama.cpp: on the CPU it sums V in f16.
+- Flash attention is off in llama.cpp: on the CPU it sums V in f16. With f32 weights the draft's context is f32 too.
 
 The package `xllamacpp` does not say which commit of llama.cpp it was built from (its build info is "unknown"); its
 version names build 11549. That need not be the commit that vendor/ggml.toml pins.
@@ -101,15 +99,6 @@ def our_speculation(
     return results
 
 
-def drafted_there(stats: Stats, count: int) -> int:
-    """How many tokens llama.cpp counts as drafted in the steps of ``stats``, leaving room for the bonus token."""
-    left, drafted = count - 1, 0
-    for accepted in stats.trace:
-        drafted += min(DRAFT_MAX, left - 1)
-        left -= accepted + 1
-    return drafted
-
-
 @dataclass(frozen=True)
 class Tie:
     """A token that we prefer to llama.cpp's by ``gap`` in our logits: row ``row`` of a proposal, or of the text."""
@@ -162,7 +151,7 @@ def compare(
         assert all(t.gap <= tie for t in ties), ties
         if not ties:
             assert there.accepted == here.stats.accepted
-            assert there.drafted == drafted_there(here.stats, count)
+            assert there.drafted == here.stats.drafted
         rows += DRAFT_MAX * len(shared(here, there, end))
         near_ties += ties
     assert rows >= len(prompts) * DRAFT_MAX
