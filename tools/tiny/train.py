@@ -9,6 +9,7 @@ the draft and the reference outputs. Nothing is written outside DIR.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -270,6 +271,30 @@ def agree(pool: Pool) -> Tensor:
     return (pool.choice[:, pool.first : -1] == pool.ids[:, pool.first + 1 :]).float().mean()
 
 
+def draft_pools(
+    model: Qwen3_5ForCausalLM,
+    taps: list[int],
+    text: Text,
+    settings: Settings,
+    seconds: float,
+    earlier: list[Path],
+    out: Path,
+    journal: Journal,
+) -> list[Pool]:
+    """What the draft learns from: the texts of `earlier` runs, or else new ones, written in `seconds` and kept."""
+    paths = earlier or [out / "texts.npz"]
+    if not earlier:
+        save_texts(paths[0], written_texts(model, text, settings, seconds, journal))
+    device = next(model.parameters()).device
+    pools = [observed(model, ids, first, taps) for path in paths for ids, first in read_texts(path, device)]
+    journal.record(
+        texts_sha256=[hashlib.sha256(path.read_bytes()).hexdigest() for path in paths],
+        pool_tokens=[pool.ids.numel() for pool in pools],
+        pool_agreement=[round(float(agree(pool)), 4) for pool in pools],
+    )
+    return pools
+
+
 def make_draft(
     model: Qwen3_5ForCausalLM,
     text: Text,
@@ -279,24 +304,14 @@ def make_draft(
     out: Path,
     journal: Journal,
 ) -> Draft:
-    """Train, measure and write the draft; returns it with the rounded weights of the file.
-
-    It learns from the texts of `earlier` runs, or else from new ones.
-    """
+    """Train, measure and write the draft; returns it with the rounded weights of the file."""
     device = next(model.parameters()).device
     taps = target.target_layer_ids(model.config.num_hidden_layers)
     config = DraftConfig(target_layer_ids=tuple(taps), mask_token_id=text.vocabulary.id("<|mask|>"))
     draft = Draft(config).to(device)
     start = time.monotonic()
     torch.set_float32_matmul_precision("high")
-    texts = [t for path in earlier for t in read_texts(path, device)]
-    if not earlier:
-        texts = written_texts(model, text, settings, seconds * settings.pool_share, journal)
-        save_texts(out / "texts.npz", texts)
-    pools = [observed(model, ids, first, taps) for ids, first in texts]
-    journal.record(
-        pool_tokens=[pool.ids.numel() for pool in pools], pool_agreement=[round(float(agree(p)), 4) for p in pools]
-    )
+    pools = draft_pools(model, taps, text, settings, seconds * settings.pool_share, earlier, out, journal)
     totals = train_draft(
         draft,
         model,
@@ -352,7 +367,7 @@ def write_draft_reference(model: Qwen3_5ForCausalLM, draft: Draft, text: Text, s
     return reference.write_draft_reference(out / "tiny_draft.npz", model, draft, [source[:32], source[200:296]], runs)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
     parser.add_argument("--target", type=Path, help="the target's file, if only a draft is to be trained")
@@ -369,13 +384,23 @@ def main() -> None:
     args = parser.parse_args()
     if args.texts and not args.target:
         parser.error("--texts needs --target: a new target has a new vocabulary, in which they mean nothing")
+    return args
 
-    settings = replace(SMOKE if args.smoke else Settings(), seed=args.seed, text_seed=args.text_seed)
-    settings = replace(
+
+def chosen_settings(args: argparse.Namespace) -> Settings:
+    settings = SMOKE if args.smoke else Settings()
+    return replace(
         settings,
+        seed=args.seed,
+        text_seed=args.text_seed,
         max_target_steps=args.target_steps or settings.max_target_steps,
         max_draft_steps=args.draft_steps or settings.max_draft_steps,
     )
+
+
+def main() -> None:
+    args = arguments()
+    settings = chosen_settings(args)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
     journal = Journal(args.out / ("draft_log.json" if args.target else "train_log.json"))
