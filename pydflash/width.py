@@ -11,6 +11,7 @@ __all__ = ["Costs", "Width", "adapts"]
 
 _REMEMBERED = 8  # cycles; what slows one of them does not count, what slows all of them does
 _TRUSTED = 2  # cycles before a measurement counts: one alone may have been interrupted
+_FIXED = 0.1  # of a cycle's cost that its rows do not change, at least: so much on a CPU (docs/log.md), more on a GPU
 _STALE = 128  # cycles without one of its width, after which a measurement counts no more
 # Acceptance changes from one passage of a text to the next. These three were chosen by replaying the shipped pair's
 # proposals at every position of 200 texts; neighbouring values are within 1 % of them.
@@ -49,15 +50,17 @@ class Costs:
     def seconds(self, proposed: int) -> float | None:
         """Of a cycle that verifies ``proposed`` tokens: the fastest of late, of its width or a wider one.
 
-        A width without enough measurements is taken to be as cheap as it can be, its share of the rows of the next
-        wider one: so it is tried as soon as it might pay. None before this or a wider width has enough.
+        A width without enough measurements is taken to be as cheap as it can be, given the next wider one: all but a
+        tenth of that by its rows. So it is tried as soon as it might pay. None before this or a wider width has enough.
         """
         width = width_for(proposed + 1)
         known = {w: min(recent) for w, recent in self._recent.items() if w >= width and len(recent) >= _TRUSTED}
         if not known:
             return None
         next_wider = min(known)
-        return min(known.values()) if next_wider == width else known[next_wider] * width / next_wider
+        if next_wider == width:
+            return min(known.values())
+        return known[next_wider] * (_FIXED + (1 - _FIXED) * width / next_wider)
 
 
 class Width:
