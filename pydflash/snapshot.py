@@ -25,8 +25,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pydflash.errors import LoadError, ShapeError, SnapshotMismatch
+from pydflash.ggml_types import GGMLType
 from pydflash.ops import TAPE_ROWS
-from pydflash.state import CACHE_TYPES, MOST_POSITIONS, state_shape, tape_shape
+from pydflash.state import CACHE_TYPES, MOST_POSITIONS, DraftCache, state_shape, tape_shape
 from pydflash.tensor import Shape
 
 __all__ = [
@@ -86,7 +87,7 @@ class Fingerprint:
             arrays[f"window.{layer}"] = ((self.conv_kernel - 1 + replay, tape_shape(self)[1]), "F32")
         for layer in self.attention_layers:
             for side, cache in (("k", self.cache_k), ("v", self.cache_v)):
-                arrays[f"{side}.{layer}"] = _rows(length, self.kv_heads * self.head_size, cache)
+                arrays[f"{side}.{layer}"] = _rows(length, self.kv_heads * self.head_size, CACHE_TYPES[cache])
         return arrays
 
 
@@ -108,14 +109,14 @@ class DraftFingerprint:
     head_size: int
 
     def layout(self, length: int, replay: int) -> Layout:
-        """The arrays of ``length`` positions: f16 K/V rows of all, or of those that a sliding layer's window covers."""
+        """The arrays of ``length`` positions: K/V rows of all, or of those that a sliding layer's window covers."""
         if replay:
             raise ShapeError(f"a draft session has no rows to replay, found {replay}")
         arrays: Layout = {}
         for layer, window in enumerate(self.windows):
             for side in "kv":
                 rows = min(length, window) if window else length
-                arrays[f"{side}.{layer}"] = _rows(rows, self.kv_heads * self.head_size, "f16")
+                arrays[f"{side}.{layer}"] = _rows(rows, self.kv_heads * self.head_size, DraftCache.dtype)
         return arrays
 
 
@@ -123,8 +124,8 @@ _KINDS = {"session": Fingerprint, "draft session": DraftFingerprint}
 AnyFingerprint: TypeAlias = "Fingerprint | DraftFingerprint"
 
 
-def _rows(count: int, columns: int, cache: str) -> tuple[Shape, str]:
-    return (count, CACHE_TYPES[cache].nbytes(columns)), "U8"
+def _rows(count: int, columns: int, dtype: GGMLType) -> tuple[Shape, str]:
+    return (count, dtype.nbytes(columns)), "U8"
 
 
 def _check_counts(length: int, replay: int) -> None:
@@ -288,8 +289,7 @@ class _Reader:
     def read(self) -> Snapshot:
         header = self._read_header()
         statement, digest = self._metadata(header)
-        fingerprint, sequence, length, replay = self._parse(statement)
-        layout = fingerprint.layout(length, replay)
+        fingerprint, sequence, length, replay, layout = self._parse(statement)
         if header != _header(layout, statement, digest):
             self._damaged("its arrays are not those that its fingerprint asks for")
         self._check_size(8 + len(header) + sum(_nbytes(*spec) for spec in layout.values()))
@@ -322,8 +322,8 @@ class _Reader:
             ) from None
         return statement, digest
 
-    def _parse(self, statement: str) -> tuple[AnyFingerprint, str, int, int]:
-        """Fingerprint, sequence, length and rows to replay, each of a valid type and size."""
+    def _parse(self, statement: str) -> tuple[AnyFingerprint, str, int, int, Layout]:
+        """Fingerprint, sequence, length and rows to replay, each of a valid type and size, and the layout of these."""
         try:
             content = json.loads(statement)
             found = content["fingerprint"]
@@ -336,8 +336,8 @@ class _Reader:
             fingerprint = kind(**{f.name: _value(str(f.type), found[f.name]) for f in fields(kind)})
             length, replay = _value("int", content["length"]), _value("int", content["replay"])
             _check_counts(length, replay)
-            fingerprint.layout(length, replay)
-            return fingerprint, _value("str", content["sequence"]), length, replay
+            layout = fingerprint.layout(length, replay)
+            return fingerprint, _value("str", content["sequence"]), length, replay, layout
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             self._damaged(f"its metadata hold what no snapshot has ({error!r:.80})")
 

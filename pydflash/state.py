@@ -387,6 +387,7 @@ class DraftCache:
     """
 
     dtype = GGMLType.F16
+    """Of K and V."""
 
     def __init__(self, backend: Backend, geometry: DraftGeometry, context: int, *, fused: bool = True) -> None:
         """``context``: positions that a full layer must hold, the block included."""
