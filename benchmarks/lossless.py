@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pydflash.decode import Stats, autoregressive, speculative
+from pydflash.decode import autoregressive, collect, speculative
 from pydflash.draft import DraftSession, load_draft
 from pydflash.models import load_model
 from pydflash.sampling import Sampler, SamplingParams
@@ -40,16 +40,12 @@ def compare(
 ) -> dict[str, Any]:
     """One prompt both ways: the tokens' hash, whether they agree, seconds and acceptance."""
     greedy = Sampler(SamplingParams(), session.model.config.vocab)
-    plain, fast = Stats(), Stats()
     session.reset()
     draft.reset()
-    expected = [
-        t for step in autoregressive(session, prompt, greedy, max_tokens=tokens, stats=plain) for t in step.tokens
-    ]
+    expected, plain = collect(autoregressive(session, prompt, greedy, max_tokens=tokens))
     session.reset()
     draft.reset()
-    steps = speculative(session, draft, prompt, greedy, max_tokens=tokens, stats=fast, adaptive=adaptive)
-    found = [t for step in steps for t in step.tokens]
+    found, fast = collect(speculative(session, draft, prompt, greedy, max_tokens=tokens, adaptive=adaptive))
     return {
         "equal": expected == found,
         "sha256": hashlib.sha256(np.asarray(expected, np.int32).tobytes()).hexdigest(),

@@ -1,7 +1,7 @@
 // argmax on CUDA. A row is cut into slices of 2,048 values or more, at most 128 of them; one block finds the best of a slice,
 // then one block a row the best of its slices. A candidate is one 64-bit key: the value in an order that integers share,
-// above its index counted down, so that the largest key is the largest value, the first of equal ones. Device memory bounds
-// the first kernel, launching the second.
+// above its index counted down, so that the largest key is the largest value, the first of equal ones. A NaN is larger than
+// every number, so that the key of a row tells whether it has one. Device memory bounds the first kernel, launching the second.
 #include "argmax.h"
 #include "ext_cuda.cuh"
 
@@ -13,10 +13,22 @@ constexpr int MAX_SLICES = 128;   // what a block of the second kernel takes in 
 
 using key = unsigned long long;
 
+// The values that are no numbers, in the order of keys.
+constexpr uint32_t MINUS_INFINITY = 0x007fffffu;
+constexpr uint32_t INFINITE       = 0xff800000u;
+constexpr uint32_t NOT_A_NUMBER   = 0xffffffffu;
+
 __device__ key key_of(float value, int64_t index) {
     const uint32_t bits    = __float_as_uint(value) == 0x80000000u ? 0u : __float_as_uint(value);  // -0 equals 0
     const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-    return (key) ordered << 32 | (0xffffffffu - (uint32_t) index);
+    return (key) (isnan(value) ? NOT_A_NUMBER : ordered) << 32 | (0xffffffffu - (uint32_t) index);
+}
+
+// The index in a row's largest key, or -1 where the row has no largest number and that is to be told.
+__device__ int32_t index_of(key best, bool report) {
+    const uint32_t value = (uint32_t) (best >> 32);
+    const bool     fails = value <= MINUS_INFINITY || value >= INFINITE;
+    return report && fails ? -1 : (int32_t) (0xffffffffu - (uint32_t) best);
 }
 
 __device__ key larger(key a, key b) { return a > b ? a : b; }
@@ -55,13 +67,13 @@ __global__ void __launch_bounds__(THREADS) best_of_slice(const char * x, int64_t
     }
 }
 
-__global__ void __launch_bounds__(MAX_SLICES) best_of_row(const key * slices, int count, int32_t * index) {
+__global__ void __launch_bounds__(MAX_SLICES) best_of_row(const key * slices, int count, bool report, int32_t * index) {
     release_successor();
     wait_for_predecessor();
     key found = (int) threadIdx.x < count ? slices[blockIdx.x * count + threadIdx.x] : 0;
     found = block_largest<MAX_SLICES>(found);
     if (threadIdx.x == 0) {
-        index[blockIdx.x] = (int32_t) (0xffffffffu - (uint32_t) found);
+        index[blockIdx.x] = index_of(found, report);
     }
 }
 
@@ -75,10 +87,11 @@ bool launch(pydflash_cuda * cuda, ggml_tensor * node) {
     const int64_t wanted  = (x->ne[0] + SLICE - 1) / SLICE;
     const int     slices  = (int) (wanted < MAX_SLICES ? wanted : MAX_SLICES);
     const int     rows    = (int) x->ne[1];
+    const bool    report  = pydflash_node_params(node)[0];
     key * best = (key *) cuda->alloc(cuda, (size_t) rows * slices * sizeof(key));
     return launch_early(cuda, best_of_slice, dim3(slices, rows), THREADS, 0, (const char *) x->data, (int64_t) x->nb[1],
                         x->ne[0], best) &&
-           launch_early(cuda, best_of_row, rows, MAX_SLICES, 0, best, slices, (int32_t *) node->data);
+           launch_early(cuda, best_of_row, rows, MAX_SLICES, 0, best, slices, report, (int32_t *) node->data);
 }
 
 }  // namespace

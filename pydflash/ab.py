@@ -36,14 +36,14 @@ from pydflash import ab_report
 from pydflash.ab_report import AGAIN, ARMS, A, Arm, B, Protocol, Report, Sample, runs_of
 from pydflash.bench import WARM_UPS, random_ids
 from pydflash.config import EngineConfig, parsed, truth
-from pydflash.decode import Stats
+from pydflash.decode import Stats, Step
 from pydflash.doctor import examine
 from pydflash.draft import Draft, load_draft
-from pydflash.engine import Chunk, Engine
+from pydflash.engine import Engine
 from pydflash.errors import ConfigError, OutOfMemory
 from pydflash.models import Model, load_model
 from pydflash.ops import EXACT_ROWS
-from pydflash.sampling import SamplingParams
+from pydflash.sampling import Sampler, SamplingParams
 from pydflash.weights import Progress
 
 __all__ = ["ORDERS", "compare", "measure", "parse_arm", "turns"]
@@ -116,9 +116,7 @@ class _Run:
     """
 
     def __init__(self, engine: Engine, prompt: Sequence[int], enough: int, clock: Clock) -> None:
-        spare = engine.draft.config.block_size if engine.draft is not None else 0
-        params = SamplingParams(max_tokens=enough + spare, ignore_eos=True)
-        self._stream = cast("Generator[Chunk, None, None]", engine.stream(prompt, params, by_chunk=True))
+        self._run = self._steps(engine, prompt, enough)
         self.chunk = engine.config.chunk
         self._prompt_tokens, self._enough, self._clock = len(prompt), enough, clock
         self._tokens: list[int] = []
@@ -126,13 +124,23 @@ class _Run:
         self._step_seconds: list[float] = []
         self._stats = Stats()
 
+    @staticmethod
+    def _steps(engine: Engine, prompt: Sequence[int], enough: int) -> Generator[Step | None, None, None]:
+        """None for each chunk of the prompt but the last, then steps."""
+        spare = engine.draft.config.block_size if engine.draft is not None else 0
+        greedy = Sampler(SamplingParams(), engine.model.config.vocab)
+        engine.reset()
+        rest = yield from engine.read(prompt)
+        yield from engine.steps(rest, greedy, enough + spare, frozenset())
+
     def step(self) -> None:
         begin = self._clock()
-        chunk = next(self._stream)
+        step = next(self._run)
         seconds = self._clock() - begin
         (self._step_seconds if self._tokens else self._chunk_seconds).append(seconds)
-        self._tokens += chunk.tokens
-        self._stats = chunk.stats
+        if step is not None:
+            self._tokens += step.tokens
+            self._stats = step.stats
 
     def read(self, rows: int) -> None:
         """Go on reading the prompt: ``rows`` tokens, a multiple of a chunk, or what is left of it."""
@@ -158,12 +166,12 @@ class _Run:
             "decoded": len(self._tokens) - 1, "decode_seconds": sum(self._step_seconds),
             "tokens": tuple(self._tokens[: self._enough]),
             "cycles": stats.steps, "drafted": stats.drafted, "accepted": stats.accepted,
-            "drafted_per_position": tuple(stats.drafted_per_position),
-            "accepted_per_position": tuple(stats.accepted_per_position), "trace": tuple(stats.trace),
+            "drafted_per_position": stats.drafted_per_position,
+            "accepted_per_position": stats.accepted_per_position, "trace": stats.trace,
         }  # fmt: skip
 
     def close(self) -> None:
-        self._stream.close()
+        self._run.close()
 
 
 def measure(engines: Sequence[Engine], prompt: Sequence[int], enough: int, clock: Clock) -> list[dict[str, Any]]:

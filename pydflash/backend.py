@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pydflash._ffi import build_info, check, cuda_library, ffi, lib, owned
-from pydflash.errors import ConfigError, DeviceError, NoDevice, OutOfMemory
+from pydflash._ffi import build_info, check, cuda_library, ffi, lib
+from pydflash.device_lock import DeviceLock, closing, exclusive
+from pydflash.errors import ConfigError, DeviceError, NoDevice, OutOfMemory, StateError
 from pydflash.ggml_types import GGMLType
 from pydflash.tensor import Shape, Tensor, new_tensor
 
@@ -26,10 +28,22 @@ def default_threads() -> int:
 
 
 def cuda_device_count() -> int:
-    """CUDA devices that this build can use now; 0 without a CUDA build, a driver or a GPU."""
-    if not cuda_library().exists() or lib.pydflash_cuda_load(str(cuda_library()).encode()) != ffi.NULL:
-        return 0
-    return int(lib.pydflash_cuda_device_count())
+    """CUDA devices that this build can use now; 0 without a CUDA build, a driver or a GPU.
+
+    Raises StateError in a child of ``fork`` whose parent had loaded CUDA.
+    """
+    return 0 if not cuda_library().exists() or _load_cuda() else int(lib.pydflash_cuda_device_count())
+
+
+def _load_cuda() -> str:
+    """Load the CUDA back end, which happens once; returns why it does not load, or ''."""
+    if lib.pydflash_cuda_forked():
+        raise StateError(
+            "CUDA was loaded before this process was forked from its parent, and cannot be used in a child; start it "
+            "with multiprocessing's 'spawn', or load the model after the fork only"
+        )
+    failure = lib.pydflash_cuda_load(str(cuda_library()).encode())
+    return "" if failure == ffi.NULL else str(ffi.string(failure).decode(errors="replace"))
 
 
 def _open_cuda(index: int) -> Any:
@@ -38,11 +52,11 @@ def _open_cuda(index: int) -> Any:
             f"device 'cuda:{index}' was asked for, but this build has no CUDA back end ({build_info()['why']}); "
             "reinstall with PYDFLASH_CUDA=ON on a machine with a CUDA toolkit, or use device='cpu'"
         )
-    failure = lib.pydflash_cuda_load(str(cuda_library()).encode())
-    if failure != ffi.NULL:
+    failure = _load_cuda()
+    if failure:
         raise NoDevice(
-            f"device 'cuda:{index}' was asked for, but the CUDA back end does not load: "
-            f"{ffi.string(failure).decode(errors='replace')}; install the NVIDIA driver and the CUDA runtime it names"
+            f"device 'cuda:{index}' was asked for, but the CUDA back end does not load: {failure}; "
+            "install the NVIDIA driver and the CUDA runtime it names"
         )
     count = lib.pydflash_cuda_device_count()
     if index >= count:
@@ -53,7 +67,7 @@ def _open_cuda(index: int) -> Any:
 class Backend:
     """One device. ``close()`` (or ``with``) frees it; every arena and graph on it must be closed before.
 
-    ``name`` is 'cpu' or 'cuda:N'; ``description`` is the device's own name.
+    ``name`` is 'cpu' or 'cuda:N'; ``description`` is the device's own name; ``lock`` is who may use it now.
     """
 
     def __init__(self, device: str = "auto", threads: int | None = None) -> None:
@@ -70,24 +84,28 @@ class Backend:
             raise ConfigError(f"threads is {threads}; it must lie in 1..512")
         self.is_cuda = device != "cpu"
         self.threads = 0 if self.is_cuda else threads or default_threads()
+        index = int(match.group(1) or 0)
+        self.name = f"cuda:{index}" if self.is_cuda else "cpu"
+        self.lock = DeviceLock(f"device {self.name!r}")
+        own = self.lock.own
         self._pool: Any = None
         if self.is_cuda:
-            index = int(match.group(1) or 0)
-            self.name = f"cuda:{index}"
-            self.c = owned(_open_cuda(index), lib.ggml_backend_free, "opening the CUDA device")
+            self.c = own(_open_cuda(index), lib.ggml_backend_free, "opening the CUDA device")
         else:
-            self.name = "cpu"
-            self.c = owned(lib.ggml_backend_cpu_init(), lib.ggml_backend_free, "opening the CPU back end")
-            self._pool = owned(lib.pydflash_threadpool_new(self.threads), lib.ggml_threadpool_free, "starting threads")
+            self.c = own(lib.ggml_backend_cpu_init(), lib.ggml_backend_free, "opening the CPU back end")
+            self._pool = own(lib.pydflash_threadpool_new(self.threads), lib.ggml_threadpool_free, "starting threads")
             lib.ggml_backend_cpu_set_n_threads(self.c, self.threads)
             lib.ggml_backend_cpu_set_threadpool(self.c, self._pool)
         self.device = lib.ggml_backend_get_device(self.c)
         self.buffer_type = lib.ggml_backend_get_default_buffer_type(self.c)
         self.description = ffi.string(lib.ggml_backend_dev_description(self.device)).decode(errors="replace")
+        self._leave = weakref.finalize(self, self.lock.leave)
 
     def close(self) -> None:
-        """Free the device's streams and threads. Safe to call twice."""
+        """Free the device's streams and threads, after the step that runs. Safe to call twice."""
         if self.c is not None:
+            self.lock.close()
+            self._leave.detach()
             ffi.release(self.c)
             if self._pool is not None:
                 ffi.release(self._pool)
@@ -105,6 +123,7 @@ class Backend:
         lib.ggml_backend_dev_memory(self.device, free, total)
         return int(free[0]), int(total[0])
 
+    @exclusive
     def check_free(self, size: int, what: str) -> None:
         """OutOfMemory when ``size`` bytes for ``what`` are more than the device has free."""
         free, _ = self.memory()
@@ -114,10 +133,12 @@ class Backend:
                 "use a smaller max_context, smaller cache types, or a smaller model"
             )
 
+    @exclusive
     def synchronize(self) -> None:
         """Wait until everything enqueued on the device is done."""
         lib.ggml_backend_synchronize(self.c)
 
+    @exclusive
     def write(self, tensor: Tensor, values: npt.NDArray[Any]) -> None:
         """Copy contiguous ``values`` to the start of ``tensor``, ordered before the next graph.
 
@@ -126,6 +147,7 @@ class Backend:
         source = ffi.from_buffer(values)
         lib.ggml_backend_tensor_set_async(self.c, tensor.c, source, 0, values.nbytes)
 
+    @exclusive
     def read(self, tensor: Tensor, out: npt.NDArray[Any]) -> None:
         """Fill contiguous ``out`` from the start of ``tensor``; waits for the device."""
         lib.ggml_backend_tensor_get_async(self.c, tensor.c, ffi.from_buffer(out, require_writable=True), 0, out.nbytes)
@@ -140,23 +162,27 @@ class Arena:
 
     def __init__(self, backend: Backend, specs: Mapping[str, tuple[Shape, GGMLType]], what: str) -> None:
         """``specs``: name to (row-major shape, dtype). ``what`` names the arena in OutOfMemory's message."""
-        self.backend = backend
-        self._context = new_context(len(specs), what)
+        self.backend, self.lock = backend, backend.lock
+        self._context = new_context(self.lock, len(specs), what)
         self._tensors = {
             name: Tensor(new_tensor(self._context, shape, dtype), shape, dtype, None)
             for name, (shape, dtype) in specs.items()
         }
         self._buffer: Any = None
         self.nbytes = 0
-        if not specs:
-            return
+        if specs:
+            self._allocate(what)
+
+    @exclusive
+    def _allocate(self, what: str) -> None:
+        backend = self.backend
         size = int(lib.ggml_backend_alloc_ctx_tensors_from_buft_size(self._context, backend.buffer_type))
         backend.check_free(size, what)
         buffer = lib.ggml_backend_alloc_ctx_tensors(self._context, backend.c)
         if buffer == ffi.NULL:
             free, _ = backend.memory()
             raise OutOfMemory(f"{what}: allocating {size:,} bytes on {backend.name} failed with {free:,} free")
-        self._buffer = owned(buffer, lib.ggml_backend_buffer_free, what)
+        self._buffer = self.lock.own(buffer, lib.ggml_backend_buffer_free, what)
         lib.ggml_backend_buffer_clear(self._buffer, 0)
         self.nbytes = int(lib.ggml_backend_buffer_get_size(self._buffer))
 
@@ -175,12 +201,14 @@ class Arena:
         if self._buffer is not None:
             lib.ggml_backend_buffer_set_usage(self._buffer, _USAGE_WEIGHTS)
 
+    @exclusive
     def clear(self) -> None:
         """Zero every byte."""
         if self._buffer is not None:
             self.backend.synchronize()
             lib.ggml_backend_buffer_clear(self._buffer, 0)
 
+    @closing
     def close(self) -> None:
         """Free the buffer. Safe to call twice."""
         if self._context is not None:
@@ -199,10 +227,11 @@ class MappedArena:
         """``specs``: name to (row-major shape, dtype, byte offset into ``memory``, a multiple of 32)."""
         if backend.is_cuda:
             raise DeviceError("mapped tensors need the CPU back end")
+        self.lock = backend.lock
         self._memory = memory  # keeps the mapping alive
-        self._context = new_context(len(specs), "mapped tensors")
+        self._context = new_context(self.lock, len(specs), "mapped tensors")
         base = ffi.from_buffer(memory)
-        self._buffer = owned(
+        self._buffer = self.lock.own(
             lib.ggml_backend_cpu_buffer_from_ptr(ffi.cast("void *", base), memory.nbytes),
             lib.ggml_backend_buffer_free,
             "mapping",
@@ -223,6 +252,7 @@ class MappedArena:
     def __iter__(self) -> Any:
         return iter(self._tensors)
 
+    @closing
     def close(self) -> None:
         """Forget the tensors; the mapping itself is the caller's. Safe to call twice."""
         if self._buffer is not None:
@@ -236,16 +266,17 @@ class Staging:
 
     def __init__(self, backend: Backend, size: int = 64 << 20) -> None:
         """``size``: bytes of each half."""
-        self.backend, self.size = backend, size
+        self.backend, self.lock, self.size = backend, backend.lock, size
         host_type = lib.ggml_backend_dev_host_buffer_type(backend.device)
         buffer_type = backend.buffer_type if host_type == ffi.NULL else host_type
-        self._buffer = owned(
+        self._buffer = self.lock.own(
             lib.ggml_backend_buft_alloc_buffer(buffer_type, 2 * size), lib.ggml_backend_buffer_free, "staging memory"
         )
         base = ffi.cast("char *", lib.ggml_backend_buffer_get_base(self._buffer))
         self._halves = [np.frombuffer(ffi.buffer(base + i * size, size), np.uint8) for i in range(2)]
         self._turn = 0
 
+    @exclusive
     def upload(self, tensor: Tensor, data: npt.NDArray[np.uint8]) -> None:
         """Copy ``data`` to ``tensor`` in pieces; the last transfer may still be in flight when this returns."""
         for start in range(0, data.nbytes, self.size):
@@ -256,6 +287,7 @@ class Staging:
             lib.ggml_backend_tensor_set_async(self.backend.c, tensor.c, ffi.from_buffer(half), start, piece.nbytes)
             self._turn = 1 - self._turn
 
+    @exclusive
     def close(self) -> None:
         """Wait for the last transfer and free the memory."""
         self.backend.synchronize()
@@ -263,8 +295,8 @@ class Staging:
         ffi.release(self._buffer)
 
 
-def new_context(tensors: int, what: str) -> Any:
+def new_context(lock: DeviceLock, tensors: int, what: str) -> Any:
     """A ggml context for the descriptions of ``tensors`` tensors, without their data."""
     size = lib.ggml_tensor_overhead() * (tensors + 1)
     params = ffi.new("struct ggml_init_params *", {"mem_size": size, "mem_buffer": ffi.NULL, "no_alloc": True})
-    return owned(lib.ggml_init(params[0]), lib.ggml_free, f"a context for {what}")
+    return lock.own(lib.ggml_init(params[0]), lib.ggml_free, f"a context for {what}")

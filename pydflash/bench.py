@@ -101,15 +101,9 @@ def random_ids(vocab: int, count: int, seed: int | Sequence[int] = 0) -> list[in
 
 def feed(session: Session, ids: Sequence[int], draft: DraftSession | None = None) -> int:
     """Commit ``ids`` chunk by chunk, their features to ``draft`` as well; the next token, when the device is done."""
-    for start in range(0, len(ids), session.chunk):
-        piece = ids[start : start + session.chunk]
-        last = start + len(piece) == len(ids)
-        output = session.forward(piece, "last" if last else "none")
-        session.commit(len(piece))
+    for output in session.prefill(ids):
         if draft is not None:
-            draft.keep(len(piece))
-            if not last:
-                draft.flush()
+            draft.keep(output.count)
     return int(output.argmax[0])
 
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from pydflash import ops
 from pydflash.backend import Arena
+from pydflash.device_lock import DeviceLock, closing, exclusive
 from pydflash.errors import ConfigError, DraftMismatch, SessionClosed, ShapeError, StateError
 from pydflash.ggml_types import GGMLType
 from pydflash.gguf import GGUFFile
@@ -40,8 +41,13 @@ class Draft:
         """:meth:`GGUFFile.fingerprint_digest` of the file: what a snapshot knows the draft by."""
         return self.file.fingerprint_digest()
 
+    @property
+    def lock(self) -> DeviceLock:
+        return self.target.backend.lock
+
+    @closing
     def close(self) -> None:
-        """Free the weights. Safe to call twice."""
+        """Free the weights, after the step that runs. Safe to call twice."""
         self.weights.close()
         self.file.close()
 
@@ -116,8 +122,14 @@ class DraftSession:
         self._sequence = ""  # the target's text that the context is of
         self.closed = False
 
+    @property
+    def lock(self) -> DeviceLock:
+        """Whose turn it is on the target's device."""
+        return self.target.lock
+
     # --- the context ------------------------------------------------------------------------------------------------
 
+    @exclusive
     def keep(self, n: int) -> None:
         """The first ``n`` rows of the target's last forward were committed: their features become context.
 
@@ -150,6 +162,7 @@ class DraftSession:
             self._kept += n
         self.length += n
 
+    @exclusive
     def flush(self) -> None:
         """Inject rows that wait, without proposing: before a target forward of more than 16 rows."""
         self._check_open()
@@ -181,6 +194,7 @@ class DraftSession:
             head_size=config.head_size,
         )
 
+    @exclusive
     def snapshot(self) -> Snapshot:
         """The context, copied to the host, to be restored beside a snapshot that the target gives at the same place.
 
@@ -197,6 +211,7 @@ class DraftSession:
             np.take(table, slots, axis=0, out=values)
         return Snapshot(fingerprint, self.target.sequence, self.length, 0, arrays)
 
+    @exclusive
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from ``snapshot``, after the target was restored from the one taken at the same place.
 
@@ -235,6 +250,7 @@ class DraftSession:
         costs time, no more than hold them. Masks behind a token hardly change its proposal (docs/log.md)."""
         return self.block if self.draft.target.backend.is_cuda else min(self.block, width_for(count + 1))
 
+    @exclusive
     def propose(self, anchor: int, count: int | None = None, rows: int | None = None) -> Proposal:
         """Propose ``count`` tokens (default: the whole block) after ``anchor``, the last token, not yet forwarded.
 
@@ -263,6 +279,7 @@ class DraftSession:
         self._kept, self._last = 0, graph
         return Proposal(self._proposal, count + 1)
 
+    @exclusive
     def logits(self) -> npt.NDArray[np.float32]:
         """(rows, vocab) logits of the last proposal's block; row 0, the anchor's, means nothing. StateError before the
         first, SessionClosed."""
@@ -273,8 +290,9 @@ class DraftSession:
         self.draft.target.backend.read(self._last.logits, out)
         return out
 
+    @closing
     def close(self) -> None:
-        """Free the context and the graphs. Safe to call twice."""
+        """Free the context and the graphs, after the step that runs. Safe to call twice."""
         if not self.closed:
             for graph in self._graphs.values():
                 graph.graph.close()
@@ -399,7 +417,7 @@ class DraftSession:
         network = self.draft.target.network
         x = self.draft.network.propose(ops.get_rows(network.token_embd, tokens), block, self.cache)
         logits = graph.output(network.output(x))  # the target's head
-        ids = ops.argmax(logits)
+        ids = ops.argmax(logits, report=False)  # the target embeds them, whatever they are
         proposal = self._proposal["tokens"].within(graph)
         graph.effect(ops.copy_into(proposal.slice(0, 0, 1), tokens.slice(0, 0, 1)))
         graph.effect(ops.copy_into(proposal.slice(0, 1, T), ids.slice(0, 1, T)))

@@ -6,13 +6,13 @@ import threading
 import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from pydflash.config import EngineConfig, Setting, table
-from pydflash.decode import Stats, Step, autoregressive, speculative
+from pydflash.decode import FinishReason, Stats, Step, autoregressive, speculative
 from pydflash.draft import Draft, DraftSession, load_draft
 from pydflash.errors import ConfigError, SessionClosed, ShapeError, StateError
 from pydflash.models import Model, load_model
@@ -25,10 +25,7 @@ from pydflash.width import adapts
 if TYPE_CHECKING:
     from pydflash.chat import ChatTemplate
 
-__all__ = ["Chunk", "Completion", "Engine", "FinishReason", "Piece", "Prompt", "StopFilter"]
-
-FinishReason = Literal["stop", "length", "context"]
-"""A stop string or an end-of-turn token; ``max_tokens``; a full context."""
+__all__ = ["Chunk", "Completion", "Engine", "FinishReason", "Piece", "Prompt", "StopFilter", "Stream"]
 
 Prompt: TypeAlias = "str | Sequence[Mapping[str, Any]] | Sequence[int]"
 """Raw text, messages for the chat template, or token ids."""
@@ -47,8 +44,8 @@ class Chunk:
     """What one step added. ``accepted`` says of each token whether the draft had proposed it.
 
     ``text`` can lag behind ``tokens``: an incomplete character and text that may turn into a stop string are held back.
-    ``pieces`` is ``text`` token by token. ``stats`` grows with the generation. ``finish_reason`` is set on the last
-    chunk only.
+    ``pieces`` is ``text`` token by token. ``stats`` are those of the generation up to here. ``finish_reason`` is set on
+    the last chunk only.
     """
 
     text: str
@@ -103,6 +100,65 @@ class StopFilter:
         return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
 
 
+class _Caller:
+    """Whoever generates with an engine, as its stream and the engine both know it."""
+
+    def __init__(self) -> None:
+        self.cancel = threading.Event()
+        self.advancing = threading.Lock()  # held while the next chunk is made
+        self.thread: threading.Thread | None = None  # that asked for a chunk last
+        self.done = False
+
+    @property
+    def in_the_way(self) -> bool:
+        """Whether another caller must not take the engine: another thread may ask for the next chunk, or waits for it.
+
+        A stream that was left unfinished, in a variable or a traceback, gives way to the next call of its own thread,
+        and to all once that has ended.
+        """
+        if self.done or self.thread is None:
+            return False
+        return self.advancing.locked() or (self.thread is not threading.current_thread() and self.thread.is_alive())
+
+
+class Stream(Iterator[Chunk]):
+    """The chunks of one generation. ``close()`` ends it, from any thread, and so does leaving a ``with`` block.
+
+    A thread that waits for the next chunk meanwhile gets a last one, whose ``finish_reason`` is "cancelled", after the
+    step or the chunk of the prompt under way.
+    """
+
+    def __init__(self, chunks: Generator[Chunk, None, None], caller: _Caller) -> None:
+        self._chunks, self._caller = chunks, caller
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Chunk:
+        if not self._caller.advancing.acquire(blocking=False):
+            raise StateError("another thread waits for this stream's next chunk; give each thread a stream of its own")
+        try:
+            self._caller.thread = threading.current_thread()
+            return next(self._chunks)
+        finally:
+            self._caller.advancing.release()
+
+    def close(self) -> None:
+        """End the generation. Safe to call twice."""
+        self._caller.cancel.set()
+        if self._caller.advancing.acquire(blocking=False):  # else the thread that makes the next chunk ends it
+            try:
+                self._chunks.close()
+            finally:
+                self._caller.advancing.release()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
 class Engine:
     """One model on one device, with or without a draft, generating for one caller at a time.
 
@@ -122,8 +178,9 @@ class Engine:
         )  # fmt: skip
         self.session = undo.enter_context(session)
         self.draft_session = undo.enter_context(DraftSession(draft, self.session)) if draft else None
-        self._busy = threading.Lock()
-        self._streams: weakref.WeakSet[Generator[Chunk, None, None]] = weakref.WeakSet()
+        self._callers = threading.Lock()  # held while the two change
+        self._caller: _Caller | None = None
+        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._closed = False
 
     @classmethod
@@ -202,17 +259,16 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         speculate: bool = True,
-        by_chunk: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
-    ) -> Iterator[Chunk]:
-        """Generate, yielding a Chunk per step. Closing the iterator cancels; the engine can be used again at once.
+    ) -> Stream:
+        """Generate, yielding a Chunk per step. Closing the stream cancels; the engine can be used again at once.
 
         ``prompt``: text is taken as it is, messages go through the chat template (with ``tools`` and its own
         ``variables``, such as ``{"enable_thinking": False}``), token ids are used unchanged. ``speculate`` False leaves
-        a loaded draft aside. ``by_chunk``: yield an empty Chunk too after each ``config.chunk`` tokens of the prompt
-        but the last ones, when the device is done with them. Raises ConfigError, TemplateError, ShapeError for an empty
-        prompt, ContextFull, SessionClosed, and StateError while another generation runs.
+        a loaded draft aside. A stream that this thread left unfinished ends. Raises ConfigError, TemplateError,
+        ShapeError for an empty prompt, ContextFull, SessionClosed, NativeError, and StateError while another thread
+        generates.
         """
         self._check_open()
         params = params or SamplingParams()
@@ -220,8 +276,10 @@ class Engine:
         if not ids:
             raise ShapeError("the prompt is empty; give at least one token")
         sampler = Sampler(params, self.model.config.vocab)
-        stream = self._stream(ids, params, sampler, speculate, by_chunk)
-        self._streams.add(stream)
+        caller = _Caller()
+        stream = Stream(self._stream(ids, params, sampler, speculate, caller), caller)
+        with self._callers:
+            self._streams.add(stream)
         return stream
 
     def generate(
@@ -234,11 +292,21 @@ class Engine:
         variables: Mapping[str, Any] | None = None,
     ) -> Completion:
         """:meth:`stream` to the end, in one piece."""
-        chunks = list(self.stream(prompt, params, speculate=speculate, tools=tools, variables=variables))
-        reason = chunks[-1].finish_reason
-        assert reason is not None, "the last chunk of a stream says why it ended"
+        with self.stream(prompt, params, speculate=speculate, tools=tools, variables=variables) as stream:
+            chunks = list(stream)
+        last = chunks[-1] if chunks else Chunk("", (), (), (), Stats())  # closed by another thread before the first
         tokens = tuple(token for chunk in chunks for token in chunk.tokens)
-        return Completion("".join(chunk.text for chunk in chunks), tokens, reason, chunks[-1].stats)
+        text = "".join(chunk.text for chunk in chunks)
+        return Completion(text, tokens, last.finish_reason or "cancelled", last.stats)
+
+    def cancel(self) -> None:
+        """End the generation under way, if any, from any thread: after its step, or its chunk of the prompt.
+
+        Whoever reads its stream gets a last chunk whose ``finish_reason`` is "cancelled".
+        """
+        caller = self._caller
+        if caller is not None:
+            caller.cancel.set()
 
     def encode(
         self,
@@ -260,40 +328,76 @@ class Engine:
         return [bos, *ids] if self.tokenizer.add_bos and bos is not None and ids[:1] != [bos] else ids
 
     def _stream(
-        self, ids: list[int], params: SamplingParams, sampler: Sampler, speculate: bool, by_chunk: bool
+        self, ids: list[int], params: SamplingParams, sampler: Sampler, speculate: bool, caller: _Caller
     ) -> Generator[Chunk, None, None]:
-        if not self._busy.acquire(blocking=False):
-            raise StateError("this engine is generating already; finish or close that stream, or load another engine")
+        self._take(caller)
+        text, stats = _Text(self.tokenizer, params.stop), Stats()
         try:
-            self._check_open()
-            stats = Stats()
             stop_ids = frozenset() if params.ignore_eos else self.tokenizer.eos_ids
-            text = _Text(self.tokenizer, params.stop)
-            for step in self._steps(ids, sampler, params.max_tokens, stop_ids, stats, speculate, by_chunk):
-                chunk = text.chunk(step, stats, self._reason(step, stats, params.max_tokens, stop_ids))
+            self.reset()
+            for step in self.steps(
+                ids, sampler, params.max_tokens, stop_ids, speculate=speculate, cancel=caller.cancel
+            ):
+                chunk = text.chunk(step)
+                stats = chunk.stats
                 yield chunk
                 if chunk.finish_reason is not None:
                     return
+                if self._caller is not caller:
+                    raise StateError(
+                        "this stream was left unfinished and its thread has generated something else since"
+                    )
+        except SessionClosed:
+            if not caller.cancel.is_set():
+                raise
+            yield text.chunk(Step((), finish_reason="cancelled", stats=stats))
         finally:
-            self._busy.release()
+            caller.done = True
 
-    def _steps(
-        self, ids: list[int], sampler: Sampler, max_tokens: int, stop_ids: frozenset[int], stats: Stats,
-        speculate: bool, by_chunk: bool,
-    ) -> Iterator[Step]:  # fmt: skip
-        """A new sequence, decoded with the draft when there is one."""
+    def _take(self, caller: _Caller) -> None:
+        """Make ``caller`` the one who generates; StateError while another thread does."""
+        with self._callers:
+            self._check_open()
+            if self._caller is not None and self._caller.in_the_way:
+                raise StateError(
+                    "this engine is generating already for another thread; finish, close or cancel that stream, or use "
+                    "another engine"
+                )
+            self._caller = caller
+
+    # --- one sequence -----------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Start a new sequence."""
         self.session.reset()
         if self.draft_session is not None:
             self.draft_session.reset()
-            if speculate:
-                return speculative(
-                    self.session, self.draft_session, ids, sampler, max_tokens=max_tokens, stop_ids=stop_ids,
-                    stats=stats, draft_max=self.config.draft_max, adaptive=self._adaptive, by_chunk=by_chunk,
-                )  # fmt: skip
-            stats.fallback = "speculate=False was asked for"
-        return autoregressive(
-            self.session, ids, sampler, max_tokens=max_tokens, stop_ids=stop_ids, stats=stats, by_chunk=by_chunk
-        )
+
+    def read(self, ids: Sequence[int]) -> Generator[None, None, Sequence[int]]:
+        """Read a prompt but its last chunk, pausing after each chunk when the device is done; returns what is left.
+
+        For measurements: ``steps`` begins with what is left, and does the same work as with the whole prompt.
+        """
+        head = (len(ids) - 1) // self.session.chunk * self.session.chunk
+        for output in self.session.prefill(ids[:head]) if head else ():
+            if self.draft_session is not None:
+                self.draft_session.keep(output.count)
+            self.model.backend.synchronize()
+            yield
+        return ids[head:]
+
+    def steps(
+        self, ids: Sequence[int], sampler: Sampler, max_tokens: int, stop_ids: frozenset[int], *,
+        speculate: bool = True, cancel: threading.Event | None = None,
+    ) -> Iterator[Step]:  # fmt: skip
+        """Continue the sequence by ``ids``, then decode, with the draft when there is one."""
+        if self.draft_session is None or not speculate:
+            steps = autoregressive(self.session, ids, sampler, max_tokens=max_tokens, stop_ids=stop_ids, cancel=cancel)
+            return steps if self.draft_session is None else map(_without_speculation, steps)
+        return speculative(
+            self.session, self.draft_session, ids, sampler, max_tokens=max_tokens, stop_ids=stop_ids,
+            draft_max=self.config.draft_max, adaptive=self._adaptive, cancel=cancel,
+        )  # fmt: skip
 
     def _proposal(self, block: int) -> str:
         most = f"{min(self.config.draft_max or block, block)} tokens"
@@ -302,16 +406,6 @@ class Engine:
     @property
     def _adaptive(self) -> bool:
         return adapts(self.config.adaptive, self.model.backend)
-
-    def _reason(self, step: Step, stats: Stats, max_tokens: int, stop_ids: frozenset[int]) -> FinishReason | None:
-        """Why the decoder yields nothing after ``step``, or None when it goes on."""
-        if not step.tokens:
-            return None  # there is more of the prompt
-        if step.tokens[-1] in stop_ids:
-            return "stop"
-        if stats.tokens >= max_tokens:
-            return "length"
-        return "context" if self.session.length >= self.session.max_context else None
 
     # --- what there is ----------------------------------------------------------------------------------------------
 
@@ -358,17 +452,12 @@ class Engine:
         return "draft" if said else "the draft does not say: sliding layers are causal, full ones are not"
 
     def close(self) -> None:
-        """Cancel open streams and free everything. Safe to call twice. Raises StateError while another thread
-        generates.
-        """
-        for stream in list(self._streams):
-            try:
-                stream.close()
-            except ValueError:
-                raise StateError("another thread is generating with this engine; stop it before closing") from None
-        if not self._closed:
-            self._closed = True
-            self._undo.close()
+        """End all streams and free everything, after the step under way in another thread. Safe to call twice."""
+        with self._callers:
+            self._closed, streams = True, list(self._streams)
+        for stream in streams:
+            stream.close()
+        self._undo.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -388,19 +477,19 @@ class _Text:
         self._decoder = tokenizer.decoder(skip_special=True)
         self._filter = StopFilter(stop)
 
-    def chunk(self, step: Step, stats: Stats, reason: FinishReason | None) -> Chunk:
+    def chunk(self, step: Step) -> Chunk:
         pieces: list[Piece] = []
-        tokens = step.tokens
+        tokens, stats, reason = step.tokens, step.stats, step.finish_reason
         for i, token in enumerate(step.tokens):
             text, stopped = self._filter.push(self._decoder.push(token))
             pieces.append(Piece(text, i < step.accepted))
             if stopped:
                 tokens, reason = tokens[: i + 1], "stop"
-                stats.tokens -= len(step.tokens) - len(tokens)
+                stats = replace(stats, tokens=stats.tokens - len(step.tokens) + len(tokens))
                 break
         else:
             if reason is not None:
-                pieces.append(self._end(pieces.pop()))
+                pieces.append(self._end(pieces.pop() if pieces else Piece("", False)))
         accepted = tuple(i < step.accepted for i in range(len(tokens)))
         return Chunk("".join(p.text for p in pieces), tokens, accepted, tuple(pieces), stats, reason)
 
@@ -408,6 +497,10 @@ class _Text:
         """The last piece, with everything that was held back; an unfinished character can complete no stop string."""
         text, stopped = self._filter.push(self._decoder.flush())
         return Piece(last.text + text + ("" if stopped else self._filter.flush()), last.accepted)
+
+
+def _without_speculation(step: Step) -> Step:
+    return replace(step, stats=replace(step.stats, fallback="speculate=False was asked for"))
 
 
 def _check_draft_max(config: EngineConfig, draft: Draft) -> None:

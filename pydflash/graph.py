@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydflash._ffi import check, ffi, lib, owned
+from pydflash._ffi import check, ffi, lib
 from pydflash.backend import Backend
+from pydflash.device_lock import DeviceLock, closing, exclusive
 from pydflash.errors import DeviceError, OutOfMemory
 from pydflash.ggml_types import GGMLType
 from pydflash.tensor import Shape, Tensor, new_tensor
@@ -25,9 +26,13 @@ class Graph:
         self.backend = backend
         size = lib.ggml_tensor_overhead() * capacity + lib.ggml_graph_overhead_custom(capacity, False)
         params = ffi.new("struct ggml_init_params *", {"mem_size": size, "mem_buffer": ffi.NULL, "no_alloc": True})
-        self.context = owned(lib.ggml_init(params[0]), lib.ggml_free, "a graph's context")
+        self.context = self.lock.own(lib.ggml_init(params[0]), lib.ggml_free, "a graph's context")
         self.c = lib.ggml_new_graph_custom(self.context, capacity, False)
         self._allocator: Any = None
+
+    @property
+    def lock(self) -> DeviceLock:
+        return self.backend.lock
 
     def input(self, shape: Shape, dtype: GGMLType) -> Tensor:
         """A tensor to be written before each run; its memory is never reused within the graph."""
@@ -45,6 +50,7 @@ class Graph:
         lib.ggml_build_forward_expand(self.c, tensor.c)
         return tensor
 
+    @exclusive
     def finish(self) -> None:
         """Check that the device runs every node, and allocate. The graph is constant from here on.
 
@@ -59,7 +65,7 @@ class Graph:
                 raise DeviceError(
                     f"{self.backend.name} cannot run {name} with a result of shape {shape} and its operands' types"
                 )
-        self._allocator = owned(
+        self._allocator = self.lock.own(
             lib.ggml_gallocr_new(self.backend.buffer_type), lib.ggml_gallocr_free, "a graph allocator"
         )
         size = ffi.new("size_t[1]")
@@ -74,10 +80,12 @@ class Graph:
         self.nbytes = int(lib.ggml_gallocr_get_buffer_size(self._allocator, 0))
         lib.pydflash_graph_set_uid(self.c)
 
+    @exclusive
     def run(self) -> None:
         """Enqueue one run. Write the inputs first; read the outputs after."""
         check(lib.ggml_backend_graph_compute_async(self.backend.c, self.c), "running a graph")
 
+    @closing
     def close(self) -> None:
         """Free the working memory. Safe to call twice."""
         if self.context is not None:

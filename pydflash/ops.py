@@ -187,10 +187,13 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return gate.derive(lib.ggml_swiglu_split(gate.context, gate.c, up.c), gate.shape)
 
 
-def argmax(x: Tensor) -> Tensor:
-    """Index of the largest value of each row, the first of equal ones: (T, C) f32 to (T,) int32 (ggml_ext/argmax.h)."""
+def argmax(x: Tensor, *, report: bool = True) -> Tensor:
+    """Index of the largest value of each row, the first of equal ones: (T, C) f32 to (T,) int32 (ggml_ext/argmax.h).
+
+    A row with a NaN, or whose largest value is infinite, gives -1; without ``report`` any index of the row.
+    """
     _require(len(x.shape) == 2 and x.dtype == GGMLType.F32, f"argmax: {x!r} is not a matrix of f32")
-    return _custom(lib.PYDFLASH_OP_ARGMAX, [x], x.shape[:1], dtype=GGMLType.I32)
+    return _custom(lib.PYDFLASH_OP_ARGMAX, [x], x.shape[:1], [int(report)], dtype=GGMLType.I32)
 
 
 # --- products ---------------------------------------------------------------------------------------------------------

@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from operator import index
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import ConfigError, NativeError, ShapeError, SnapshotMismatch
 
-__all__ = ["Law", "MaskFunction", "Sampler", "SamplingParams"]
+__all__ = ["Law", "MaskFunction", "Sampler", "SamplingParams", "numerics_failed"]
 
 Ids = npt.NDArray[np.int64]
 MaskFunction = Callable[[Sequence[int]], "npt.NDArray[np.bool_] | None"]
@@ -184,11 +184,14 @@ class Sampler:
 
     def _law(self, logits: npt.NDArray[Any], history: Sequence[int]) -> Law:
         """The chain. Greedy needs only its head: no filter removes the most likely token."""
-        logits = self._adjusted(logits, history)
+        original = logits
+        logits = self._adjusted(original, history)
         best = int(np.argmax(logits))
         peak = logits[best]
         if not np.isfinite(peak):
-            _refuse(float(peak))
+            if peak == -np.inf and np.isfinite(original).any():
+                raise ConfigError("logit_bias and mask_fn leave no token that may come next; allow at least one")
+            raise numerics_failed(len(history) - 1)
         if self.is_greedy:
             return Law(np.array([best]), np.ones(1))
         ids = self._filtered(logits, peak)
@@ -248,11 +251,12 @@ class Sampler:
         logits[seen] = x - (counts * params.frequency_penalty + params.presence_penalty)
 
 
-def _refuse(peak: float) -> NoReturn:
-    """Say why there is no most likely token, given the largest logit."""
-    if peak == -math.inf:
-        raise ConfigError("logit_bias and mask_fn leave no token that may come next; allow at least one")
-    raise NativeError(f"the largest logit is {peak}; the model's numerics failed, or its weights are damaged")
+def numerics_failed(position: int) -> NativeError:
+    """The error of every decoder when no token is the most likely one after the token at ``position``."""
+    return NativeError(
+        f"the logits after position {position} hold NaN or have no finite maximum: the model's numerics failed, or its "
+        "weights are damaged; `pydflash info --check FILE` looks for damaged weights"
+    )
 
 
 def _choose(weights: npt.NDArray[np.floating[Any]], uniform: float) -> int:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from pydflash.backend import Arena
+from pydflash.device_lock import DeviceLock, closing, exclusive
 from pydflash.errors import ConfigError, ContextFull, NothingPending, SessionClosed, ShapeError, StateError
 from pydflash.ggml_types import GGMLType
 from pydflash.graph import Graph
@@ -68,38 +69,45 @@ class Output:
     """What a forward computed for the rows it was asked for; valid until the session's next forward.
 
     ``logits``: (rows, vocab) float32, copied from the device when first asked for. ``argmax``: (rows,) int32, the most
-    likely token of each row, the first of equal ones.
+    likely token of each row, the first of equal ones; -1 where a logit is NaN or the largest is infinite. ``count``:
+    tokens that the step computed.
     """
 
-    def __init__(self, session: Session, graph: _StepGraph | None, rows: int) -> None:
-        self._session, self._graph, self._serial = session, graph, session.serial
-        self._rows = rows
+    def __init__(self, session: Session, graph: _StepGraph, count: int, head: Head) -> None:
+        self._session, self._graph, self._serial = session, None if head == "none" else graph, session.serial
+        self.count = count
+        self._rows = count if head == "all" else 1
         self._logits: npt.NDArray[np.float32] | None = None
         self._argmax: npt.NDArray[np.int32] | None = None
 
     @property
+    def lock(self) -> DeviceLock:
+        return self._session.lock
+
+    @property
     def logits(self) -> npt.NDArray[np.float32]:
         if self._logits is None:
-            graph = self._check()
-            self._logits = np.empty((self._rows, self._session.model.config.vocab), np.float32)
-            self._session.model.backend.read(graph.logits, self._logits)
+            rows = np.empty((self._rows, self._session.model.config.vocab), np.float32)
+            self._read("logits", rows)
+            self._logits = rows
         return self._logits
 
     @property
     def argmax(self) -> npt.NDArray[np.int32]:
         if self._argmax is None:
-            graph = self._check()
-            self._argmax = np.empty(self._rows, np.int32)
-            self._session.model.backend.read(graph.argmax, self._argmax)
+            ids = np.empty(self._rows, np.int32)
+            self._read("argmax", ids)
+            self._argmax = ids
         return self._argmax
 
-    def _check(self) -> _StepGraph:
+    @exclusive
+    def _read(self, name: Literal["logits", "argmax"], out: npt.NDArray[Any]) -> None:
         if self._graph is None:
             raise StateError("the forward ran with logits='none'; ask for 'last' or 'all'")
         self._session.check_open()
         if self._serial != self._session.serial:
             raise StateError("this output belongs to an earlier forward; read logits before the next one")
-        return self._graph
+        self._session.model.backend.read(self._graph.logits if name == "logits" else self._graph.argmax, out)
 
 
 @dataclass
@@ -194,8 +202,14 @@ class Session:
             raise StateError("this session captures no features; open it with capture=<layers>")
         return self._features["features"]
 
+    @property
+    def lock(self) -> DeviceLock:
+        """Whose turn it is on the device: each method is one step there, or waits for one."""
+        return self.model.backend.lock
+
     # --- the protocol -----------------------------------------------------------------------------------------------
 
+    @exclusive
     def forward(self, tokens: Sequence[int] | npt.NDArray[np.integer] | Proposal, logits: Head = "last") -> Output:
         """Compute the next positions and leave them pending. A Proposal is read where it lies, on the device.
 
@@ -236,6 +250,22 @@ class Session:
         self._replay = 0 if self._whole else n
         self.pending, self._whole = 0, False
 
+    def prefill(self, tokens: Sequence[int]) -> Iterator[Output]:
+        """Read a prompt: forward and commit it, ``chunk`` tokens at a time, yielding the Output of each chunk.
+
+        The last one has the logits of the last token, those before it none; ``output.count`` tokens were committed.
+        Raises ShapeError for an empty prompt, ContextFull before the first chunk when it does not fit.
+        """
+        if not len(tokens):
+            raise ShapeError("the prompt is empty; give at least one token")
+        self.check_room(len(tokens))
+        for start in range(0, len(tokens), self.chunk):
+            piece = tokens[start : start + self.chunk]
+            output = self.forward(piece, "last" if start + len(piece) == len(tokens) else "none")
+            self.commit(len(piece))
+            yield output
+
+    @exclusive
     def reset(self) -> None:
         """Back to an empty sequence; the graphs are kept."""
         self.check_open()
@@ -244,8 +274,9 @@ class Session:
         self._whole = False
         self._begin(_NOWHERE)
 
+    @closing
     def close(self) -> None:
-        """Free the caches and the graphs. Safe to call twice."""
+        """Free the caches and the graphs, after the step that runs. Safe to call twice."""
         if not self.closed:
             for step in self._graphs.values():
                 step.graph.close()
@@ -287,6 +318,7 @@ class Session:
             conv_kernel=config.conv_kernel,
         )
 
+    @exclusive
     def snapshot(self) -> Snapshot:
         """What the session remembers, copied to the host: K and V of the committed positions and the delta-net state.
 
@@ -302,6 +334,7 @@ class Session:
             self.model.backend.read(self._remembered(name), values)
         return Snapshot(fingerprint, self.sequence, self.length, self._replay, arrays)
 
+    @exclusive
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from ``snapshot``, of this or another session or process; the text so far and pending rows are gone.
 
@@ -389,11 +422,12 @@ class Session:
     def _all_logits(self, ids: npt.NDArray[np.int32]) -> Output:
         """A wide forward that keeps every row's logits, on the host."""
         rows: list[npt.NDArray[np.float32]] = []
+        likely: list[npt.NDArray[np.int32]] = []
         for done in range(0, len(ids), self.chunk):
             output = self._step(ids[done : done + self.chunk], done, "all", keep=False)
             rows.append(output.logits)
-        output._logits = np.concatenate(rows)
-        output._argmax = output._logits.argmax(axis=1).astype(np.int32)
+            likely.append(output.argmax)
+        output._logits, output._argmax = np.concatenate(rows), np.concatenate(likely)
         return output
 
     def _step(
@@ -421,7 +455,7 @@ class Session:
         self.serial += 1
         if not keep:
             self._replay = 0
-        return Output(self, None if head == "none" else step, count if head == "all" else 1)
+        return Output(self, step, count, head)
 
     def _span(self, width: int, needed: int) -> int:
         """Cache rows that the graph for ``needed`` positions spans: few distinct values, so that graphs are reused."""

@@ -1,13 +1,12 @@
-"""The native library: ``ffi``, ``lib``, ownership, status checks and ggml's log.
+"""The native library: ``ffi``, ``lib``, status checks and ggml's log.
 
-Only tensor, graph, backend, gguf, ops and state import this package. Importing it loads ggml's CPU libraries; CUDA is
-loaded when a CUDA device is asked for.
+Only device_lock, tensor, graph, backend, ops and doctor import this package. Importing it loads ggml's CPU libraries;
+CUDA is loaded when a CUDA device is asked for.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from pydflash._ffi import _ggml
 from pydflash._ffi._ggml import ffi, lib
 from pydflash.errors import NativeError
 
-__all__ = ["build_info", "check", "cuda_library", "ffi", "last_log_line", "lib", "owned"]
+__all__ = ["build_info", "check", "cuda_library", "ffi", "last_log_line", "lib"]
 
 lib.pydflash_log_start()
 
@@ -40,11 +39,6 @@ def check(result: Any, what: str) -> Any:
         detail = last_log_line()
         raise NativeError(f"{what} failed{': ' + detail if detail else ''}")
     return result
-
-
-def owned(pointer: Any, free: Callable[[Any], None], what: str) -> Any:
-    """``pointer``, freed with ``free`` when it is released (``ffi.release``) or collected; NativeError when NULL."""
-    return ffi.gc(check(pointer, what), free)
 
 
 def build_info() -> dict[str, str]:

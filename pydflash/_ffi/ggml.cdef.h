@@ -122,6 +122,7 @@ struct ggml_tensor * pydflash_op_new(struct ggml_context * ctx, int id, int type
 /* the shim (ggml.csrc.c) */
 const char * pydflash_build_info(void);
 const char * pydflash_cuda_load(const char * path);
+bool pydflash_cuda_forked(void);
 int pydflash_cuda_device_count(void);
 ggml_backend_t pydflash_cuda_init(int device);
 struct ggml_threadpool * pydflash_threadpool_new(int n_threads);

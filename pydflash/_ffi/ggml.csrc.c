@@ -9,6 +9,7 @@
 #include <pthread.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 static const char * pydflash_build_info(void) {
     return PYDFLASH_BUILD_INFO;
@@ -17,6 +18,7 @@ static const char * pydflash_build_info(void) {
 /* CUDA is loaded on first use, so that a machine without a driver can still import the package. Returns NULL or why not. */
 static ggml_backend_t (*cuda_init)(int device);
 static int (*cuda_device_count)(void);
+static pid_t cuda_process;  /* a child of fork() cannot use what its parent initialised */
 
 static const char * pydflash_cuda_load(const char * path) {
     if (cuda_init) {
@@ -28,7 +30,12 @@ static const char * pydflash_cuda_load(const char * path) {
     }
     *(void **) &cuda_device_count = dlsym(library, "ggml_backend_cuda_get_device_count");
     *(void **) &cuda_init         = dlsym(library, "ggml_backend_cuda_init");
+    cuda_process = getpid();
     return cuda_init && cuda_device_count ? NULL : "the library lacks ggml_backend_cuda_init";
+}
+
+static bool pydflash_cuda_forked(void) {
+    return cuda_init && cuda_process != getpid();
 }
 
 static int pydflash_cuda_device_count(void) {

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from pydflash.backend import Backend
+from pydflash.device_lock import DeviceLock, closing
 from pydflash.gguf import GGUFFile
 from pydflash.models.qwen35 import Config, Qwen35
 from pydflash.tokenizer import Tokenizer
@@ -32,8 +33,13 @@ class Model:
         """:meth:`GGUFFile.fingerprint_digest` of the file: what a snapshot knows the model by."""
         return self.file.fingerprint_digest()
 
+    @property
+    def lock(self) -> DeviceLock:
+        return self.backend.lock
+
+    @closing
     def close(self) -> None:
-        """Free the weights and the device. Safe to call twice."""
+        """Free the weights and the device, after the step that runs. Safe to call twice."""
         self.weights.close()
         self.backend.close()
         self.file.close()

@@ -6,8 +6,9 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +18,10 @@ from pydflash.ab import compare, parse_arm
 from pydflash.ab_report import Arm, Outcome, Protocol, Report, Sample
 from pydflash.bench import WARM_UPS
 from pydflash.config import EngineConfig
-from pydflash.decode import Stats
-from pydflash.engine import Chunk, Engine
+from pydflash.decode import Stats, Step
+from pydflash.engine import Engine
 from pydflash.errors import ConfigError, OutOfMemory
-from pydflash.sampling import SamplingParams
+from pydflash.sampling import Sampler, SamplingParams
 from pydflash.verdict import Estimate, fewest, median_interval, noise_floor, paired_ratios, verdict
 from tests.shipped import DRAFT, TARGET, TEST_DATA, needs_pair
 
@@ -67,6 +68,7 @@ class FakeEngine:
     """Reads a chunk or yields one token a step and moves the ``clock`` on by what ``seconds`` says of it then."""
 
     draft = None
+    model = SimpleNamespace(config=SimpleNamespace(vocab=1000))
 
     def __init__(
         self, name: str, log: list[str], clock: list[float], seconds: Callable[[int], float], chunk: int = 32
@@ -75,18 +77,24 @@ class FakeEngine:
         self.config = EngineConfig(chunk=chunk)
         self.closed = False
 
-    def stream(self, prompt: Sequence[int], params: SamplingParams, *, by_chunk: bool) -> Iterator[Chunk]:
-        stats = Stats()
+    def reset(self) -> None:
+        pass
+
+    def read(self, prompt: Sequence[int]) -> Generator[None, None, Sequence[int]]:
+        head = (len(prompt) - 1) // self.config.chunk * self.config.chunk
+        for _ in range(0, head, self.config.chunk):
+            self.work()
+            yield
+        return prompt[head:]
+
+    def steps(self, rest: Sequence[int], sampler: Sampler, max_tokens: int, stop_ids: frozenset[int]) -> Iterator[Step]:
+        stats = Stats(len(rest), 1)
         try:
-            for _ in range(self.config.chunk, len(prompt), self.config.chunk):
-                self.work()
-                if by_chunk:
-                    yield Chunk("", (), (), (), stats)
-            for token in range(params.max_tokens or 0):
+            for token in range(max_tokens):
                 self.work()
                 if token:
-                    stats.record(0, 0)
-                yield Chunk("", (token,), (False,), (), stats)
+                    stats = stats.after(0, 0, (0.0, 0.0, 0.0, 0.0))
+                yield Step((token,), stats=stats)
         finally:
             self.closed = True
 
@@ -271,9 +279,9 @@ def test_a_drift_within_a_repeat_falls_on_all_arms_alike() -> None:
 def test_an_arm_with_fewer_steps_leaves_the_others_going() -> None:
     """B's steps yield two tokens."""
     engines, log, clock = fakes(lambda step: 1.0)
-    single = engines[1].stream
-    engines[1].stream = lambda *given, **named: (  # type: ignore[method-assign]
-        dataclasses.replace(chunk, tokens=chunk.tokens * 2) for chunk in single(*given, **named)
+    single = engines[1].steps
+    engines[1].steps = lambda *given: (  # type: ignore[method-assign]
+        dataclasses.replace(step, tokens=step.tokens * 2) for step in single(*given)
     )
     found = ab.measure(engines, [1], 8, clock)  # type: ignore[arg-type]
     assert [log.count(name) for name in ab_report.ARMS] == [8, 4, 8]

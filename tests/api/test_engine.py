@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from pydflash.errors import (
     StateError,
     UnsupportedArchitecture,
 )
-from pydflash.sampling import SamplingParams
+from pydflash.sampling import Sampler, SamplingParams
 from tests.tiny import GEOMETRIES, write_draft, write_target
 
 PROMPT = "the cat sat on"
@@ -44,21 +46,22 @@ def test_the_chunks_joined_are_the_completion(speculating: Engine) -> None:
     assert [chunk.finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
 
 
-def test_a_prompt_read_by_chunk_gives_empty_chunks_first_and_only_when_asked(
-    target_path: Path, draft_path: Path
-) -> None:
+def test_a_prompt_read_piece_by_piece_decodes_to_the_same(target_path: Path, draft_path: Path) -> None:
     # Lengths of proposals that adapt to measured time would group the same tokens differently.
     with Engine.load(target_path, draft_path, chunk=32, adaptive=False, **OPTIONS) as engine:  # type: ignore[arg-type]
-        prompt = [5] * 80
-        plain, chunks = (list(engine.stream(prompt, greedy(), by_chunk=by_chunk)) for by_chunk in (False, True))
-        assert all(chunk.tokens for chunk in plain)
-        assert [(c.text, c.tokens, c.pieces, c.finish_reason) for c in chunks[:2]] == [("", (), (), None)] * 2
-        assert [c.tokens for c in chunks[2:]] == [c.tokens for c in plain]
-        assert [c.text for c in chunks[2:]] == [c.text for c in plain]
-        stream = engine.stream(prompt, greedy(), by_chunk=True)
-        assert next(stream).stats.prompt_tokens == 32
-        stream.close()  # type: ignore[attr-defined]
-        assert engine.generate(prompt, greedy()).tokens == tuple(t for c in plain for t in c.tokens)
+        prompt, greedily = [5] * 80, Sampler(SamplingParams(), engine.model.config.vocab)
+        whole = [chunk.tokens for chunk in engine.stream(prompt, greedy())]
+        engine.reset()
+        reading, lengths = engine.read(prompt), []
+        while True:
+            try:
+                next(reading)
+                lengths.append(engine.session.length)
+            except StopIteration as stopped:
+                rest = stopped.value
+                break
+        assert (lengths, len(rest)) == ([32, 64], 16)
+        assert [step.tokens for step in engine.steps(rest, greedily, 48, frozenset())] == whole
 
 
 def test_the_text_is_the_decoded_tokens_whatever_bytes_they_split(engine: Engine) -> None:
@@ -231,7 +234,7 @@ def test_closing_a_stream_cancels_and_the_engine_is_usable_at_once(speculating: 
         stream = speculating.stream(PROMPT, greedy())
         for _ in range(steps):
             next(stream)
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
         assert speculating.generate(PROMPT, greedy()).tokens == whole.tokens
 
 
@@ -241,31 +244,114 @@ def test_leaving_the_loop_cancels(engine: Engine) -> None:
     assert len(engine.generate(PROMPT, greedy(4)).tokens) == 4
 
 
-def test_two_generations_at_once_are_refused(engine: Engine) -> None:
+def test_an_unfinished_stream_gives_way_to_the_next_call_of_its_thread_and_says_so(engine: Engine) -> None:
+    wanted = engine.generate(PROMPT, greedy()).tokens
     first, second = engine.stream(PROMPT, greedy()), engine.stream(PROMPT, greedy())
     next(first)
-    with pytest.raises(StateError, match="generating already"):
-        next(second)
-    rest = sum(len(chunk.tokens) for chunk in first)
-    assert rest == 47
+    assert tuple(token for chunk in second for token in chunk.tokens) == wanted
+    with pytest.raises(StateError, match="has generated something else since"):
+        next(first)
+    assert list(first) == []
+
+
+def test_a_stream_that_a_traceback_holds_does_not_lock_the_engine(engine: Engine) -> None:
+    wanted = engine.generate(PROMPT, greedy()).tokens
+
+    def consume() -> None:
+        stream = engine.stream(PROMPT, greedy())
+        for _ in stream:
+            raise KeyError("the consumer's own")
+
+    held: list[BaseException] = []
+    for caller in (lambda f: f(), lambda f: run_in_a_thread(f)):
+        try:
+            caller(consume)
+        except KeyError as error:
+            held.append(error)  # with its traceback, whose frame holds the stream
+        assert engine.generate(PROMPT, greedy()).tokens == wanted
+    assert len(held) == 2
+
+
+def run_in_a_thread(function: Callable[[], object]) -> None:
+    """Raises what ``function`` raised there, like a future."""
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
 
 
 def test_another_thread_is_refused_while_one_generates(engine: Engine) -> None:
-    errors: list[BaseException] = []
+    with engine.stream(PROMPT, greedy()) as stream:
+        next(stream)
+        with pytest.raises(StateError, match="generating already for another thread"):
+            run_in_a_thread(lambda: engine.generate(PROMPT))
+        assert sum(len(chunk.tokens) for chunk in stream) == 47
 
-    def other() -> None:
+
+@pytest.mark.parametrize("how", ["stream.close", "engine.cancel", "engine.close"])
+@pytest.mark.parametrize("where", ["in the prompt", "while decoding"])
+def test_any_thread_can_end_a_generation(target_path: Path, draft_path: Path, how: str, where: str) -> None:
+    prompt = [5] * (1500 if where == "in the prompt" else 20)
+    with Engine.load(target_path, draft_path, chunk=32, **OPTIONS | {"max_context": 4096}) as engine:  # type: ignore[arg-type]
+        stream, chunks, begun = engine.stream(prompt, greedy(2000)), [], threading.Event()
+
+        def consume() -> None:
+            begun.set()
+            chunks.extend(stream)
+
+        worker = threading.Thread(target=consume)
+        worker.start()
+        begun.wait()
+        while where == "while decoding" and not chunks:
+            time.sleep(0.001)
+        {"stream.close": stream.close, "engine.cancel": engine.cancel, "engine.close": engine.close}[how]()
+        worker.join(timeout=20)
+        assert not worker.is_alive()
+        tokens = [token for chunk in chunks for token in chunk.tokens]
+        assert len(tokens) < 2000
+        assert all(chunk.finish_reason in (None, "cancelled") for chunk in chunks)
+        if how != "engine.close":
+            assert len(engine.generate("again", greedy(5)).tokens) == 5
+
+
+def test_a_cancelled_generate_returns_what_there_is(target_path: Path) -> None:
+    with Engine.load(target_path, **OPTIONS | {"max_context": 4096}) as engine:  # type: ignore[arg-type]
+        whole = engine.generate(PROMPT, greedy(3000))
+        timer = threading.Timer(0.05, engine.cancel)
+        timer.start()
+        done = engine.generate(PROMPT, greedy(3000))
+        timer.join()
+        assert done.finish_reason == "cancelled"
+        assert done.tokens == whole.tokens[: len(done.tokens)]
+        assert done.stats.tokens == len(done.tokens) < 3000
+
+
+def test_a_stream_asked_by_two_threads_at_once_refuses_one(engine: Engine) -> None:
+    stream, errors, counts = engine.stream("x " * 200, greedy()), [], []
+
+    def consume() -> None:
         try:
-            engine.generate(PROMPT)
+            counts.append(sum(len(chunk.tokens) for chunk in stream))
         except StateError as error:
-            errors.append(error)
+            errors.append(str(error))
 
-    stream = engine.stream(PROMPT, greedy())
-    next(stream)
-    thread = threading.Thread(target=other)
-    thread.start()
-    thread.join()
-    assert len(errors) == 1
-    stream.close()  # type: ignore[attr-defined]
+    threads = [threading.Thread(target=consume) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) <= 1
+    assert all("another thread waits for this stream's next chunk" in error for error in errors)
+    stream.close()
 
 
 def test_a_closed_engine_says_so(target_path: Path, draft_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pydflash import Sampler, SamplingParams, Snapshot
-from pydflash.decode import Stats, speculative
+from pydflash.decode import collect, speculative
 from pydflash.draft import Draft, DraftSession, load_draft
 from pydflash.errors import SessionClosed, SnapshotMismatch, StateError
 from pydflash.models import Model, load_model
@@ -341,12 +341,11 @@ def test_every_field_of_the_fingerprint_decides(open_pair: Callable[..., Session
 # --- the shipped pair, whose acceptance is real -----------------------------------------------------------------------
 
 
-def decode(target: Session, draft: DraftSession, token: int) -> tuple[list[int], list[int]]:
+def decode(target: Session, draft: DraftSession, token: int) -> tuple[list[int], tuple[int, ...]]:
     """Greedy tokens after ``token`` and how many of each proposal were accepted."""
     sampler = Sampler(SamplingParams(temperature=0.0), target.model.config.vocab)
-    stats = Stats()
-    steps = speculative(target, draft, [token], sampler, max_tokens=100, stats=stats)
-    return [t for step in steps for t in step.tokens], stats.trace
+    tokens, stats = collect(speculative(target, draft, [token], sampler, max_tokens=100))
+    return tokens, stats.trace
 
 
 def load_pair() -> tuple[Model, Draft]:

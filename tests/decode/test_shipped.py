@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pydflash.decode import Stats, autoregressive, speculative
+from pydflash.decode import Stats, autoregressive, collect, speculative
 from pydflash.draft import DraftSession, load_draft
 from pydflash.models import load_model
 from pydflash.sampling import Sampler, SamplingParams
@@ -58,10 +58,8 @@ def generate(pair: Pair, prompt: list[int], count: int, k: str = "f16", v: str =
     with Session(pair.model, context, k, v) as plain:
         wanted = [t for s in autoregressive(plain, prompt, greedy, max_tokens=count, stop_ids=stops) for t in s.tokens]
     session, draft = pair.open(context, k, v)
-    stats = Stats()
     with session, draft:
-        steps = speculative(session, draft, prompt, greedy, max_tokens=count, stop_ids=stops, stats=stats)
-        tokens = [t for s in steps for t in s.tokens]
+        tokens, stats = collect(speculative(session, draft, prompt, greedy, max_tokens=count, stop_ids=stops))
     assert tokens == wanted
     return tokens, stats
 
@@ -145,9 +143,8 @@ def test_accepted_lengths_are_those_of_the_model_it_was_trained_as(float_pair: P
         draft: DraftSession
         session, draft = float_pair.open(512)
         with session, draft:
-            stats = Stats()
-            steps = speculative(session, draft, prompt, greedy, max_tokens=len(wanted), stats=stats)
-            assert [t for s in steps for t in s.tokens] == wanted
+            tokens, stats = collect(speculative(session, draft, prompt, greedy, max_tokens=len(wanted)))
+            assert tokens == wanted
         # The stored lengths count the last verify in full; the engine proposes no more than is asked for.
         lengths = [n + 1 for n in stats.trace]
         assert lengths[:-1] == arrays[f"run_lengths_{j}"].tolist()[: len(lengths) - 1]

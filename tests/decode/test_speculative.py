@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
 
-from pydflash.backend import Arena, Backend
-from pydflash.decode import Stats, Step, autoregressive, speculative
+from pydflash.backend import Arena
+from pydflash.decode import Stats, Step, autoregressive, collect, speculative
 from pydflash.draft import DraftSession
 from pydflash.errors import ConfigError, ContextFull, ShapeError
 from pydflash.ggml_types import GGMLType
 from pydflash.sampling import Sampler, SamplingParams
-from pydflash.session import Proposal, Session
+from pydflash.session import Output, Proposal, Session
 from pydflash.width import Costs
 from tests.decode.conftest import Pair
 from tests.helpers import run_chunks
@@ -111,10 +113,9 @@ SCRIPTS = list(proposals([]))
 
 
 def run(
-    session: Session, draft: DraftSession, prompt: list[int], stats: Stats, count: int, **options: object
-) -> list[int]:
-    steps = speculative(session, draft, prompt, greedy(), max_tokens=count, stats=stats, **options)  # type: ignore[arg-type]
-    return [token for step in steps for token in step.tokens]
+    session: Session, draft: DraftSession, prompt: list[int], count: int, **options: object
+) -> tuple[list[int], Stats]:
+    return collect(speculative(session, draft, prompt, greedy(), max_tokens=count, **options))  # type: ignore[arg-type]
 
 
 def check_stats(stats: Stats, tokens: list[int]) -> None:
@@ -125,7 +126,7 @@ def check_stats(stats: Stats, tokens: list[int]) -> None:
     assert stats.drafted == sum(stats.drafted_per_position)
     assert stats.tokens == 1 + stats.accepted + stats.steps
     assert all(a <= d for a, d in zip(stats.accepted_per_position, stats.drafted_per_position))
-    assert sorted(stats.accepted_per_position, reverse=True) == stats.accepted_per_position
+    assert tuple(sorted(stats.accepted_per_position, reverse=True)) == stats.accepted_per_position
     if stats.steps:
         assert stats.acceptance_length == pytest.approx((stats.tokens - 1) / stats.steps)
         parts = stats.draft_seconds + stats.verify_seconds + stats.accept_seconds
@@ -143,12 +144,13 @@ def test_any_draft_gives_the_autoregressive_text(
         wanted = [t for s in autoregressive(plain, PROMPT, greedy(), max_tokens=TOKENS) for t in s.tokens]
     choose = proposals(PROMPT + wanted)[script]
     with Session(pair.model, 256, k, v) as session:
-        draft, stats = Scripted(session, choose), Stats()
-        assert run(session, draft, PROMPT, stats, TOKENS) == wanted
+        draft = Scripted(session, choose)
+        tokens, stats = run(session, draft, PROMPT, TOKENS)
+        assert tokens == wanted
         check_stats(stats, wanted)
         assert session.length == len(PROMPT) + TOKENS - 1
         if script == "right":
-            assert stats.trace == [15, 15, 15, 15, 4]
+            assert stats.trace == (15, 15, 15, 15, 4)
             assert stats.acceptance_length == (TOKENS - 1) / 5
         if script == "wrong":
             assert set(stats.trace) == {0}
@@ -160,8 +162,9 @@ def test_nothing_is_proposed_for_the_place_of_the_last_bonus_token(pair_of: Pair
     pair = pair_of()
     wanted = alone(pair, PROMPT, TOKENS)
     with Session(pair.model, 256, "f32", "f32") as session:
-        draft, stats = Scripted(session, proposals(PROMPT + wanted)["right"]), Stats()
-        assert run(session, draft, PROMPT, stats, count) == wanted[:count]
+        draft = Scripted(session, proposals(PROMPT + wanted)["right"])
+        tokens, stats = run(session, draft, PROMPT, count)
+        assert tokens == wanted[:count]
         assert (stats.drafted, stats.accepted, stats.fallback) == (drafted, drafted, None)
         check_stats(stats, wanted[:count])
         draft.close()
@@ -173,8 +176,9 @@ def test_every_draft_max_gives_the_autoregressive_text(pair_of: PairOf, draft_ma
     pair = pair_of()
     wanted = alone(pair, PROMPT, TOKENS)
     with Session(pair.model, 256, "f32", "f32") as session:
-        draft, stats = Scripted(session, proposals(PROMPT + wanted)["any prefix"]), Stats()
-        assert run(session, draft, PROMPT, stats, TOKENS, draft_max=draft_max, adaptive=adaptive) == wanted
+        draft = Scripted(session, proposals(PROMPT + wanted)["any prefix"])
+        tokens, stats = run(session, draft, PROMPT, TOKENS, draft_max=draft_max, adaptive=adaptive)
+        assert tokens == wanted
         assert max(draft.made) <= draft_max
         check_stats(stats, wanted)
         draft.close()
@@ -200,8 +204,9 @@ def test_accepted_lengths_are_those_of_the_algorithm(pair_of: PairOf, script: st
     choose = proposals(PROMPT + wanted)[script]
     text, lengths = speculative_reference(Reference(pair.target_path), OneHot(choose), PROMPT, 40, 16)
     with Session(pair.model, 256, "f32", "f32") as session:
-        draft, stats = Scripted(session, choose), Stats()
-        assert run(session, draft, PROMPT, stats, 40) == text == wanted[:40]
+        draft = Scripted(session, choose)
+        tokens, stats = run(session, draft, PROMPT, 40)
+        assert tokens == text == wanted[:40]
         # The reference counts the last verify in full; the engine proposes no more than max_tokens leaves.
         assert [n + 1 for n in stats.trace[:-1]] == lengths[:-1]
         assert stats.trace[-1] + 1 <= lengths[-1]
@@ -221,8 +226,8 @@ def test_a_random_draft_gives_the_text_and_the_accepted_lengths_of_the_oracles(
     text, lengths = speculative_reference(Reference(pair.target_path), draft_oracle, PROMPT, 24, 16)
     session, draft = pair.open()
     with session, draft:
-        stats = Stats()
-        assert run(session, draft, PROMPT, stats, 24) == text == alone(pair, PROMPT, 24)
+        tokens, stats = run(session, draft, PROMPT, 24)
+        assert tokens == text == alone(pair, PROMPT, 24)
         assert [n + 1 for n in stats.trace[:-1]] == lengths[:-1]
 
 
@@ -248,46 +253,77 @@ def test_a_prompt_of_several_chunks_hands_every_feature_to_the_draft(pair_of: Pa
 
 
 @pytest.mark.parametrize("speculate", [False, True])
-def test_reading_a_prompt_by_chunk_yields_between_chunks_and_changes_nothing(pair_of: PairOf, speculate: bool) -> None:
+def test_a_prompt_read_in_turns_with_another_sequence_changes_nothing(pair_of: PairOf, speculate: bool) -> None:
     """Another sequence of the same model is read and decoded in between, as two arms of ab are."""
     pair = pair_of(layers=3, window=24)
     prompt = np.random.default_rng(1).integers(0, VOCAB, 100).tolist()
     (session, draft), (other, others_draft) = pair.open(chunk=32), pair.open(chunk=64)
 
-    def steps(session: Session, draft: DraftSession, stats: Stats, by_chunk: bool) -> Iterator[Step]:
+    def steps(session: Session, draft: DraftSession, prompt: list[int]) -> Iterator[Step]:
         if speculate:
-            return speculative(session, draft, prompt, greedy(), max_tokens=40, stats=stats, by_chunk=by_chunk)
-        return autoregressive(session, prompt, greedy(), max_tokens=40, stats=stats, by_chunk=by_chunk)
+            return speculative(session, draft, prompt, greedy(), max_tokens=40)
+        return autoregressive(session, prompt, greedy(), max_tokens=40)
+
+    def read(session: Session, draft: DraftSession) -> Iterator[Step | int]:
+        """The count of each chunk of the prompt but the last, then the steps."""
+        head = (len(prompt) - 1) // session.chunk * session.chunk
+        for output in session.prefill(prompt[:head]):
+            draft.keep(output.count)
+            yield output.count
+        yield from steps(session, draft, prompt[head:])
 
     with session, draft, other, others_draft:
-        whole_stats, stats = Stats(), Stats()
-        whole = list(steps(session, draft, whole_stats, False))
-        assert whole[0].tokens
+        whole = list(steps(session, draft, prompt))
         session.reset()
         draft.reset()
-        found, beside = [], steps(other, others_draft, Stats(), True)
-        for step in steps(session, draft, stats, True):
-            found.append((step, session.length, stats.prompt_tokens, stats.tokens, stats.prefill_seconds))
+        found, beside = [], read(other, others_draft)
+        for step in read(session, draft):
+            found.append(step)
             next(beside, None)
-        chunks, decoded = found[:3], [step for step, *_ in found[3:]]
-        assert [entry[:-1] for entry in chunks] == [(Step(()), at, at, 0) for at in (32, 64, 96)]
-        assert decoded == whole
-        seconds = [entry[-1] for entry in found[:4]]
-        assert sorted(seconds) == seconds
-        assert len({0.0, *seconds}) == 5
-        assert (stats.trace, stats.tokens, stats.prompt_tokens) == (whole_stats.trace, 40, 100)
-        assert stats.drafted == whole_stats.drafted
+        assert found[:3] == [32, 32, 32]
+        seen = [step for step in found if isinstance(step, Step)]
+        assert [(s.tokens, s.accepted, s.finish_reason) for s in seen] == [
+            (s.tokens, s.accepted, s.finish_reason) for s in whole
+        ]
+        assert seen[-1].stats.trace == whole[-1].stats.trace
 
 
-def test_reading_by_chunk_waits_for_the_device(pair_of: PairOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    pair, waits = pair_of(), []
-    synchronize = Backend.synchronize
-    monkeypatch.setattr(Backend, "synchronize", lambda backend: (waits.append(backend), synchronize(backend))[1])
-    for by_chunk, expected in ((False, [0]), (True, [1, 2, 2])):
-        with Session(pair.model, 256, "f32", "f32", chunk=32) as session:
-            waits.clear()
-            steps = autoregressive(session, PROMPT * 4, greedy(), max_tokens=1, by_chunk=by_chunk)
-            assert [len(waits) for _ in steps] == expected
+def test_every_step_carries_the_stats_of_its_moment(pair_of: PairOf) -> None:
+    pair = pair_of(layers=3, window=24)
+    session, draft = pair.open()
+    with session, draft:
+        steps = list(speculative(session, draft, PROMPT, greedy(), max_tokens=40))
+    for count, step in enumerate(steps):
+        check_stats(step.stats, [t for s in steps[: count + 1] for t in s.tokens])
+        assert step.stats.trace == tuple(s.accepted for s in steps[1 : count + 1])
+    assert [s.finish_reason for s in steps] == [None] * (len(steps) - 1) + ["length"]
+
+
+@pytest.mark.parametrize("speculate", [False, True])
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_a_generation_is_cancelled_between_chunks_of_its_prompt(
+    pair_of: PairOf, speculate: bool, chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, cancel = pair_of(), threading.Event()
+    prompt = np.random.default_rng(1).integers(0, VOCAB, 100).tolist()
+    forward, seen = Session.forward, []
+
+    def counted(self: Session, *args: Any) -> Output:
+        seen.append(len(args[0]))
+        if len(seen) == chunks:
+            cancel.set()
+        return forward(self, *args)
+
+    monkeypatch.setattr(Session, "forward", counted)
+    session, draft = pair.open(chunk=32)
+    with session, draft:
+        if speculate:
+            steps = list(speculative(session, draft, prompt, greedy(), cancel=cancel))
+        else:
+            steps = list(autoregressive(session, prompt, greedy(), cancel=cancel))
+        assert seen == [32] * chunks
+        assert [(s.tokens, s.finish_reason) for s in steps] == [((), "cancelled")]
+        assert steps[0].stats.prompt_tokens == 32 * chunks
 
 
 # --- cuts -------------------------------------------------------------------------------------------------------------
@@ -312,8 +348,9 @@ def test_max_tokens_cuts_exactly_inside_a_block(pair_of: PairOf, script: str, co
     pair = pair_of()
     wanted = alone(pair, PROMPT, TOKENS)
     with Session(pair.model, 256, "f32", "f32") as session:
-        draft, stats = Scripted(session, proposals(PROMPT + wanted)[script]), Stats()
-        assert run(session, draft, PROMPT, stats, count) == wanted[:count]
+        draft = Scripted(session, proposals(PROMPT + wanted)[script])
+        tokens, stats = run(session, draft, PROMPT, count)
+        assert tokens == wanted[:count]
         check_stats(stats, wanted[:count])
         continues_like_a_fresh_run(pair, session, PROMPT + wanted[:count])
         draft.close()
@@ -328,8 +365,9 @@ def test_a_stop_token_cuts_exactly_inside_a_block(pair_of: PairOf, script: str, 
     end = wanted.index(stop) + 1
     assert alone(pair, PROMPT, TOKENS, stop_ids=frozenset([stop])) == wanted[:end]
     with Session(pair.model, 256, "f32", "f32") as session:
-        draft, stats = Scripted(session, proposals(PROMPT + wanted)[script]), Stats()
-        assert run(session, draft, PROMPT, stats, TOKENS, stop_ids=frozenset([stop, VOCAB + 5])) == wanted[:end]
+        draft = Scripted(session, proposals(PROMPT + wanted)[script])
+        tokens, stats = run(session, draft, PROMPT, TOKENS, stop_ids=frozenset([stop, VOCAB + 5]))
+        assert tokens == wanted[:end]
         check_stats(stats, wanted[:end])
         continues_like_a_fresh_run(pair, session, PROMPT + wanted[:end])
         draft.close()
@@ -348,8 +386,7 @@ def test_cancelling_leaves_a_session_that_goes_on(pair_of: PairOf, steps: int) -
         assert draft.length == session.length
         continues_like_a_fresh_run(pair, session, PROMPT + seen)
         # The same session takes the text up again, in the middle of a sequence.
-        stats = Stats()
-        more = run(session, draft, seen[-1:], stats, 20)
+        more, _ = run(session, draft, seen[-1:], 20)
         assert more == wanted[len(seen) : len(seen) + 20]
 
 
@@ -362,9 +399,10 @@ def test_a_block_larger_than_the_context_left_fills_it_exactly(pair_of: PairOf, 
         assert plain.length == context
     assert len(wanted) == room + 1
     with Session(pair.model, context, "f32", "f32") as session:
-        draft, stats = Scripted(session, proposals(PROMPT + wanted)["right until row 4"]), Stats()
-        steps = list(speculative(session, draft, PROMPT, greedy(), stats=stats))
+        draft = Scripted(session, proposals(PROMPT + wanted)["right until row 4"])
+        steps = list(speculative(session, draft, PROMPT, greedy()))
         assert [t for s in steps for t in s.tokens] == wanted
+        assert [s.finish_reason for s in steps] == [None] * (len(steps) - 1) + ["context"]
         assert session.length == context
         draft.close()
 
@@ -373,8 +411,8 @@ def test_speculation_that_has_no_room_says_so(pair_of: PairOf) -> None:
     pair = pair_of()
     session, draft = pair.open(len(PROMPT) + 1)
     with session, draft:
-        stats = Stats()
-        assert len([t for s in speculative(session, draft, PROMPT, greedy(), stats=stats) for t in s.tokens]) == 2
+        tokens, stats = collect(speculative(session, draft, PROMPT, greedy()))
+        assert len(tokens) == 2
         assert stats.fallback is not None
         assert "context" in stats.fallback
         assert stats.drafted == 0

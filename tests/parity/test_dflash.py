@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pydflash.decode import Stats, speculative
+from pydflash.decode import Stats, collect, speculative
 from pydflash.draft import DraftSession, load_draft
 from pydflash.ggml_types import GGMLType
 from pydflash.models import load_model
@@ -91,10 +91,8 @@ def our_speculation(
             ours = Ours()
             session = Session(model, 1024, "f32", "f32", capture=draft.config.taps)
             with session, Recording(draft, session, seen=ours.logits) as drafting:
-                for step in speculative(
-                    session, drafting, prompt, greedy, max_tokens=count, stop_ids=stops, stats=ours.stats
-                ):
-                    ours.ids += step.tokens
+                steps = speculative(session, drafting, prompt, greedy, max_tokens=count, stop_ids=stops)
+                ours.ids, ours.stats = collect(steps)
             results.append(ours)
     return results
 

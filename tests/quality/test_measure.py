@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.kv_quality.measure import REFERENCE, AcceptancePlaces, Caches, observe
 from benchmarks.kv_quality.texts import Needle, Text
-from pydflash.decode import Stats, autoregressive, speculative
+from pydflash.decode import autoregressive, collect, speculative
 from pydflash.draft import DraftSession, load_draft
 from pydflash.models import Model, load_model
 from pydflash.sampling import Sampler, SamplingParams
@@ -67,10 +67,8 @@ def test_acceptance_at_the_first_place_is_that_of_the_first_speculative_step(mod
     with load_draft(DRAFT, model) as draft:
         wanted = []
         for prompt in prompts:
-            stats = Stats()
             with Session(model, 512, capture=draft.config.taps) as session, DraftSession(draft, session) as proposer:
-                for _ in speculative(session, proposer, prompt, greedy(model), max_tokens=40, stats=stats):
-                    pass
+                _, stats = collect(speculative(session, proposer, prompt, greedy(model), max_tokens=40))
             wanted.append(1 + stats.trace[0])
         assert AcceptancePlaces(model, draft, prompts, 16).measure(REFERENCE) == np.mean(wanted)
         assert len(set(wanted)) > 1

@@ -14,7 +14,7 @@ import pytest
 
 from pydflash._ffi import ffi, lib
 from pydflash.backend import cuda_device_count
-from pydflash.decode import Stats, speculative
+from pydflash.decode import collect, speculative
 from pydflash.draft import Draft, DraftSession, load_draft
 from pydflash.models import Model, load_model
 from pydflash.sampling import Sampler, SamplingParams
@@ -85,11 +85,10 @@ def test_logits_and_caches_have_the_same_bytes_for_every_pair_of_types(pair: Pai
 def test_speculation_proposes_and_accepts_the_same(pair: Pair, case: tuple[str, str, str, str]) -> None:
     texts, traces, proposed = [], [], []
     for fused in (True, False):
-        stats = Stats()
         with opened(pair, case, fused) as session, DraftSession(pair.draft, session) as draft:
             sampler = Sampler(SamplingParams(), pair.model.config.vocab)
-            steps = speculative(session, draft, tokens_for(40), sampler, max_tokens=60, stats=stats)
-            texts.append([token for step in steps for token in step.tokens])
+            tokens, stats = collect(speculative(session, draft, tokens_for(40), sampler, max_tokens=60))
+            texts.append(tokens)
             traces.append(stats.trace)
             proposed.append(draft.logits())
     assert texts[0] == texts[1]
