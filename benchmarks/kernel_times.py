@@ -17,6 +17,11 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+try:  # before our libraries: the C++ runtime inside libggml-cuda is not torch's, and torch aborts when it comes second
+    from torch.profiler import ProfilerActivity, profile
+except ImportError:
+    raise SystemExit("benchmarks.kernel_times needs PyTorch: pip install torch") from None
+
 from pydflash.bench import CYCLE_PROMPT, CycleBench, Report, Result, cycle_context, decode_speed, feed, random_ids
 from pydflash.config import EngineConfig
 from pydflash.draft import load_draft
@@ -32,8 +37,6 @@ def short_name(kernel: str) -> str:
 
 def trace(run: Callable[[], object]) -> tuple[dict[str, tuple[int, float]], float]:
     """Launches and microseconds of each kernel that ``run`` starts, and its wall time in microseconds."""
-    from torch.profiler import ProfilerActivity, profile
-
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         begin = time.perf_counter()
         run()

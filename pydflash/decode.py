@@ -119,7 +119,7 @@ class Step:
     accepted: int = 0
     drafted: int = 0
     finish_reason: FinishReason | None = None
-    stats: Stats = field(default_factory=Stats, repr=False)
+    stats: Stats = field(default_factory=Stats, repr=False, compare=False)
 
 
 def collect(steps: Iterable[Step]) -> tuple[list[int], Stats]:

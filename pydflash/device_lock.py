@@ -55,7 +55,7 @@ class DeviceLock:
                 self._refuse_child()
             yield  # finalisers free nothing here
             return
-        if self._exiting and self._exiting != threading.get_ident():
+        if self._exiting and threading.get_ident() not in (self._exiting, self._holder):
             threading.Event().wait()  # a daemon thread, which ends here together with the process
         with self._lock:
             if self._closed and not to_free:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -293,3 +295,31 @@ def test_a_fork_while_another_thread_is_in_a_step_does_not_hang(model_of: Callab
             assert in_child(lambda: session.forward(TOKENS)).startswith("StateError")
     stop.set()
     thread.join()
+
+
+# --- the end of the interpreter ---------------------------------------------------------------------------------------
+
+ENDING = """
+import sys, threading
+from pydflash import Session, load_model
+model = load_model(sys.argv[1], "cpu", threads=2)
+begun = [threading.Event() for _ in range(3)]
+def work(event):
+    session = Session(model, 1024)
+    while True:
+        for _ in session.prefill([1] * 600):
+            pass
+        event.set()
+        session.reset()
+for event in begun:
+    threading.Thread(target=work, args=(event,), daemon=True).start()
+for event in begun:
+    event.wait()
+"""
+
+
+def test_the_interpreter_ends_beside_daemon_threads_in_a_step(tmp_path: Any) -> None:
+    path = write_target(tmp_path / "t.gguf", GEOMETRIES["equal"], "f32", seed=1)
+    for _ in range(5):
+        done = subprocess.run([sys.executable, "-c", ENDING, path], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
