@@ -22,7 +22,7 @@ DECODE_TARGET, PREFILL_TARGET = 0.95, 0.8
 
 
 def ours(path: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Tokens per second of one round, the model loaded anew so that both programs start from the file."""
+    """Tokens per second of one round, the model loaded again so that both programs start from the file."""
     with load_model(path, "cpu", threads=options.threads) as model:
         return {"prefill": _prefill(model, options), "decode": _decode(model, options)}
 

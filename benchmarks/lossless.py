@@ -1,7 +1,7 @@
-"""Is speculation lossless? Greedy decoding with and without a draft over many prompts, compared token by token.
+r"""Is speculation lossless? Greedy decoding with and without a draft over many prompts, compared token by token.
 
-    python -m benchmarks.lossless TARGET DRAFT --prompts tests/data/held_out.jsonl --tokens 256 --device cuda --json
-    out.json
+    python -m benchmarks.lossless TARGET DRAFT --prompts tests/data/held_out.jsonl --tokens 256 --device cuda \
+        --json out.json
 
 Without ``--prompts``, one prompt of random tokens. Exits with 1 when any token differs.
 """

@@ -19,7 +19,7 @@ from pydflash.models import Model, load_model
 
 
 def _config(options: argparse.Namespace, pair: int = 0, chunk: int | None = None) -> EngineConfig:
-    """Of the given pair of cache types; ``chunk`` is the last one unless given."""
+    """The configuration for a pair of cache types; ``chunk`` is the last one unless given."""
     return EngineConfig.resolve(
         device=options.device, threads=options.threads, cache_k=options.cache_k[pair], cache_v=options.cache_v[pair],
         chunk=chunk or options.chunk[-1],

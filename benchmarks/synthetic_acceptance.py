@@ -4,7 +4,7 @@
 
 Random weights cost what real ones cost but accept nothing. Here every cycle really drafts and verifies, then a given
 number of rows is committed. The acceptance length counts the bonus token: 1 to block_size. Autoregressive decoding in
-the same run is the base line; the speed-up at a length is what a draft with that mean acceptance length brings.
+the same run is the baseline; the speed-up at a length is what a draft with that mean acceptance length brings.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def base_line(model: Model, options: argparse.Namespace) -> Result:
 def curve(
     model: Model, draft: Draft, options: argparse.Namespace, report: Report, base: float
 ) -> list[tuple[int, float]]:
-    """(acceptance length, tokens per second) for each length asked for."""
+    """(acceptance length, tokens per second) for each requested length."""
     points = []
     proposed = min(options.draft_max or draft.config.block_size - 1, draft.config.block_size - 1)
     lengths = [n for n in options.lengths if 1 <= n <= proposed + 1]

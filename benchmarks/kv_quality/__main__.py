@@ -4,7 +4,7 @@
         --weights f32 --outliers none,8x32 --json out.jsonl
     python -m benchmarks.kv_quality.table out.jsonl docs/kv-cache.md
 
-Every pair of types, in every pair of bases asked for, is compared with the f16/f16 cache of the same model on the same
+Every pair of types, in every requested pair of bases, is compared with the f16/f16 cache of the same model on the same
 held-out text, teacher forced: KL divergence, top-1 agreement, perplexity, error of the first attention output, recall
 of planted codes, acceptance length of a draft. ``--outliers`` measures copies of the model that compute the same but
 have large channels in K (copies.py); ``--weights f32`` a copy with f32 weights, in which no rounding of activations
@@ -80,7 +80,7 @@ def command(options: argparse.Namespace, outliers: str, caches: Caches) -> str:
 
 
 def cells(model: Model, options: argparse.Namespace, outliers: str) -> Iterator[Cell]:
-    """Measure every cache asked for on one copy of the model."""
+    """Measure every requested cache on one copy of the model."""
     encode = model.tokenizer.encode
     prompts = [encode(prompt) for prompt in held_out_prompts(options.prompts, options.places // 4)]
     lines = held_out_lines(options.prompts)

@@ -75,7 +75,7 @@ def _strewn(rng: np.random.Generator, low: int, high: int, count: int) -> npt.ND
 def inject(source: Path, target: Path, outliers: Outliers) -> None:
     """Copy the qwen35 model ``source`` to ``target`` with outlier channels in every attention layer.
 
-    Only norm weights differ. Raises ConfigError for a split model, LoadError for a file that is no such model.
+    Only norm weights differ. Raises ConfigError for a split model, LoadError for a file that is not such a model.
     """
     with GGUFFile.open(source) as file:
         _require_one_part(file)

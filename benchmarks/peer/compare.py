@@ -3,12 +3,12 @@
     python -m benchmarks.peer.compare MODEL --draft DRAFT --llama-bench PATH --speculative PATH --device cuda --json OUT
 
 The parts run in order of importance: cycle (DFlash), tg (decode at depth 0), pp (prefill), depth (decode after 32,768
-tokens). Each side of each part is a process of its own with a time limit; a failure is printed and the next part runs.
+tokens). Each side of each part is a separate process with a time limit; a failure is printed and the next part runs.
 Every result is appended to OUT as a line of JSON when it is known, and the table is printed after each part, so that
 the run can be cut at any time. ``--budget`` seconds after the start no new process is started.
 
 A peer cycle is the decode time of llama-speculative-simple over its number of proposals, first cycles included. It
-shortens its last proposals so as not to exceed the tokens asked for, which flatters it by a few percent; ours is the
+shortens its last proposals so as not to exceed the requested tokens, which flatters it by a few percent; ours is the
 mean over cycles that keep the same number of rows as random weights accept (one, the bonus token), three warm-up
 cycles excluded.
 """
@@ -70,7 +70,7 @@ class Comparison:
             self.peer_device += ["-t", str(options.threads)]
 
     def run(self) -> None:
-        """All parts asked for, most important first."""
+        """All requested parts, most important first."""
         parts: dict[str, Callable[[], None]] = {
             "cycle": self.cycle,
             "tg": self.decode,

@@ -257,7 +257,7 @@ def type_of(slot: Slot, mix: str, layers: int, tied: bool = False) -> str:
     """The tensor type of `slot` under a mix: a plain type name for all matrices, or "q4_k_m".
 
     "q4_k_m" follows the recipe of llama.cpp's published files (llama-quant.cpp): LM head Q6_K, attn_v and ffn_down
-    Q6_K in the layers that get more bits, attn_qkv Q5_K, Q4_K elsewhere. Everything that is no matrix stays F32.
+    Q6_K in the layers that get more bits, attn_qkv Q5_K, Q4_K elsewhere. Everything that is not a matrix stays F32.
     """
     if slot.kind not in MATRICES:
         return "f32"
@@ -278,7 +278,7 @@ def _more_bits(layer: int, layers: int) -> bool:
 
 
 def plain_values(slot: Slot, rng: np.random.Generator) -> npt.NDArray[np.float32]:
-    """Random values of a tensor that is no matrix, as a freshly initialised Qwen3.5 has them."""
+    """Random values of a tensor that is not a matrix, as a freshly initialised Qwen3.5 has them."""
     if slot.kind == "norm":
         values = 1 + 0.2 * rng.standard_normal(slot.shape)
     elif slot.kind == "decay":

@@ -64,7 +64,7 @@ def chunked(
 ) -> tuple[Tensor, Tensor | None]:
     """Gated delta rule over query, key (B, T, H, K), value (B, T, H, V), log decay g and beta (B, T, H).
 
-    Returns (B, T, H, V) and, if asked for, the final state (B, H, K, V). Queries and keys are normalised here.
+    Returns (B, T, H, V) and, on request, the final state (B, H, K, V). Queries and keys are normalised here.
     Source: "Gated Delta Networks" (arXiv:2412.06464), section 3.3, the chunkwise form.
     """
     batch, length, heads, size = key.shape

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-HELD_OUT_SHARE = 16  # one name in so many is kept for held-out documents
+HELD_OUT_SHARE = 16  # one name in this many is kept for held-out documents
 CONSONANTS = ["b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "kl", "st", "tr"]
 SYLLABLES = [consonant + vowel for consonant in CONSONANTS for vowel in "aeiou"]
 WORDS = [
