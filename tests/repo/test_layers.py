@@ -16,7 +16,9 @@ PACKAGE = ROOT / "pydflash"
 
 # A module may import those to its left (above it here), none of its own group. CONTRIBUTING.md shows the same order.
 LAYERS = (
-    ("errors", "ggml_types"),
+    ("errors", "ggml_types", "limits"),
+    ("settings", "kv_format"),
+    ("config", "sampling_params"),
     ("gguf_format",),
     ("gguf", "gguf_writer"),
     ("_ffi",),
@@ -34,10 +36,13 @@ LAYERS = (
     ("width",),
     ("draft",),
     ("decode",),
-    ("config", "convert", "doctor", "verdict"),
+    ("convert", "doctor", "verdict"),
     ("engine",),
     ("bench", "ab_report"),
     ("ab",),
+    ("cli.show", "cli.options"),
+    ("cli.engine", "cli.info", "cli.doctor", "cli.convert", "cli.bench", "cli.ab"),
+    ("cli.generate", "cli.chat", "cli.demo", "cli.explain"),
     ("cli",),
 )
 RANK = {name: rank for rank, group in enumerate(LAYERS) for name in group}
