@@ -37,8 +37,8 @@ def demo(
     params: SamplingParams,
     settings: Settings,
     stats: ShowStats = False,
-    model: Annotated[Path, typer.Option(hidden=True)] = DATA / "tiny-target.gguf",
-    draft: Annotated[Path, typer.Option(hidden=True)] = DATA / "tiny-draft.gguf",
+    model: Annotated[Path, typer.Option(hidden=True, help="GGUF file of the model.")] = DATA / "tiny-target.gguf",
+    draft: Annotated[Path, typer.Option(hidden=True, help="GGUF file of the DFlash draft.")] = DATA / "tiny-draft.gguf",
 ) -> None:
     """Continue a prompt with the shipped tiny model, with its draft and without, and compare the two."""
     with open_engine(model, draft if draft.exists() else None, settings) as engine:

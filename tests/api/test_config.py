@@ -6,6 +6,7 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, get_type_hints
 
 import pytest
@@ -52,6 +53,14 @@ def invalid_texts(declaration: Declaration) -> list[str]:
         case Choice(values):
             return ["", "None", "17", str(values[0]).title() + "x"]
     return ["", "None", "cuda:", "cuda:x", "Cpu", "cpu\n"]
+
+
+def plain(text: str) -> Any:
+    """The number that a text spells, as a program would give it, or the text."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def option(name: str, text: str) -> str:
@@ -182,7 +191,7 @@ def test_an_invalid_value_is_an_error_wherever_it_is_given(
     name: str, text: str, explained: Callable[..., dict[str, list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match=f"^{name} is "):
-        Engine.load("none.gguf", environment={}, **{name: text})  # type: ignore[arg-type]
+        Engine.load("none.gguf", environment={}, **{name: plain(text)})  # type: ignore[arg-type]
     if not isinstance(ENGINE[name].rule, Flag):
         with pytest.raises(ConfigError, match=f"error: --{name.replace('_', '-')} is "):
             explained(option(name, text))
@@ -218,7 +227,7 @@ def test_a_valid_sampling_parameter_is_an_option(name: str, text: str, capsys: p
 @pytest.mark.parametrize(("name", "text"), samples(SAMPLING, invalid_texts))
 def test_an_invalid_sampling_parameter_is_an_error(name: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match=f"^{name} is "):
-        SamplingParams(**{name: [text]})  # type: ignore[arg-type]
+        SamplingParams(**{name: plain(text)})  # type: ignore[arg-type]
     if not isinstance(SAMPLING[name].rule, Flag):
         with pytest.raises(SystemExit):
             cli.main(["generate", "none.gguf", "x", option(name, text)])
