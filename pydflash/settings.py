@@ -66,7 +66,7 @@ class Declaration:
             return None
         try:
             return self.rule.checked(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             also = ", or None" if optional else ""
             raise ConfigError(f"{where} is {value!r}; {self.rule.allowed}{also}") from None
 

@@ -20,17 +20,20 @@ def ab(
     model: Model,
     a: Annotated[
         list[str] | None,
-        typer.Option(help="Settings of arm A: NAME=VALUE,... as explain lists them, or speculate=false."),
+        typer.Option(help="Settings of arm A: NAME=VALUE,..., of those that explain lists, or speculate=false."),
     ] = None,
-    b: Annotated[list[str] | None, typer.Option(help="Settings of arm B, likewise.")] = None,
+    b: Annotated[
+        list[str] | None,
+        typer.Option(help="Settings of arm B: NAME=VALUE,..., of those that explain lists, or speculate=false."),
+    ] = None,
     draft: Draft = None,
     *,
     settings: Settings,
     repeats: Annotated[int, typer.Option(help="Pairs of runs; at least 6.")] = 7,
-    prompt_tokens: Annotated[int, typer.Option(help="Length of random prompts.")] = 512,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each random prompt.")] = 512,
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate in each run.")] = 128,
     prompts: Annotated[
-        Path | None, typer.Option(help='JSON lines with a "prompt" each, instead of random ones.')
+        Path | None, typer.Option(help='File of JSON lines with a "prompt" each, instead of random prompts.')
     ] = None,
     within: Annotated[float | None, typer.Option(help="Margin of equivalence in percent.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write everything measured to this file.")] = None,

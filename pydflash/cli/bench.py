@@ -27,10 +27,14 @@ def bench(
     max_tokens: Annotated[int, typer.Option("-n", "--max-tokens", help="Tokens to decode; 0 for none.")] = 128,
     depth: Annotated[
         list[int] | None,
-        typer.Option("-d", "--depth", help="Tokens before those decoded. May be given several times.  [default: 0]"),
+        typer.Option(
+            "-d",
+            "--depth",
+            help="Tokens in the context before decoding starts. May be given several times.  [default: 0]",
+        ),
     ] = None,
     repeats: Annotated[int, typer.Option("-r", "--repeats", help="Repeats of each measurement.")] = 5,
-    json: Annotated[Path | None, typer.Option(help="Append results to this file, one JSON object a line.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Append results to this file, one JSON object per line.")] = None,
 ) -> None:
     """Measure prefill, decode and, with a draft, its cycles, by llama-bench's definitions."""
     from pydflash import bench as harness

@@ -88,17 +88,26 @@ def _annotation(declaration: Declaration) -> Any:
 
 def _help(declaration: Declaration) -> str:
     """The help text, the values where they can be listed, and what holds when the option is not given."""
-    rule, default = declaration.rule, declaration.default
-    text = declaration.help.removesuffix(".") + (f": {rule.listed}." if rule.listed else ".")
-    if isinstance(rule, Texts):
+    text = declaration.help.removesuffix(".") + (f": {declaration.rule.listed}." if declaration.rule.listed else ".")
+    if isinstance(declaration.rule, Texts):
         text += " May be given several times."
-    if default is None:
-        shown = declaration.unset
-    elif isinstance(default, bool):
-        shown = "yes" if default else "no"
-    else:
-        shown = f"{default:g}" if isinstance(default, float) else str(default or "")
-    return f"{text}  [default: {shown}]" if shown else text
+    default = _shown(declaration)
+    return f"{text}  [default: {default}]" if default else text
+
+
+def _shown(declaration: Declaration) -> str:
+    """The default as a person would write it; empty where there is nothing to say."""
+    match declaration.default:
+        case None:
+            return declaration.unset
+        case bool(flag):
+            return "yes" if flag else "no"
+        case float(number):
+            return f"{number:g}"
+        case ():
+            return ""
+        case other:
+            return str(other)
 
 
 def _value(name: str, declaration: Declaration, given: Any) -> Any:
