@@ -51,7 +51,7 @@ def invalid_texts(declaration: Declaration) -> list[str]:
         case Texts():
             return [""]
         case Choice(values):
-            return ["", "None", "17", str(values[0]).title() + "x"]
+            return ["", "None", "17", values[0].upper() if isinstance(values[0], str) else f"{values[0]}.0"]
     return ["", "None", "cuda:", "cuda:x", "Cpu", "cpu\n"]
 
 
