@@ -26,7 +26,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import fields, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from typing import Any, TypeVar, cast
 from pydflash import ab_report
 from pydflash.ab_report import AGAIN, ARMS, A, Arm, B, Protocol, Report, Sample, runs_of
 from pydflash.bench import WARM_UPS, random_ids
-from pydflash.config import EngineConfig, parsed, truth
+from pydflash.config import EngineConfig, Settings
 from pydflash.decode import Stats, Step
 from pydflash.doctor import examine
 from pydflash.draft import Draft, load_draft
@@ -44,6 +44,7 @@ from pydflash.errors import ConfigError, OutOfMemory
 from pydflash.models import Model, load_model
 from pydflash.ops import EXACT_ROWS
 from pydflash.sampling import Sampler, SamplingParams
+from pydflash.settings import Declaration, Flag, declarations
 from pydflash.weights import Progress
 
 __all__ = ["ORDERS", "compare", "measure", "parse_arm", "turns"]
@@ -59,11 +60,13 @@ ORDERS = ((A, B, AGAIN), (AGAIN, B, A), (A, AGAIN, B), (B, AGAIN, A), (AGAIN, A,
 
 # --- what is asked for ------------------------------------------------------------------------------------------------
 
+_SPECULATE = Declaration(True, Flag(), "Speculate with the draft.")
+
 
 def parse_arm(
     name: str,
     texts: Sequence[str],
-    options: Mapping[str, Any] | None = None,
+    options: Settings | None = None,
     *,
     draft: bool = False,
     environment: Mapping[str, str] | None = None,
@@ -75,20 +78,20 @@ def parse_arm(
     listing the valid ones.
     """
     where = f"--{name.lower()}"
-    known = [f.name for f in fields(EngineConfig) if f.name != "sources"]
+    known = {**declarations(EngineConfig), "speculate": _SPECULATE}
     given: dict[str, str] = {}
     for part in (part.strip() for text in texts for part in text.split(",") if part.strip()):
         key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or key not in (*known, "speculate"):
-            raise ConfigError(f"{where} {part!r}: give NAME=VALUE; valid names are {', '.join((*known, 'speculate'))}")
+        if not equals or key not in known:
+            raise ConfigError(f"{where} {part!r}: give NAME=VALUE; valid names are {', '.join(known)}")
         if key in given:
             raise ConfigError(f"{where} sets {key} twice, to {given[key]!r} and {value!r}; give one value")
         given[key] = value
-    speculate = truth(f"{where} speculate", given["speculate"]) if "speculate" in given else draft
+    values: dict[str, Any] = {key: known[key].read(text, f"{where} {key}") for key, text in given.items()}
+    speculate = values.pop("speculate", draft)
     if speculate and not draft:
         raise ConfigError(f"{where} asks for speculate=true, which needs a draft; give one with --draft")
-    values = {key: parsed(key, f"{where} {key}", value) for key, value in given.items() if key != "speculate"}
-    config = EngineConfig.resolve(environment, **{**(options or {}), **values})
+    config = EngineConfig.resolve(environment, **cast("Settings", {**(options or {}), **values}))
     if config.adaptive is None:  # proposals whose lengths follow from measured times differ from run to run
         config = replace(config, adaptive=False)
     return Arm(name, config, speculate, given)

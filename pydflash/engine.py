@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from pydflash.config import EngineConfig, Setting, table
+from pydflash.config import EngineConfig, Setting, Settings, table
 from pydflash.decode import FinishReason, Stats, Step, autoregressive, speculative
 from pydflash.draft import Draft, DraftSession, load_draft
 from pydflash.errors import ConfigError, SessionClosed, ShapeError, StateError
@@ -23,6 +23,8 @@ from pydflash.weights import Progress
 from pydflash.width import adapts
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from pydflash.chat import ChatTemplate
 
 __all__ = ["Chunk", "Completion", "Engine", "FinishReason", "Piece", "Prompt", "StopFilter", "Stream"]
@@ -172,11 +174,7 @@ class Engine:
             _check_draft_max(config, draft)
         self.model, self.draft, self.config, self._undo = model, draft, config, undo
         taps = draft.config.taps if draft else ()
-        session = Session(
-            model, config.max_context, config.cache_k, config.cache_v, config.k_rotation, config.v_rotation,
-            fused=config.fused, chunk=config.chunk, capture=taps, environment={},
-        )  # fmt: skip
-        self.session = undo.enter_context(session)
+        self.session = undo.enter_context(Session(model, **config.of_session(), capture=taps))
         self.draft_session = undo.enter_context(DraftSession(draft, self.session)) if draft else None
         self._callers = threading.Lock()  # held while the two change
         self._caller: _Caller | None = None
@@ -189,33 +187,18 @@ class Engine:
         path: str | Path,
         draft: str | Path | None = None,
         *,
-        max_context: int | None = None,
-        cache_k: str | None = None,
-        cache_v: str | None = None,
-        k_rotation: str | None = None,
-        v_rotation: str | None = None,
-        fused: bool | None = None,
-        device: str | None = None,
-        threads: int | None = None,
-        chunk: int | None = None,
-        draft_max: int | None = None,
-        adaptive: bool | None = None,
-        draft_causal: bool | None = None,
         progress: Progress | None = None,
         environment: Mapping[str, str] | None = None,
+        **settings: Unpack[Settings],
     ) -> Engine:
-        """Load a GGUF model and, if given, its DFlash draft. EngineConfig describes the options and holds their
+        """Load a GGUF model and, if given, its DFlash draft. EngineConfig describes the settings and holds their
         defaults.
 
-        None leaves an option to the environment (``PYDFLASH_<NAME>``; ``environment`` replaces ``os.environ``) or its
+        None leaves a setting to the environment (``PYDFLASH_<NAME>``; ``environment`` replaces ``os.environ``) or its
         default. ``progress(bytes_done, bytes_total)`` runs once over the model, then over the draft.
         Raises ConfigError, LoadError, NoDevice or OutOfMemory; nothing stays allocated then.
         """
-        config = EngineConfig.resolve(
-            environment, max_context=max_context, cache_k=cache_k, cache_v=cache_v, k_rotation=k_rotation,
-            v_rotation=v_rotation, fused=fused, device=device, threads=threads, chunk=chunk,
-            draft_max=draft_max, adaptive=adaptive, draft_causal=draft_causal,
-        )  # fmt: skip
+        config = EngineConfig.resolve(environment, **settings)
         with ExitStack() as undo:
             model = undo.enter_context(load_model(path, config.device, progress, threads=config.threads))
             loaded = load_draft(draft, model, progress, causal=config.draft_causal) if draft is not None else None

@@ -15,6 +15,7 @@ from typing import Any
 from pydflash._ffi import ffi, lib
 from pydflash.errors import ShapeError
 from pydflash.ggml_types import GGMLType
+from pydflash.limits import EXACT_ROWS, TAPE_ROWS
 from pydflash.tensor import Shape, Tensor, ggml_shape
 
 __all__ = [
@@ -41,12 +42,6 @@ __all__ = [
     "swiglu",
     "turbo_wht",
 ]
-
-EXACT_ROWS = 16
-"""The widest step whose rows are bit-equal to the same rows alone."""
-
-TAPE_ROWS = 16
-"""Rows of the delta-net's tape (PYDFLASH_TAPE_ROWS): what a forward may leave pending."""
 
 _PRECISION_F32 = 10
 

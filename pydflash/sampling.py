@@ -1,4 +1,4 @@
-"""From logits to a token: options, the chain of filters, and the random draw.
+"""From logits to a token: the chain of filters and the random draw.
 
 The chain has llama.cpp's order and definitions: logit bias, mask, penalties, top-k, top-p, min-p, temperature, draw.
 The filters see the probabilities at temperature 1; the temperature only reshapes what they leave.
@@ -9,15 +9,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Real
-from operator import index
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import ConfigError, NativeError, ShapeError, SnapshotMismatch
+from .sampling_params import SamplingParams
 
 __all__ = ["Law", "MaskFunction", "Sampler", "SamplingParams", "numerics_failed"]
 
@@ -27,91 +25,6 @@ MaskFunction = Callable[[Sequence[int]], "npt.NDArray[np.bool_] | None"]
 BLOCK = 256  # logits per block in the search for the largest, near the square root of a vocabulary
 SMALLEST_TEMPERATURE = 1e-30  # float32 knows nothing between it and 0; both mean the most likely token
 FIRST_NUCLEUS = 256  # top-p rarely keeps more; the search widens from here
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are chosen and when generation ends. The defaults are greedy.
-
-    temperature: 0 takes the most likely token; above, logits are divided by it (0 or more).
-    top_k: keep this many of the most likely tokens; 0 keeps all.
-    top_p: keep the fewest tokens whose probabilities sum to at least this; 1 keeps all.
-    min_p: keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
-    repetition_penalty: divide positive and multiply negative logits of tokens seen; 1 is off.
-    frequency_penalty: subtract this for each time a token was seen (-2 to 2).
-    presence_penalty: subtract this once from tokens seen (-2 to 2).
-    logit_bias: token id to a value added to its logit; -inf bans the token.
-    seed: of the random draws; None takes one from the operating system.
-    max_tokens: most tokens to generate.
-    stop: texts that end generation; a single string is one text.
-    ignore_eos: generate past the model's end-of-turn tokens.
-    penalty_window: how many of the last tokens, prompt included, the penalties look at; -1 is all of them, 0 none.
-
-    Raises ConfigError for a value outside its range.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | None = None
-    seed: int | None = None
-    max_tokens: int = 256
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-    penalty_window: int = 64
-
-    def __post_init__(self) -> None:
-        self._check_float("temperature", 0.0, math.inf)
-        self._check_int("top_k", 0, None)
-        self._check_float("top_p", 0.0, 1.0, open_low=True)
-        self._check_float("min_p", 0.0, 1.0)
-        self._check_float("repetition_penalty", 0.0, math.inf, open_low=True)
-        self._check_float("frequency_penalty", -2.0, 2.0)
-        self._check_float("presence_penalty", -2.0, 2.0)
-        if self.seed is not None:
-            self._check_int("seed", 0, 2**64 - 1)
-        self._check_int("max_tokens", 1, None)
-        self._check_int("penalty_window", -1, None)
-        if not isinstance(self.ignore_eos, bool):
-            raise ConfigError(f"ignore_eos is {self.ignore_eos!r}; allowed: True, False")
-        self._set("stop", _checked_stop(self.stop))
-        if self.logit_bias is not None:
-            self._set("logit_bias", _checked_bias(self.logit_bias))
-
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
-
-    def _check_int(self, name: str, low: int, high: int | None) -> None:
-        value = getattr(self, name)
-        allowed = f"{low} or more" if high is None else f"{low} to {high}"
-        try:
-            number = index(value)
-        except TypeError:
-            raise ConfigError(f"{name} is {value!r}; allowed: an integer, {allowed}") from None
-        if isinstance(value, bool) or number < low or (high is not None and number > high):
-            raise ConfigError(f"{name} is {value!r}; allowed: an integer, {allowed}")
-        self._set(name, number)
-
-    def _check_float(self, name: str, low: float, high: float, open_low: bool = False) -> None:
-        value = getattr(self, name)
-        bound = f"above {low:g}" if open_low else f"{low:g} or more"
-        allowed = f"a finite number, {bound}" + ("" if high == math.inf else f", at most {high:g}")
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise ConfigError(f"{name} is {value!r}; allowed: {allowed}")
-        number = float(value)
-        if not math.isfinite(number) or number < low or number > high or (open_low and number == low):
-            raise ConfigError(f"{name} is {value!r}; allowed: {allowed}")
-        self._set(name, number)
-
-    @property
-    def penalises(self) -> bool:
-        """Whether the tokens seen so far change the logits."""
-        off = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) == (1.0, 0.0, 0.0)
-        return not off and self.penalty_window != 0
 
 
 class Law(NamedTuple):
@@ -314,26 +227,3 @@ def _weights(logits: npt.NDArray[np.float32], peak: np.float32) -> npt.NDArray[n
 def _nucleus(weights: npt.NDArray[np.float64], total: float, top_p: float) -> int:
     """Return how many of the descending ``weights`` reach ``top_p`` of ``total``; all of them if they do not."""
     return min(int(np.searchsorted(np.cumsum(weights), top_p * total, side="left")) + 1, len(weights))
-
-
-def _checked_stop(stop: object) -> tuple[str, ...]:
-    texts = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Sequence) else None
-    if texts is None or not all(isinstance(text, str) and text for text in texts):
-        raise ConfigError(f"stop is {stop!r}; allowed: a non-empty text, or a sequence of them")
-    return texts
-
-
-def _checked_bias(bias: object) -> dict[int, float]:
-    allowed = "allowed: a mapping of token id (0 or more) to a number below infinity"
-    if not isinstance(bias, Mapping):
-        raise ConfigError(f"logit_bias is {bias!r}; {allowed}")
-    checked: dict[int, float] = {}
-    for token, value in bias.items():
-        try:
-            number, amount = index(token), float(value)
-        except (TypeError, ValueError):
-            raise ConfigError(f"logit_bias has {token!r}: {value!r}; {allowed}") from None
-        if number < 0 or math.isnan(amount) or amount == math.inf:
-            raise ConfigError(f"logit_bias has {token!r}: {value!r}; {allowed}")
-        checked[number] = amount
-    return checked

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,31 +11,31 @@ import numpy as np
 import numpy.typing as npt
 
 from pydflash.backend import Arena
+from pydflash.config import SessionConfig
 from pydflash.device_lock import DeviceLock, closing, exclusive
 from pydflash.errors import ConfigError, ContextFull, NothingPending, SessionClosed, ShapeError, StateError
 from pydflash.ggml_types import GGMLType
 from pydflash.graph import Graph
+from pydflash.kv_format import CACHE_TYPES, k_basis, v_basis
+from pydflash.limits import EXACT_ROWS, WIDTHS
 from pydflash.models import Model
-from pydflash.ops import EXACT_ROWS, argmax, get_rows, set_rows
+from pydflash.ops import argmax, get_rows, set_rows
 from pydflash.snapshot import FORMAT, Fingerprint, Place, Snapshot, check_fingerprint, host_arrays
-from pydflash.state import MOST_POSITIONS, DeltaState, KVCache, StepInputs, cache_type, check_pair, k_basis, v_basis
+from pydflash.state import DeltaState, KVCache, StepInputs, check_pair
 from pydflash.tensor import Tensor
 
-__all__ = ["CHUNKS", "Head", "Output", "Proposal", "Session", "width_for"]
+__all__ = ["Head", "Output", "Proposal", "Session", "width_for"]
 
 Head = Literal["last", "all", "none"]
 """Rows that the LM head runs for."""
 
-_WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-CHUNKS = tuple(width for width in _WIDTHS if width > EXACT_ROWS)
-"""Valid values of ``chunk``."""
 _NOWHERE = Place("", 0)  # where a text that no snapshot began comes from
 _WIDE_GRAPHS_KEPT = 8  # prefill graphs are large; a long prompt uses them in order of their spans
 
 
 def width_for(rows: int) -> int:
     """The graph width that holds ``rows``: few distinct ones, so that graphs are reused."""
-    return next(w for w in _WIDTHS if w >= rows)
+    return next(w for w in WIDTHS if w >= rows)
 
 
 class Proposal:
@@ -141,42 +140,37 @@ class Session:
     def __init__(
         self,
         model: Model,
-        max_context: int = 4096,
-        cache_k: str = "f16",
-        cache_v: str = "f16",
-        k_rotation: str = "auto",
-        v_rotation: str = "none",
+        max_context: int = SessionConfig.max_context,
+        cache_k: str = SessionConfig.cache_k,
+        cache_v: str = SessionConfig.cache_v,
+        k_rotation: str = SessionConfig.k_rotation,
+        v_rotation: str = SessionConfig.v_rotation,
         *,
-        fused: bool = True,
-        chunk: int = 512,
+        fused: bool = SessionConfig.fused,
+        chunk: int = SessionConfig.chunk,
         capture: Sequence[int] = (),
-        environment: Mapping[str, str] = os.environ,
     ) -> None:
-        """``max_context``: positions. ``cache_k``, ``cache_v``: f32, f16, bf16, q8_0 or q4_0; f32 on the CPU only.
-        ``chunk``: rows of a prefill step. ``fused`` False takes Q, K and V to attention operation by operation.
-
-        Raises ConfigError, OutOfMemory.
+        """SessionConfig describes the settings. An f32 cache, a basis or a capture must also suit the device and the
+        model. Raises ConfigError, OutOfMemory.
         """
         config, backend = model.config, model.backend
-        if not 1 <= max_context <= MOST_POSITIONS:
-            raise ConfigError(f"max_context is {max_context}; it must lie in 1..{MOST_POSITIONS}")
-        if chunk not in CHUNKS:
-            raise ConfigError(f"chunk is {chunk}; valid values are {', '.join(map(str, CHUNKS))}")
+        settings = SessionConfig(max_context, cache_k, cache_v, k_rotation, v_rotation, fused, chunk)
         if not all(0 <= layer < config.layers for layer in capture):
             raise ConfigError(f"capture is {tuple(capture)}; the model has layers 0..{config.layers - 1}")
-        k_type, v_type = cache_type(cache_k, "cache_k"), cache_type(cache_v, "cache_v")
+        k_type, v_type = CACHE_TYPES[settings.cache_k], CACHE_TYPES[settings.cache_v]
         check_pair(k_type, v_type, backend.is_cuda)
-        basis = k_basis(k_type, config.head_size, k_rotation, environment)
-        v_rotated = v_basis(config.head_size, v_rotation)
-        self.model, self.max_context, self.chunk, self.capture = model, max_context, chunk, tuple(capture)
+        basis = k_basis(k_type, config.head_size, settings.k_rotation)
+        v_rotated = v_basis(config.head_size, settings.v_rotation)
+        self.model, self.capture = model, tuple(capture)
+        self.max_context, self.chunk = settings.max_context, settings.chunk
         self.cache = KVCache(
-            backend, config, -(-max_context // 256) * 256, k_type, v_type, basis, v_rotated, fused=fused
+            backend, config, -(-self.max_context // 256) * 256, k_type, v_type, basis, v_rotated, fused=settings.fused
         )
         self.delta = DeltaState(backend, config)
         self._features = (
             Arena(
                 backend,
-                {"features": ((chunk + 1, len(self.capture), config.hidden), GGMLType.F32)},
+                {"features": ((self.chunk + 1, len(self.capture), config.hidden), GGMLType.F32)},
                 "captured features",
             )
             if self.capture

@@ -26,8 +26,9 @@ import numpy.typing as npt
 
 from pydflash.errors import LoadError, ShapeError, SnapshotMismatch
 from pydflash.ggml_types import GGMLType
-from pydflash.ops import TAPE_ROWS
-from pydflash.state import CACHE_TYPES, MOST_POSITIONS, DraftCache, state_shape, tape_shape
+from pydflash.kv_format import CACHE_TYPES
+from pydflash.limits import MOST_POSITIONS, TAPE_ROWS
+from pydflash.state import DraftCache, state_shape, tape_shape
 from pydflash.tensor import Shape
 
 __all__ = [
@@ -57,8 +58,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "U8": np.dtype("u1"
 class Fingerprint:
     """Everything that decides what the bytes of a target session mean.
 
-    ``model`` is :meth:`GGUFFile.fingerprint_digest`; ``k_basis`` and ``v_basis`` are names of ``state.K_BASES``. The
-    device does not matter, since all keep rows and states alike, nor do ``max_context``, ``chunk`` and ``capture``.
+    ``model`` is :meth:`GGUFFile.fingerprint_digest`; ``k_basis`` and ``v_basis`` are names of ``kv_format.K_BASES``.
+    The device does not matter, since all keep rows and states alike, nor do ``max_context``, ``chunk``, ``capture``.
     """
 
     format: int

@@ -9,7 +9,7 @@ delta_rule.h).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,39 +20,19 @@ from pydflash.backend import Arena, Backend
 from pydflash.errors import ConfigError
 from pydflash.ggml_types import GGMLType
 from pydflash.graph import Graph
+from pydflash.kv_format import CACHE_TYPES, K_BASES, V_BASES, Basis
 from pydflash.ops import NormRope
 from pydflash.tensor import Shape, Tensor
 
 __all__ = [
-    "CACHE_TYPES",
-    "K_BASES",
-    "MOST_POSITIONS",
-    "V_BASES",
-    "Basis",
     "DeltaState",
     "KVCache",
     "KVPath",
     "StepInputs",
-    "cache_type",
     "check_pair",
-    "k_basis",
     "state_shape",
     "tape_shape",
-    "v_basis",
 ]
-
-CACHE_TYPES = {t.name.lower(): t for t in (GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.Q8_0, GGMLType.Q4_0)}
-"""Types of a K or V cache, by the names that options use."""
-
-MOST_POSITIONS = 1 << 24
-"""Of any session: ``max_context`` is at most this."""
-
-
-def cache_type(name: str, option: str) -> GGMLType:
-    """The type called ``name``; ConfigError that names ``option`` and lists the valid ones."""
-    if name not in CACHE_TYPES:
-        raise ConfigError(f"{option} is {name!r}; valid types are {', '.join(CACHE_TYPES)}")
-    return CACHE_TYPES[name]
 
 
 def check_pair(k_type: GGMLType, v_type: GGMLType, cuda: bool) -> None:
@@ -68,87 +48,18 @@ def check_pair(k_type: GGMLType, v_type: GGMLType, cuda: bool) -> None:
         )
 
 
-# --- the bases in which K and V are stored ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Basis:
-    """An orthonormal rotation of every head. K's is Q's after RoPE too, so that scores do not change; what V's does to
-    the output of attention is undone after it. Quantisation error does change."""
-
-    name: str
-    group: int = 0
-    signed: bool = False
-
-
-K_BASES = {
-    basis.name: basis
-    for basis in (
-        Basis("none"),
-        Basis("hadamard-256", 256),
-        Basis("hadamard-128", 128),
-        Basis("hadamard-64", 64),
-        Basis("signed-128", 128, signed=True),
-    )
-}
-"""The bases of K by name. 'hadamard-256' is llama.cpp's for heads of 256."""
-
-V_BASES = {name: basis for name, basis in K_BASES.items() if not basis.signed}
-"""The bases of V by name: those that undo themselves. 'hadamard-64' is llama.cpp's."""
-
-
-def k_basis(
-    k_type: GGMLType, head_size: int, requested: str = "auto", environment: Mapping[str, str] | None = None
-) -> Basis:
-    """The rule: which basis a K cache is stored in.
-
-    An explicit ``requested`` name wins, then PYDFLASH_K_ROTATION, then DFLASH_SKIP_WHT=1 (no rotation for a q4_0
-    cache); 'auto' rotates q4_0 and q8_0, which lose to outlier channels (docs/kv-cache.md), by the largest group that
-    divides the head, and no other type.
-    Raises ConfigError for an unknown name or a group that does not divide ``head_size``.
-    """
-    environment = environment or {}
-    if requested == "auto":
-        requested = environment.get("PYDFLASH_K_ROTATION", "auto")
-    if requested == "auto":
-        skip = k_type == GGMLType.Q4_0 and environment.get("DFLASH_SKIP_WHT") == "1"
-        group = next((g for g in (256, 128, 64) if head_size % g == 0), 0)
-        rotate = k_type in (GGMLType.Q4_0, GGMLType.Q8_0) and group and not skip
-        requested = f"hadamard-{group}" if rotate else "none"
-    return _named("k_rotation", requested, K_BASES, head_size, ("auto",))
-
-
-def v_basis(head_size: int, requested: str = "none") -> Basis:
-    """The basis of V called ``requested``. Raises ConfigError for an unknown name or one that does not fit."""
-    return _named("v_rotation", requested, V_BASES, head_size)
-
-
-def _named(
-    option: str, requested: str, bases: Mapping[str, Basis], head_size: int, also: tuple[str, ...] = ()
-) -> Basis:
-    if requested not in bases:
-        raise ConfigError(f"{option} is {requested!r}; valid values are {', '.join((*also, *bases))}")
-    basis = bases[requested]
-    if basis.group and head_size % basis.group:
-        fitting = [*also, *(b.name for b in bases.values() if not b.group or head_size % b.group == 0)]
-        raise ConfigError(
-            f"{option} {requested!r} does not divide heads of {head_size}; valid values are {', '.join(fitting)}"
-        )
-    return basis
-
-
 def rotation_signs(group: int) -> np.ndarray:
     """The fixed sign vectors D1 and D2 of a signed basis: (2, group) f32 of +1 and -1, from PCG64 seed 0x70796466."""
     generator = np.random.Generator(np.random.PCG64(0x70796466))
     return np.where(generator.integers(0, 2, (2, group)) == 1, 1.0, -1.0).astype(np.float32)
 
 
-# --- the ways of Q, K and V -------------------------------------------------------------------------------------------
+# --- how Q, K and V reach the cache -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class KVPath:
-    """The ways of raw Q, K and V from a model's projections to attention and its tables, and of the output back.
+    """How raw Q, K and V get from a model's projections to attention and its tables, and how the output gets back.
 
     ``fused``: one kernel each; else operation by operation, with the same bits. ``signs``: of a signed basis of K.
     """

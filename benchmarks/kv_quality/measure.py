@@ -45,10 +45,8 @@ class Caches:
         return f"K {self.k} {self.k_rotation}  V {self.v} {self.v_rotation}"
 
     def open(self, model: Model, context: int, capture: Sequence[int] = ()) -> Session:
-        """A session of ``context`` positions with these caches, whatever the environment says."""
-        return Session(
-            model, context, self.k, self.v, self.k_rotation, self.v_rotation, capture=capture, environment={}
-        )
+        """A session of ``context`` positions with these caches."""
+        return Session(model, context, self.k, self.v, self.k_rotation, self.v_rotation, capture=capture)
 
 
 REFERENCE = Caches("f16", "f16")

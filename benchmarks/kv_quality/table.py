@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.kv_quality.measure import Caches, Quality
 from pydflash.errors import ConfigError
-from pydflash.state import CACHE_TYPES, K_BASES
+from pydflash.kv_format import CACHE_TYPES, K_BASES
 
 __all__ = ["Cell", "Source", "render", "write_between_markers"]
 

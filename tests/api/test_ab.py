@@ -213,7 +213,7 @@ def test_settings_come_comma_separated_or_one_by_one_and_win_over_common_ones() 
         ("k_rotation=hadamard", "auto, none, hadamard-256"),
         ("cache_k=q9", "f16, bf16"),
         ("adaptive=2", "true, yes"),
-        ("chunk=many", "integer"),
+        ("chunk=many", "32, 64"),
         ("speculate=2", "true, yes"),
         ("speculate=true", "--draft"),
         ("chunk=32,chunk=64", "twice"),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pydflash import cli, doctor
+from pydflash.cli.show import print_stream
 from pydflash.config import EngineConfig
 from pydflash.engine import Engine
 from pydflash.sampling import SamplingParams
@@ -99,7 +100,7 @@ def test_accepted_tokens_are_coloured_on_a_terminal(
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     params = SamplingParams(max_tokens=200, ignore_eos=True)
-    done = cli._print_stream(speculating, PROMPT, params)
+    done = print_stream(speculating, PROMPT, params)
     out = capsys.readouterr().out
     assert ("\x1b[32m" in out) == (done.stats.accepted > 0)
 
@@ -145,7 +146,7 @@ def test_doctor_tells_build_and_machine_apart(run, monkeypatch: pytest.MonkeyPat
     [
         (("generate", "none.gguf", "x"), "none.gguf"),
         (("generate", "{target}", "x", "--temperature", "-1"), "temperature"),
-        (("generate", "{target}", "x", "--cache-k", "q9"), "cache_k"),
+        (("generate", "{target}", "x", "--cache-k", "q9"), "--cache-k"),
         (("generate", "{target}", "x", "--device", "cuda:77"), "cuda:77"),
         (("generate", "{draft}", "x"), "dflash"),
         (("generate", "{target}", ""), "empty"),

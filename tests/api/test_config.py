@@ -1,13 +1,88 @@
-"""Options: one place, validated, and each value tells where it came from."""
+"""Settings: one declaration each, the same checks everywhere, and each value tells where it came from."""
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, get_type_hints
 
 import pytest
+import typer
 
-from pydflash.config import EngineConfig, table
-from pydflash.errors import ConfigError
+from pydflash import cli
+from pydflash.config import EngineConfig, SessionConfig, Settings, table
+from pydflash.engine import Engine
+from pydflash.errors import ConfigError, LoadError
+from pydflash.sampling import SamplingParams
+from pydflash.session import Session
+from pydflash.settings import Choice, Declaration, Flag, Pattern, Range, Texts, declarations
+
+ENGINE, SAMPLING = declarations(EngineConfig), declarations(SamplingParams)
+
+
+def valid_texts(declaration: Declaration) -> dict[str, Any]:
+    """Texts that a setting accepts, and the value that each of them spells."""
+    match declaration.rule:
+        case Choice(values):
+            return {str(value): value for value in values}
+        case Flag():
+            return {"true": True, "YES": True, "1": True, "off": False, "False": False, "0": False}
+        case Range(low, high, above):
+            least = low + 0.5 if above else low
+            return {str(value): value for value in (least, low + 1 if high is None else high)}
+        case Pattern(_, listed):
+            forms = listed.replace(" or ", ", ").replace("N", "3").split(", ")
+            return dict(zip(forms, forms))
+        case Texts():
+            return {"end": ("end",)}
+    raise AssertionError(f"no samples of {declaration.rule}")
+
+
+def invalid_texts(declaration: Declaration) -> list[str]:
+    match declaration.rule:
+        case Flag():
+            return ["2", "maybe", "None"]
+        case Range(low, high, above):
+            beyond = [] if high is None else [str(high + 1)]
+            return ["", "many", "nan", "1e999", "None", str(low if above else low - 1), *beyond]
+        case Texts():
+            return [""]
+        case Choice(values):
+            return ["", "None", "17", values[0].upper() if isinstance(values[0], str) else f"{values[0]}.0"]
+    return ["", "None", "cuda:", "cuda:x", "Cpu", "cpu\n"]
+
+
+def plain(text: str) -> Any:
+    """The number that a text spells, as a program would give it, or the text."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def option(name: str, text: str) -> str:
+    return f"--{name.replace('_', '-')}={text}"
+
+
+def samples(known: dict[str, Declaration], texts: Callable[[Declaration], Any]) -> list[tuple[str, str]]:
+    return [(name, text) for name, declaration in known.items() for text in texts(declaration)]
+
+
+@pytest.fixture
+def explained(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, list[str]]]:
+    def explain(*options: str) -> dict[str, list[str]]:
+        """Value and source of every setting, by the command line."""
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["explain", *options])
+        printed = capsys.readouterr()
+        if exit_.value.code:
+            raise ConfigError(printed.err)
+        return {line.split()[0]: line.split(maxsplit=2)[1:] for line in printed.out.splitlines()}
+
+    return explain
 
 
 def source(config: EngineConfig, name: str) -> tuple[object, str]:
@@ -20,17 +95,6 @@ def test_argument_wins_over_environment_wins_over_default() -> None:
     assert source(config, "max_context") == (123, "environment (PYDFLASH_MAX_CONTEXT)")
     assert source(config, "cache_k") == ("q4_0", "argument")
     assert source(config, "cache_v") == ("f16", "default")
-
-
-def test_every_field_has_a_variable_of_its_type() -> None:
-    values = {
-        "max_context": 7, "cache_k": "q4_0", "cache_v": "q8_0", "k_rotation": "signed-128",
-        "v_rotation": "hadamard-64", "fused": False, "device": "cpu",
-        "threads": 2, "chunk": 64, "draft_max": 3, "adaptive": True, "draft_causal": False,
-    }  # fmt: skip
-    assert set(values) == {field.name for field in dataclasses.fields(EngineConfig)} - {"sources"}
-    environment = {f"PYDFLASH_{name.upper()}": str(value) for name, value in values.items()}
-    assert EngineConfig.resolve(environment) == EngineConfig(**values)  # type: ignore[arg-type]
 
 
 def test_an_empty_variable_counts_as_unset_and_build_variables_are_left_alone() -> None:
@@ -75,20 +139,6 @@ def test_a_wrong_value_is_an_error_that_says_what_is_allowed(name: str, value: o
 
 
 @pytest.mark.parametrize(
-    ("variable", "text"),
-    [
-        ("PYDFLASH_MAX_CONTEXT", "4k"),
-        ("PYDFLASH_ADAPTIVE", "2"),
-        ("PYDFLASH_CACHE_K", "q3"),
-        ("DFLASH_SKIP_WHT", "yes"),
-    ],
-)
-def test_a_wrong_variable_is_an_error(variable: str, text: str) -> None:
-    with pytest.raises(ConfigError, match=text):
-        EngineConfig.resolve({variable: text})
-
-
-@pytest.mark.parametrize(
     ("environment", "arguments", "rotation", "why"),
     [
         ({}, {"cache_k": "q4_0"}, "auto", "default"),
@@ -115,5 +165,115 @@ def test_the_alias_for_an_unrotated_q4_0_cache(
 
 def test_the_table_names_value_and_source_of_every_field() -> None:
     lines = table(EngineConfig.resolve({}, max_context=99).settings()).splitlines()
-    assert len(lines) == len(dataclasses.fields(EngineConfig)) - 1
+    assert len(lines) == len(declarations(EngineConfig))
     assert lines[0].split() == ["max_context", "99", "argument"]
+
+
+# --- the environment, the library and the command line agree ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "text"), samples(ENGINE, valid_texts))
+def test_a_valid_value_is_the_same_wherever_it_is_given(
+    name: str, text: str, explained: Callable[..., dict[str, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value, variable = valid_texts(ENGINE[name])[text], f"PYDFLASH_{name.upper()}"
+    assert source(EngineConfig.resolve({}, **{name: value}), name) == (value, "argument")
+    assert source(EngineConfig.resolve({variable: text}), name) == (value, f"environment ({variable})")
+    flag = f"--{'' if value else 'no-'}{name.replace('_', '-')}"
+    given = flag if isinstance(ENGINE[name].rule, Flag) else option(name, text)
+    assert explained(given)[name] == [str(value), "argument"]
+    monkeypatch.setenv(variable, text)
+    assert explained()[name] == [str(value), f"environment ({variable})"]
+
+
+@pytest.mark.parametrize(("name", "text"), samples(ENGINE, invalid_texts))
+def test_an_invalid_value_is_an_error_wherever_it_is_given(
+    name: str, text: str, explained: Callable[..., dict[str, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} is "):
+        Engine.load("none.gguf", environment={}, **{name: plain(text)})  # type: ignore[arg-type]
+    if not isinstance(ENGINE[name].rule, Flag):
+        with pytest.raises(ConfigError, match=f"error: --{name.replace('_', '-')} is "):
+            explained(option(name, text))
+    if text:  # an empty variable counts as unset
+        monkeypatch.setenv(f"PYDFLASH_{name.upper()}", text)
+        for run in (lambda: Engine.load("none.gguf"), explained):
+            with pytest.raises(ConfigError, match=f"PYDFLASH_{name.upper()} is "):
+                run()
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"), [("DFLASH_SKIP_WHT", "yes"), ("DFLASH_SKIP_WHT", "2"), ("PYDFLASH_NOPE", "1")]
+)
+def test_a_wrong_variable_is_an_error_in_library_and_command_line(
+    variable: str, text: str, explained: Callable[..., dict[str, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, text)
+    for run in (lambda: Engine.load("none.gguf"), explained):
+        with pytest.raises(ConfigError, match=variable):
+            run()
+
+
+@pytest.mark.parametrize(("name", "text"), samples(SAMPLING, valid_texts))
+def test_a_valid_sampling_parameter_is_an_option(name: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    value = valid_texts(SAMPLING[name])[text]
+    assert getattr(SamplingParams(**{name: value}), name) == value
+    if not isinstance(SAMPLING[name].rule, Flag):
+        with pytest.raises(SystemExit):
+            cli.main(["generate", "none.gguf", "x", option(name, text)])
+        assert "none.gguf" in capsys.readouterr().err  # the file is what is wrong
+
+
+@pytest.mark.parametrize(("name", "text"), samples(SAMPLING, invalid_texts))
+def test_an_invalid_sampling_parameter_is_an_error(name: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} is "):
+        SamplingParams(**{name: plain(text)})  # type: ignore[arg-type]
+    if not isinstance(SAMPLING[name].rule, Flag):
+        with pytest.raises(SystemExit):
+            cli.main(["generate", "none.gguf", "x", option(name, text)])
+        assert capsys.readouterr().err.startswith(f"error: --{name.replace('_', '-')} is ")
+
+
+def test_a_valid_load_gets_as_far_as_the_file() -> None:
+    with pytest.raises(LoadError, match="does not exist"):
+        Engine.load("none.gguf", environment={}, **{name: d.default for name, d in ENGINE.items()})
+
+
+# --- one declaration each ---------------------------------------------------------------------------------------------
+
+
+def test_the_keywords_of_load_are_the_fields_of_the_configuration() -> None:
+    fields = get_type_hints(EngineConfig)
+    assert get_type_hints(Settings) == {name: fields[name] | None for name in ENGINE}
+
+
+def test_a_session_takes_the_fields_of_its_configuration_with_their_defaults() -> None:
+    parameters = inspect.signature(Session).parameters
+    known = declarations(SessionConfig)
+    assert set(parameters) == {"model", "capture", *known}
+    assert {name: parameters[name].default for name in known} == {name: d.default for name, d in known.items()}
+
+
+def help_texts() -> dict[str, str]:
+    """Of every setting and every option of every command."""
+    texts = {name: declaration.help for name, declaration in (ENGINE | SAMPLING).items()}
+    for name, command in typer.main.get_command(cli.app).commands.items():  # type: ignore[attr-defined]
+        for parameter in command.params:
+            texts[f"{name} {parameter.name}"] = parameter.help.split("  [default: ")[0]
+    return texts
+
+
+@pytest.mark.parametrize(("name", "text"), help_texts().items(), ids=lambda value: value.split(".")[0])
+def test_a_help_text_is_a_sentence_that_stands_alone(name: str, text: str) -> None:
+    assert text.endswith(".")
+    assert text[0].isupper()
+    assert not text.startswith("Of ")
+
+
+def test_help_and_explain_need_neither_numpy_nor_native_code() -> None:
+    program = (
+        "import sys; from pydflash import cli\ntry: cli.main(['explain'])\nexcept SystemExit: pass\n"
+        "print('numpy' in sys.modules, 'pydflash._ffi' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False False"

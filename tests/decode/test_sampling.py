@@ -312,6 +312,7 @@ def test_equal_seeds_give_equal_draws_and_no_seed_gives_different_ones() -> None
         ({"temperature": math.nan}, "temperature is nan"),
         ({"temperature": "hot"}, "temperature is 'hot'"),
         ({"temperature": True}, "temperature is True"),
+        ({"temperature": 10**400}, "temperature is 1000"),
         ({"top_k": -1}, "top_k is -1; allowed: an integer, 0 or more"),
         ({"top_k": 2.0}, "top_k is 2.0"),
         ({"top_p": 0.0}, "top_p is 0.0; allowed: a finite number, above 0, at most 1"),

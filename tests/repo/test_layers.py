@@ -16,10 +16,13 @@ PACKAGE = ROOT / "pydflash"
 
 # A module may import those to its left (above it here), none of its own group. CONTRIBUTING.md shows the same order.
 LAYERS = (
-    ("errors", "ggml_types"),
+    ("errors", "ggml_types", "limits"),
+    ("settings", "kv_format"),
+    ("config", "sampling_params"),
     ("gguf_format",),
     ("gguf", "gguf_writer"),
     ("_ffi",),
+    ("device_lock",),
     ("tensor",),
     ("backend",),
     ("graph",),
@@ -34,14 +37,17 @@ LAYERS = (
     ("width",),
     ("draft",),
     ("decode",),
-    ("config", "convert", "doctor", "verdict"),
+    ("convert", "doctor", "verdict"),
     ("engine",),
     ("bench", "ab_report"),
     ("ab",),
+    ("cli.show", "cli.options"),
+    ("cli.engine", "cli.info", "cli.doctor", "cli.convert", "cli.bench", "cli.ab"),
+    ("cli.generate", "cli.chat", "cli.demo", "cli.explain"),
     ("cli",),
 )
 RANK = {name: rank for rank, group in enumerate(LAYERS) for name in group}
-NATIVE = {"tensor", "backend", "graph", "ops", "doctor"}
+NATIVE = {"device_lock", "tensor", "backend", "graph", "ops", "doctor"}
 IMPORT_SECONDS = 0.3
 
 

@@ -9,46 +9,38 @@ import pytest
 
 from pydflash.errors import ConfigError
 from pydflash.ggml_types import GGMLType
+from pydflash.kv_format import K_BASES, k_basis
 from pydflash.models import Model, load_model
 from pydflash.session import Session
-from pydflash.state import K_BASES, k_basis, rotation_signs
+from pydflash.state import rotation_signs
 from tests.helpers import nmse, run_chunks
 from tests.tiny import GEOMETRIES, write_target
 
 Load = Callable[..., Model]
 
 Q4, Q8, F16, F32 = GGMLType.Q4_0, GGMLType.Q8_0, GGMLType.F16, GGMLType.F32
-SKIP, NAMED = {"DFLASH_SKIP_WHT": "1"}, {"PYDFLASH_K_ROTATION": "signed-128"}
 
-# K type, head size, requested, environment, basis
+# K type, head size, requested, basis
 TABLE = [
-    (Q4, 256, "auto", {}, "hadamard-256"),
-    (Q4, 128, "auto", {}, "hadamard-128"),
-    (Q4, 64, "auto", {}, "hadamard-64"),
-    (Q4, 96, "auto", {}, "none"),  # none of 256, 128 and 64 divides it
-    (Q4, 64, "hadamard-64", {}, "hadamard-64"),
-    (Q4, 256, "hadamard-64", SKIP, "hadamard-64"),
-    (Q8, 256, "auto", {}, "hadamard-256"),
-    (F16, 256, "auto", {}, "none"),
-    (F32, 256, "auto", {}, "none"),
-    (Q4, 256, "auto", SKIP, "none"),
-    (Q4, 256, "auto", {"DFLASH_SKIP_WHT": "0"}, "hadamard-256"),
-    (Q8, 256, "auto", SKIP, "hadamard-256"),  # the variable is about q4_0
-    (Q4, 256, "hadamard-256", SKIP, "hadamard-256"),  # what was asked for wins
-    (Q4, 256, "auto", NAMED, "signed-128"),
-    (F16, 256, "auto", NAMED, "signed-128"),
-    (Q4, 256, "auto", NAMED | SKIP, "signed-128"),
-    (Q4, 256, "none", NAMED, "none"),
-    (Q4, 256, "none", {}, "none"),
-    (Q8, 256, "hadamard-256", {}, "hadamard-256"),
-    (F16, 128, "hadamard-128", {}, "hadamard-128"),
-    (Q4, 256, "auto", {"PYDFLASH_K_ROTATION": "auto"}, "hadamard-256"),
+    (Q4, 256, "auto", "hadamard-256"),
+    (Q4, 128, "auto", "hadamard-128"),
+    (Q4, 64, "auto", "hadamard-64"),
+    (Q4, 96, "auto", "none"),  # none of 256, 128 and 64 divides it
+    (Q4, 64, "hadamard-64", "hadamard-64"),
+    (Q4, 256, "hadamard-64", "hadamard-64"),
+    (Q4, 256, "signed-128", "signed-128"),
+    (Q4, 256, "none", "none"),
+    (Q8, 256, "auto", "hadamard-256"),
+    (Q8, 256, "hadamard-256", "hadamard-256"),
+    (F16, 256, "auto", "none"),
+    (F16, 128, "hadamard-128", "hadamard-128"),
+    (F32, 256, "auto", "none"),
 ]
 
 
-@pytest.mark.parametrize(("k_type", "size", "requested", "environment", "basis"), TABLE)
-def test_the_rule(k_type: GGMLType, size: int, requested: str, environment: dict[str, str], basis: str) -> None:
-    assert k_basis(k_type, size, requested, environment).name == basis
+@pytest.mark.parametrize(("k_type", "size", "requested", "basis"), TABLE)
+def test_the_rule(k_type: GGMLType, size: int, requested: str, basis: str) -> None:
+    assert k_basis(k_type, size, requested).name == basis
 
 
 @pytest.mark.parametrize("requested", ["Hadamard-256", "wht", "", "hadamard-32"])
@@ -56,8 +48,6 @@ def test_an_unknown_basis_lists_the_valid_ones(requested: str) -> None:
     valid = "valid values are auto, none, hadamard-256, hadamard-128, hadamard-64, signed-128"
     with pytest.raises(ConfigError, match=valid):
         k_basis(Q4, 256, requested)
-    with pytest.raises(ConfigError, match="valid values are"):
-        k_basis(Q4, 256, "auto", {"PYDFLASH_K_ROTATION": requested or "x"})
 
 
 @pytest.mark.parametrize(("size", "requested"), [(128, "hadamard-256"), (64, "hadamard-128"), (64, "signed-128")])

@@ -268,7 +268,6 @@ def test_every_field_of_the_fingerprint_decides(model_of: Load, field: str) -> N
         ({"cache_k": "q8_0"}, "cache_k"),
         ({"cache_v": "q4_0"}, "cache_v"),
         ({"k_rotation": "none"}, "k_basis"),
-        ({"environment": {"DFLASH_SKIP_WHT": "1"}}, "k_basis"),
         ({"v_rotation": "hadamard-64"}, "v_basis"),
     ],
     ids=str,
@@ -278,7 +277,7 @@ def test_a_session_opened_otherwise_refuses(
 ) -> None:
     """Also what comes from a file, whose fingerprint is that of the session that wrote it."""
     model = model_of("ratio3")
-    usual = {"cache_k": "q4_0", "cache_v": "q8_0", "environment": {}}
+    usual = {"cache_k": "q4_0", "cache_v": "q8_0"}
     with Session(model, 64, **usual) as session, Session(model, 64, **(usual | options)) as other:
         prefilled(session, 5)
         session.snapshot().save(tmp_path / "file")

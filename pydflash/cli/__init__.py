@@ -1,0 +1,43 @@
+"""The command line: ``pydflash demo|generate|chat|info|doctor|explain|convert-draft|bench|ab``.
+
+Text goes to stdout, everything about it to stderr. The engine is imported when a command needs it, so that help is
+fast.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from pydflash.cli import ab, bench, chat, convert, demo, doctor, explain, generate, info
+from pydflash.cli.show import fail
+from pydflash.errors import PydflashError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # help texts hold brackets
+    help="Run Qwen3.5/3.6-class GGUF models, with a DFlash draft or without.",
+)
+for command in (
+    demo.demo,
+    generate.generate,
+    chat.chat,
+    info.info,
+    doctor.doctor,
+    explain.explain,
+    convert.convert_draft,
+    bench.bench,
+    ab.ab,
+):
+    app.command()(command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command line. A PydflashError is one line on stderr and exit code 2."""
+    try:
+        app(args=arguments, prog_name="pydflash")
+    except PydflashError as error:
+        fail(str(error))

@@ -1,0 +1,85 @@
+"""How tokens are chosen and when generation ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import index
+
+from pydflash.errors import ConfigError
+from pydflash.settings import Flag, Range, Texts, check, setting
+
+__all__ = ["SamplingParams"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when generation ends. The defaults are greedy.
+
+    ``logit_bias``: token id to a value added to its logit; -inf bans the token.
+    Raises ConfigError for a value that is not allowed.
+    """
+
+    temperature: float = setting(
+        0.0, Range(0.0), help="Divide logits by this before the draw; 0 takes the most likely token."
+    )
+    top_k: int = setting(0, Range(0), help="Keep this many of the most likely tokens; 0 keeps all.")
+    top_p: float = setting(
+        1.0,
+        Range(0.0, 1.0, above=True),
+        help="Keep the fewest tokens whose probabilities sum to at least this; 1 keeps all.",
+    )
+    min_p: float = setting(
+        0.0, Range(0.0, 1.0), help="Keep tokens at least this fraction as likely as the most likely one; 0 keeps all."
+    )
+    repetition_penalty: float = setting(
+        1.0,
+        Range(0.0, above=True),
+        help="Divide positive and multiply negative logits of tokens seen by this; 1 is off.",
+    )
+    frequency_penalty: float = setting(
+        0.0, Range(-2.0, 2.0), help="Subtract this from a token's logit for each time it was seen."
+    )
+    presence_penalty: float = setting(
+        0.0, Range(-2.0, 2.0), help="Subtract this once from the logit of every token seen."
+    )
+    logit_bias: Mapping[int, float] | None = None
+    seed: int | None = setting(
+        None, Range(0, 2**64 - 1), help="Random seed.", unset="a different one for every generation"
+    )
+    max_tokens: int = setting(256, Range(1), help="Most tokens to generate.")
+    stop: tuple[str, ...] = setting((), Texts(), help="Text that ends generation.")
+    ignore_eos: bool = setting(False, Flag(), help="Generate past the model's end-of-turn tokens.")
+    penalty_window: int = setting(
+        64,
+        Range(-1),
+        help="Number of last tokens, prompt included, that the penalties look at; -1 for all, 0 for none.",
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
+
+    @property
+    def penalises(self) -> bool:
+        """Whether the tokens seen so far change the logits."""
+        off = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) == (1.0, 0.0, 0.0)
+        return not off and self.penalty_window != 0
+
+
+def _checked_bias(bias: object) -> dict[int, float]:
+    allowed = "allowed: a mapping of token id (0 or more) to a number below infinity"
+    if not isinstance(bias, Mapping):
+        raise ConfigError(f"logit_bias is {bias!r}; {allowed}")
+    checked: dict[int, float] = {}
+    for token, value in bias.items():
+        try:
+            number, amount = index(token), float(value)
+        except (TypeError, ValueError):
+            raise ConfigError(f"logit_bias has {token!r}: {value!r}; {allowed}") from None
+        if number < 0 or math.isnan(amount) or amount == math.inf:
+            raise ConfigError(f"logit_bias has {token!r}: {value!r}; {allowed}")
+        checked[number] = amount
+    return checked
