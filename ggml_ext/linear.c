@@ -28,7 +28,7 @@
 #include "linear_cpu.h"
 #endif
 
-#define MAX_ROWS PYDFLASH_LINEAR_MAX_ROWS
+#define MAX_ROWS PYDFLASH_EXACT_ROWS
 
 // Custom ops have no barrier, so every thread converts x for itself into memory of its own, which grows to the largest
 // product the thread has seen and lives as long as the thread.

@@ -18,15 +18,3 @@
 #pragma once
 
 #include "ext.h"
-
-#ifdef __cplusplus
-extern "C" {
-#endif
-
-#define PYDFLASH_LINEAR_MAX_ROWS 16
-
-void pydflash_linear_cpu(struct ggml_tensor * dst, int ith, int nth, void * op);
-
-#ifdef __cplusplus
-}
-#endif

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pydflash.errors import ConfigError
+from pydflash.ops import EXACT_ROWS
 from pydflash.session import CHUNKS
 from pydflash.state import CACHE_TYPES, K_BASES, MOST_POSITIONS, V_BASES
 
@@ -88,7 +89,7 @@ class EngineConfig:
             self._check_int("threads", 1, 512)
         self._check_choice("chunk", CHUNKS)
         if self.draft_max is not None:
-            self._check_int("draft_max", 1, 15)
+            self._check_int("draft_max", 1, EXACT_ROWS - 1)
         self._check_choice("adaptive", (True, False, None))
         self._check_choice("draft_causal", (True, False, None))
 

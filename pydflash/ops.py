@@ -19,6 +19,8 @@ from pydflash.tensor import Shape, Tensor, ggml_shape
 
 __all__ = [
     "EXACT_ROWS",
+    "MAX_TAPS",
+    "SLOT_STEP",
     "TAPE_ROWS",
     "NormRope",
     "argmax",
@@ -42,11 +44,17 @@ __all__ = [
     "turbo_wht",
 ]
 
-EXACT_ROWS = 16
+EXACT_ROWS: int = lib.PYDFLASH_EXACT_ROWS
 """The widest step whose rows are bit-equal to the same rows alone."""
 
-TAPE_ROWS = 16
-"""Rows of the delta-net's tape (PYDFLASH_TAPE_ROWS): what a forward may leave pending."""
+TAPE_ROWS: int = lib.PYDFLASH_TAPE_ROWS
+"""Rows of the delta-net's tape: what a forward may leave pending."""
+
+MAX_TAPS: int = lib.PYDFLASH_MAX_TAPS
+"""The longest convolution of a delta-net layer."""
+
+SLOT_STEP: int = lib.PYDFLASH_SLOT_STEP
+"""The slots of a K/V cache are a multiple of this."""
 
 _PRECISION_F32 = 10
 
@@ -69,7 +77,6 @@ def _custom(
     The result is new, of ``shape`` and ``dtype``; or a view of ``inplace``, an operand that the node writes.
     """
     words = [p if isinstance(p, int) else struct.unpack("<i", struct.pack("<f", p))[0] for p in params]
-    words += [0] * (8 - len(words))
     node = lib.pydflash_op_new(
         operands[0].context,
         op,
@@ -77,7 +84,7 @@ def _custom(
         ffi.new("int64_t[4]", ggml_shape(shape)),
         ffi.new("struct ggml_tensor *[]", [t.c for t in operands]),
         len(operands),
-        ffi.new("int32_t[8]", words),
+        ffi.new(f"int32_t[{lib.PYDFLASH_MAX_PARAMS}]", words),
         ffi.NULL if inplace is None else inplace.c,
     )
     return operands[0].derive(node, shape, dtype if inplace is None else inplace.dtype)
@@ -221,8 +228,8 @@ def rope(x: Tensor, positions: Tensor, dims: int, base: float) -> Tensor:
     text, Qwen's interleaved multi-axis RoPE has the same position on every axis and equals this.
     """
     _require(
-        len(x.shape) == 3 and x.shape[2] <= 256 and x.dtype == GGMLType.F32 and x.c.nb[0] == 4,
-        f"rope: {x!r} is not (T, H, D) f32 with D at most 256 and contiguous heads",
+        len(x.shape) == 3 and x.shape[2] <= lib.PYDFLASH_MAX_HEAD and x.dtype == GGMLType.F32 and x.c.nb[0] == 4,
+        f"rope: {x!r} is not (T, H, D) f32 with D at most {lib.PYDFLASH_MAX_HEAD} and contiguous heads",
     )
     _check_rope("rope", x, positions, dims)
     return _custom(lib.PYDFLASH_OP_ROPE, [x, positions], x.shape, [dims, float(base)])
@@ -362,7 +369,10 @@ def attention(
     _check_attention("attention", q, k_cache, v_cache, kv_heads)
     rows, _, size = q.shape
     _require(rows <= EXACT_ROWS, f"attention: {rows} rows; at most {EXACT_ROWS}")
-    _require(k_cache.shape[0] % 32 == 0, f"attention: {k_cache.shape[0]} cache slots are not a multiple of 32")
+    _require(
+        k_cache.shape[0] % SLOT_STEP == 0,
+        f"attention: {k_cache.shape[0]} cache slots are not a multiple of {SLOT_STEP}",
+    )
     _require(
         positions.shape == (rows,) and window >= 0,
         f"attention: positions {positions!r} for {rows} rows, window {window}",
@@ -435,8 +445,9 @@ def delta_inputs(
     )
     _require(conv_weight.shape[0] == channels, f"delta_inputs: conv weight {conv_weight!r} for {channels} channels")
     _require(
-        channels % 16 == 0 and history < 16,
-        f"delta_inputs: {channels} channels are not a multiple of 16, or {history + 1} taps more than 16",
+        channels % lib.PYDFLASH_CHANNEL_STEP == 0 and history < MAX_TAPS,
+        f"delta_inputs: {channels} channels are not a multiple of {lib.PYDFLASH_CHANNEL_STEP}, or {history + 1} taps "
+        f"more than {MAX_TAPS}",
     )
     _require(
         ssm_a.shape == dt_bias.shape == (heads,), f"delta_inputs: ssm_a {ssm_a!r}, dt {dt_bias!r} for {heads} heads"
@@ -464,7 +475,10 @@ def delta_rule(inputs: Tensor, state: Tensor, counts: Tensor, *, k_heads: int, e
         heads % k_heads == 0 and counts.shape == (2,),
         f"delta_rule: {k_heads} k-heads for {heads} heads, or counts {counts!r}",
     )
-    _require(size % 32 == 0 and size <= 256, f"delta_rule: head size {size} is not a multiple of 32 up to 256")
+    _require(
+        size % 32 == 0 and size <= lib.PYDFLASH_MAX_HEAD,
+        f"delta_rule: head size {size} is not a multiple of 32 up to {lib.PYDFLASH_MAX_HEAD}",
+    )
     return _custom(
         lib.PYDFLASH_OP_DELTA_RULE, [inputs, state, counts], (rows, heads * size), [int(keep), k_heads, size, eps]
     )

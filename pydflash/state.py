@@ -395,7 +395,8 @@ class DraftCache:
         self.windows = sorted(set(geometry.windows))
         self.ring_of = [self.windows.index(w) for w in geometry.windows]
         full = -(-context // 256) * 256
-        self.capacities = [min(full, -(-(w + ops.TAPE_ROWS) // 32) * 32) if w else full for w in self.windows]
+        step = ops.SLOT_STEP
+        self.capacities = [min(full, -(-(w + ops.TAPE_ROWS) // step) * step) if w else full for w in self.windows]
         width = geometry.kv_heads * geometry.head_size
         specs: dict[str, tuple[Shape, GGMLType]] = {}
         for layer in range(geometry.layers):

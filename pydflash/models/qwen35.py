@@ -120,7 +120,7 @@ class Config:
                 self.state_size in (32, 64, 128, 256),
                 f"{self.state_size}; 32, 64, 128 and 256 are supported",
             ),
-            "ssm.conv_kernel": (self.conv_kernel <= 16, f"{self.conv_kernel}; at most 16"),
+            "ssm.conv_kernel": (self.conv_kernel <= ops.MAX_TAPS, f"{self.conv_kernel}; at most {ops.MAX_TAPS}"),
             "rope.freq_base": (1.0 <= self.rope_base < 1e12, f"{self.rope_base}"),
             "attention.layer_norm_rms_epsilon": (0.0 < self.eps < 1.0, f"{self.eps}"),
         }
