@@ -18,3 +18,25 @@
 #pragma once
 
 #include "ext.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// The product on the CPU, also for operations that are made of it: the rows of x and of the result may lie anywhere.
+struct pydflash_product {
+    enum ggml_type type;                      // of W
+    int64_t        K;
+    const char *   w;                         // row m at w + m * w_stride
+    size_t         w_stride;
+    int64_t        T;
+    const float *  x[PYDFLASH_EXACT_ROWS];
+    float *        out[PYDFLASH_EXACT_ROWS];  // value m of row t at out[t][m]
+};
+
+// Values begin..end - 1 of every row of the result.
+void pydflash_multiply(const struct pydflash_product * product, int64_t begin, int64_t end);
+
+#ifdef __cplusplus
+}
+#endif

@@ -29,9 +29,11 @@ __all__ = [
     "copy_into",
     "delta_inputs",
     "delta_rule",
+    "experts",
     "gated_rms_norm",
     "get_rows",
     "linear",
+    "mix_experts",
     "norm_rope",
     "rms_norm",
     "rope",
@@ -41,6 +43,7 @@ __all__ = [
     "silu",
     "store_kv",
     "swiglu",
+    "top_k",
     "turbo_wht",
 ]
 
@@ -200,6 +203,17 @@ def argmax(x: Tensor) -> Tensor:
     return _custom(lib.PYDFLASH_OP_ARGMAX, [x], x.shape[:1], dtype=GGMLType.I32)
 
 
+def top_k(x: Tensor, k: int) -> Tensor:
+    """Indices of the k largest values of each row, the largest first, of equal ones the first (ggml_ext/top_k.h).
+
+    (T, C) f32 to (T, k) int32.
+    """
+    _require(len(x.shape) == 2, f"top_k: {x!r} is not a matrix")
+    _check_rows("top_k", x)
+    _require(1 <= k <= x.shape[1], f"top_k: {k} of the {x.shape[1]} values of a row of {x!r}")
+    return _custom(lib.PYDFLASH_OP_TOP_K, [x], (x.shape[0], k), [k], dtype=GGMLType.I32)
+
+
 # --- products ---------------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +230,44 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         # In program order, so that projections of one input stand side by side and CUDA launches them as one.
         return product if product.graph is None else product.graph.effect(product)
     return x.derive(lib.ggml_mul_mat(x.context, weight.c, x.c), shape)
+
+
+def experts(x: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """Products with the matrices of the experts that each row selected (ggml_ext/experts.h), exact at every width.
+
+    x (T, K), or (T, k, K) with a row for each selected expert; weight (E, M, K) of any dtype; ids (T, k) int32 below E;
+    (T, k, M) f32.
+    """
+    x = _expert_rows("experts", x, weight, ids)
+    return _custom(lib.PYDFLASH_OP_EXPERTS, [x, weight, ids], (*ids.shape, weight.shape[1]))
+
+
+def mix_experts(x: Tensor, weight: Tensor, ids: Tensor, logits: Tensor) -> Tensor:
+    """The products of :func:`experts`, added up with the softmax of the router's logits over the selected experts.
+
+    x, weight and ids as there, logits (T, E) f32; (T, M) f32.
+    """
+    x = _expert_rows("mix_experts", x, weight, ids)
+    _check_rows("mix_experts", logits, (ids.shape[0], weight.shape[0]))
+    return _custom(lib.PYDFLASH_OP_EXPERTS, [x, weight, ids, logits], (ids.shape[0], weight.shape[1]))
+
+
+def _expert_rows(op: str, x: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """x as (T, 1 or k, K), once it and its operands are known to fit."""
+    _require(
+        len(ids.shape) == 2 and ids.dtype == GGMLType.I32 and ids.is_contiguous,
+        f"{op}: {ids!r} do not list the experts of each row as int32",
+    )
+    _require(
+        len(weight.shape) == 3 and weight.dtype.is_weight and ids.shape[1] <= weight.shape[0],
+        f"{op}: {weight!r} does not hold a matrix for each of at least {ids.shape[1]} experts",
+    )
+    rows, size = ids.shape[0], weight.shape[2]
+    _require(
+        x.dtype == GGMLType.F32 and x.shape in ((rows, size), (*ids.shape, size)),
+        f"{op}: {x!r} does not fit weight {weight!r} and ids {ids!r}",
+    )
+    return x.reshape(rows, 1, size) if len(x.shape) == 2 else x.contiguous()
 
 
 # --- positions --------------------------------------------------------------------------------------------------------
