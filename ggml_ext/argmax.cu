@@ -1,9 +1,9 @@
 // argmax on CUDA. A row is cut into slices of 2,048 values or more, at most 128 of them; one block finds the best of a slice,
-// then one block a row the best of its slices. A candidate is one 64-bit key (order.h). Device memory bounds the first
-// kernel, launching the second.
+// then one block a row the best of its slices. A candidate is one 64-bit key: the value in an order that integers share,
+// above its index counted down, so that the largest key is the largest value, the first of equal ones. Device memory bounds
+// the first kernel, launching the second.
 #include "argmax.h"
 #include "ext_cuda.cuh"
-#include "order.h"
 
 namespace {
 
@@ -11,7 +11,13 @@ constexpr int THREADS    = 256;
 constexpr int SLICE      = 2048;  // values that keep the threads of a block busy
 constexpr int MAX_SLICES = 128;   // what a block of the second kernel takes in one go
 
-using key = uint64_t;
+using key = unsigned long long;
+
+__device__ key key_of(float value, int64_t index) {
+    const uint32_t bits    = __float_as_uint(value) == 0x80000000u ? 0u : __float_as_uint(value);  // -0 equals 0
+    const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return (key) ordered << 32 | (0xffffffffu - (uint32_t) index);
+}
 
 __device__ key larger(key a, key b) { return a > b ? a : b; }
 
@@ -41,7 +47,7 @@ __global__ void __launch_bounds__(THREADS) best_of_slice(const char * x, int64_t
     const int64_t begin = blockIdx.x * each, end = min(begin + each, columns);
     key found = 0;
     for (int64_t i = begin + threadIdx.x; i < end; i += THREADS) {
-        found = larger(found, pydflash_order_key(row[i], i));
+        found = larger(found, key_of(row[i], i));
     }
     found = block_largest<THREADS>(found);
     if (threadIdx.x == 0) {
@@ -55,7 +61,7 @@ __global__ void __launch_bounds__(MAX_SLICES) best_of_row(const key * slices, in
     key found = (int) threadIdx.x < count ? slices[blockIdx.x * count + threadIdx.x] : 0;
     found = block_largest<MAX_SLICES>(found);
     if (threadIdx.x == 0) {
-        index[blockIdx.x] = pydflash_order_index(found);
+        index[blockIdx.x] = (int32_t) (0xffffffffu - (uint32_t) found);
     }
 }
 

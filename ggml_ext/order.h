@@ -1,4 +1,4 @@
-// Values of a row in an order that unsigned integers share: what argmax and top_k compare.
+// Values of a row in an order that unsigned integers share: what top_k compares on both devices.
 #pragma once
 
 #include <stdint.h>

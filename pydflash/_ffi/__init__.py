@@ -1,6 +1,6 @@
 """The native library: ``ffi``, ``lib``, ownership, status checks and ggml's log.
 
-Only tensor, graph, backend, ops and doctor import this package. Importing it loads ggml's CPU libraries; CUDA is
+Only tensor, graph, backend, gguf, ops and state import this package. Importing it loads ggml's CPU libraries; CUDA is
 loaded when a CUDA device is asked for.
 """
 
