@@ -18,6 +18,7 @@ struct work {
     int32_t * selections;  // by expert
     float *   weights;     // of each selection
     float *   products;    // of one group, when they are to be added up
+    void *    memory;      // of a product
 };
 
 // A counting sort. `first` has room for two more numbers than there are experts.
@@ -67,7 +68,7 @@ static void multiply_group(const struct work * work, int64_t expert, const int32
         product.x[i]   = pydflash_row(x, x->ne[1] == 1 ? at[i] / k : at[i]);
         product.out[i] = work->logits ? work->products + i * M : result + at[i] * M;
     }
-    pydflash_multiply(&product, begin, end);
+    pydflash_multiply(&product, work->memory, begin, end);
     for (int64_t i = 0; work->logits && i < count; i++) {
         float *     sum    = result + at[i] / k * M;
         const float weight = work->weights[at[i]];
@@ -78,11 +79,13 @@ static void multiply_group(const struct work * work, int64_t expert, const int32
 }
 
 static struct work prepare(struct ggml_tensor * dst) {
-    struct work work = { dst->src[0], dst->src[1], dst->src[2], dst->src[3], dst, NULL, NULL, NULL, NULL };
+    struct work work = { dst->src[0], dst->src[1], dst->src[2], dst->src[3], dst, NULL, NULL, NULL, NULL, NULL };
     const size_t experts = (size_t) work.w->ne[2], M = (size_t) work.w->ne[1];
     const size_t count   = (size_t) (work.ids->ne[0] * work.ids->ne[1]);
     const size_t words   = experts + 2 + 2 * count + (work.logits ? PYDFLASH_EXACT_ROWS * M : 0);
-    work.first      = (int32_t *) pydflash_scratch(words * sizeof(int32_t));
+    const size_t product = pydflash_multiply_scratch(PYDFLASH_EXACT_ROWS, work.w->ne[0]);
+    work.memory     = pydflash_scratch(product + words * sizeof(int32_t));
+    work.first      = (int32_t *) ((char *) work.memory + product);
     work.selections = work.first + experts + 2;
     work.weights    = (float *) (work.selections + count);
     work.products   = work.weights + count;

@@ -40,12 +40,11 @@ static const char * w_row(const struct pydflash_product * p, int64_t m) {
 // Weight rows that one pass over the rows of x uses: they stay in the L2 cache while T rows stream past.
 #define PASS 16
 
-static void multiply_any(const struct pydflash_product * p, int64_t begin, int64_t end) {
+static void multiply_any(const struct pydflash_product * p, char * rows, int64_t begin, int64_t end) {
     const struct ggml_type_traits_cpu * traits     = ggml_get_type_traits_cpu(p->type);
     const ggml_from_float_t             from_float = ggml_get_type_traits_cpu(traits->vec_dot_type)->from_float;
     const int64_t K = p->K, T = p->T;
     const size_t  row_size = ggml_row_size(traits->vec_dot_type, K);
-    char *        rows     = (char *) pydflash_scratch(row_size * (size_t) T);
     for (int64_t t = 0; t < T; t++) {
         from_float(p->x[t], rows + (size_t) t * row_size, K);
     }
@@ -177,9 +176,9 @@ static float round_q8_k(int8_t * q, int16_t * sums, int64_t sum_of, const float 
     return 1.0f / inverse;
 }
 
-INLINE struct activations round_rows(const struct pydflash_product * p, int64_t block, int64_t sum_of, int from) {
+INLINE struct activations round_rows(const struct pydflash_product * p, void * memory, int64_t block, int64_t sum_of,
+                                     int from) {
     const int64_t T = p->T, blocks = p->K / block, all = T * blocks;
-    char * memory = (char *) pydflash_scratch((size_t) (all * (block + block / sum_of * 2 + 8)));
     struct activations x = { T, blocks, NULL, NULL, NULL, (float *) memory };
     x.start = (int32_t *) (x.scale + all);
     x.sums  = (int16_t *) (x.start + all);
@@ -366,12 +365,12 @@ INLINE void multiply_one(struct format f, const struct activations * x, const st
     }
 }
 
-INLINE void multiply(struct format f, const struct pydflash_product * p, int64_t begin, int64_t end) {
+INLINE void multiply(struct format f, const struct pydflash_product * p, void * memory, int64_t begin, int64_t end) {
     const bool is_single = f.dot && p->T == 1;
     if (!is_single) {
         fetch_first(p, begin, end);
     }
-    const struct activations x = round_rows(p, 4 * f.steps, f.sum_of, f.from);
+    const struct activations x = round_rows(p, memory, 4 * f.steps, f.sum_of, f.from);
     if (is_single) {
         multiply_one(f, &x, p, begin, end);
         return;
@@ -411,9 +410,9 @@ INLINE void multiply(struct format f, const struct pydflash_product * p, int64_t
 }
 
 // One copy of the code for each format, so that everything in it is a constant.
-#define FORMAT(name, ...)                                                                        \
-    static void multiply_##name(const struct pydflash_product * p, int64_t begin, int64_t end) { \
-        multiply((struct format) __VA_ARGS__, p, begin, end);                                    \
+#define FORMAT(name, ...)                                                                                       \
+    static void multiply_##name(const struct pydflash_product * p, void * memory, int64_t begin, int64_t end) { \
+        multiply((struct format) __VA_ARGS__, p, memory, begin, end);                                           \
     }
 FORMAT(q4_k, { unpack_q4_k, dot_q4_k, 64, 8, 8, 4, 32, 0, false, true,  true,  sizeof(block_q4_K), 0 })
 FORMAT(q5_k, { unpack_q5_k, dot_q5_k, 64, 4, 8, 4, 32, 0, false, true,  true,  sizeof(block_q5_K), 0 })
@@ -440,12 +439,12 @@ INLINE __m256 load_bf16(const char * at) {
 }
 
 // The rows of x, rounded as ggml does for this weight type, in f32.
-INLINE const float * round_floats(__m256 (*load)(const char *), const struct pydflash_product * p) {
+INLINE const float * round_floats(__m256 (*load)(const char *), const struct pydflash_product * p, void * memory) {
     const enum ggml_type    type       = p->type;
     const ggml_from_float_t from_float = ggml_get_type_traits_cpu(type)->from_float;
     const int64_t K = p->K, T = p->T;
     const size_t  size = ggml_type_size(type);
-    float * rows    = (float *) pydflash_scratch((size_t) (T + 1) * (size_t) K * sizeof(float));
+    float * rows    = (float *) memory;
     char *  rounded = (char *) (rows + T * K);
     for (int64_t t = 0; t < T; t++) {
         from_float(p->x[t], rounded, K);
@@ -492,11 +491,11 @@ INLINE __m256 float_lane_sums(const __m256 in[GROUP]) {
     return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
 
-INLINE void multiply_floats(__m256 (*load)(const char *), const struct pydflash_product * p, int64_t begin,
-                            int64_t end) {
+INLINE void multiply_floats(__m256 (*load)(const char *), const struct pydflash_product * p, void * memory,
+                            int64_t begin, int64_t end) {
     const int64_t K = p->K, T = p->T;
     const size_t  size = ggml_type_size(p->type);
-    const float * x    = round_floats(load, p);
+    const float * x    = round_floats(load, p, memory);
     for (int64_t m = begin; m < end; m += GROUP) {
         const char * row[GROUP];
         take_rows(row, GROUP, p, m, end);
@@ -522,36 +521,42 @@ INLINE void multiply_floats(__m256 (*load)(const char *), const struct pydflash_
     }
 }
 
-static void multiply_f32(const struct pydflash_product * p, int64_t begin, int64_t end) {
-    multiply_floats(load_f32, p, begin, end);
+static void multiply_f32(const struct pydflash_product * p, void * memory, int64_t begin, int64_t end) {
+    multiply_floats(load_f32, p, memory, begin, end);
 }
 
-static void multiply_f16(const struct pydflash_product * p, int64_t begin, int64_t end) {
-    multiply_floats(load_f16, p, begin, end);
+static void multiply_f16(const struct pydflash_product * p, void * memory, int64_t begin, int64_t end) {
+    multiply_floats(load_f16, p, memory, begin, end);
 }
 
-static void multiply_bf16(const struct pydflash_product * p, int64_t begin, int64_t end) {
-    multiply_floats(load_bf16, p, begin, end);
+static void multiply_bf16(const struct pydflash_product * p, void * memory, int64_t begin, int64_t end) {
+    multiply_floats(load_bf16, p, memory, begin, end);
 }
 
 #endif
 
-void pydflash_multiply(const struct pydflash_product * p, int64_t begin, int64_t end) {
+// Custom ops have no barrier, so every thread converts x for itself. Rows of f32 and one more are enough for every
+// format: round_floats takes just that, a row in any 8-bit format is smaller.
+size_t pydflash_multiply_scratch(int64_t T, int64_t K) {
+    return (size_t) (T + 1) * (size_t) K * sizeof(float);
+}
+
+void pydflash_multiply(const struct pydflash_product * p, void * memory, int64_t begin, int64_t end) {
     if (begin == end) {
         return;
     }
     switch (p->type) {
 #ifdef FAST_PRODUCTS
-        case GGML_TYPE_Q4_K: multiply_q4_k(p, begin, end); break;
-        case GGML_TYPE_Q5_K: multiply_q5_k(p, begin, end); break;
-        case GGML_TYPE_Q6_K: multiply_q6_k(p, begin, end); break;
-        case GGML_TYPE_Q8_0: multiply_q8_0(p, begin, end); break;
-        case GGML_TYPE_Q4_0: multiply_q4_0(p, begin, end); break;
-        case GGML_TYPE_F16: multiply_f16(p, begin, end); break;
-        case GGML_TYPE_BF16: multiply_bf16(p, begin, end); break;
-        case GGML_TYPE_F32: multiply_f32(p, begin, end); break;
+        case GGML_TYPE_Q4_K: multiply_q4_k(p, memory, begin, end); break;
+        case GGML_TYPE_Q5_K: multiply_q5_k(p, memory, begin, end); break;
+        case GGML_TYPE_Q6_K: multiply_q6_k(p, memory, begin, end); break;
+        case GGML_TYPE_Q8_0: multiply_q8_0(p, memory, begin, end); break;
+        case GGML_TYPE_Q4_0: multiply_q4_0(p, memory, begin, end); break;
+        case GGML_TYPE_F16: multiply_f16(p, memory, begin, end); break;
+        case GGML_TYPE_BF16: multiply_bf16(p, memory, begin, end); break;
+        case GGML_TYPE_F32: multiply_f32(p, memory, begin, end); break;
 #endif
-        default: multiply_any(p, begin, end);
+        default: multiply_any(p, (char *) memory, begin, end);
     }
 }
 
@@ -566,5 +571,5 @@ void pydflash_linear_cpu(struct ggml_tensor * dst, int ith, int nth, void * op) 
     }
     int64_t begin, end;
     pydflash_share(w->ne[1], ith, nth, &begin, &end);
-    pydflash_multiply(&product, begin, end);
+    pydflash_multiply(&product, pydflash_scratch(pydflash_multiply_scratch(product.T, product.K)), begin, end);
 }

@@ -34,8 +34,11 @@ struct pydflash_product {
     float *        out[PYDFLASH_EXACT_ROWS];  // value m of row t at out[t][m]
 };
 
-// Values begin..end - 1 of every row of the result.
-void pydflash_multiply(const struct pydflash_product * product, int64_t begin, int64_t end);
+// Bytes of memory that a product of T rows of K values needs.
+size_t pydflash_multiply_scratch(int64_t T, int64_t K);
+
+// Values begin..end - 1 of every row of the result, in memory of that size, aligned as malloc aligns it.
+void pydflash_multiply(const struct pydflash_product * product, void * memory, int64_t begin, int64_t end);
 
 #ifdef __cplusplus
 }
