@@ -11,13 +11,3 @@
 #pragma once
 
 #include "ext.h"
-
-#ifdef __cplusplus
-extern "C" {
-#endif
-
-void pydflash_argmax_cpu(struct ggml_tensor * dst, int ith, int nth, void * op);
-
-#ifdef __cplusplus
-}
-#endif

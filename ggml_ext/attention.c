@@ -17,7 +17,7 @@
 #define BLOCK 32
 #define TOGETHER (LANES == 16 ? 4 : 2)
 #define BATCH 96
-#define MAX_HEAD 256
+#define MAX_HEAD PYDFLASH_MAX_HEAD
 
 // Everything about one node that its (row, head) items share.
 struct attention {

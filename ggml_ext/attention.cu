@@ -855,7 +855,7 @@ bool read_node(const ggml_tensor * node, job * j) {
     j->causal         = params[1];
     j->window         = params[2];
     j->scale_log2     = pydflash_node_param_f32(node, 0) * LOG2_E;
-    return j->rows <= PYDFLASH_ATTENTION_MAX_ROWS && q->type == GGML_TYPE_F32 && j->slots % 32 == 0;
+    return j->rows <= PYDFLASH_EXACT_ROWS && q->type == GGML_TYPE_F32 && j->slots % PYDFLASH_SLOT_STEP == 0;
 }
 
 int shared_limit(int device) {

@@ -36,8 +36,6 @@
 extern "C" {
 #endif
 
-#define PYDFLASH_ATTENTION_MAX_ROWS 16
-
 // The positions [first, last] that a query row sees; empty (first > last) for padding.
 struct pydflash_span { int32_t first, last; };
 
@@ -52,8 +50,6 @@ static inline struct pydflash_span pydflash_attention_span(int32_t qpos, int32_t
     }
     return span;
 }
-
-void pydflash_attention_cpu(struct ggml_tensor * dst, int ith, int nth, void * op);
 
 #ifdef __cplusplus
 }

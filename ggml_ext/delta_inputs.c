@@ -7,7 +7,7 @@
 
 #define TAPE     PYDFLASH_TAPE_ROWS
 #define TOGETHER 32  // rows that share a load of the weights
-#define MAX_TAPS 16
+#define MAX_TAPS PYDFLASH_MAX_TAPS
 
 static const float * row_of(const struct ggml_tensor * t, int64_t row) {
     return (const float *) ((const char *) t->data + row * (int64_t) t->nb[1]);

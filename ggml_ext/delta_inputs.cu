@@ -140,9 +140,10 @@ constexpr kernel KERNELS[] = {  // by K, from 2 on
     delta_inputs<7>,  delta_inputs<8>,  delta_inputs<9>,  delta_inputs<10>, delta_inputs<11>,
     delta_inputs<12>, delta_inputs<13>, delta_inputs<14>, delta_inputs<15>, delta_inputs<16>,
 };
+static_assert(sizeof(KERNELS) / sizeof(KERNELS[0]) == PYDFLASH_MAX_TAPS - 1, "a kernel for every number of taps");
 
 bool supports(const ggml_tensor * node) {
-    return node->src[3]->ne[0] >= 2 && node->src[3]->ne[0] <= 16 && node->src[0]->type == GGML_TYPE_F32;
+    return node->src[3]->ne[0] >= 2 && node->src[3]->ne[0] <= PYDFLASH_MAX_TAPS && node->src[0]->type == GGML_TYPE_F32;
 }
 
 bool launch(pydflash_cuda * cuda, ggml_tensor * node) {

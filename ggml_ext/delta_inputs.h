@@ -26,15 +26,3 @@
 #pragma once
 
 #include "ext.h"
-
-#ifdef __cplusplus
-extern "C" {
-#endif
-
-#define PYDFLASH_TAPE_ROWS 16
-
-void pydflash_delta_inputs_cpu(struct ggml_tensor * dst, int ith, int nth, void * op);
-
-#ifdef __cplusplus
-}
-#endif

@@ -26,7 +26,7 @@
 #define LEAST_SCALE  0x1p-24f
 #define COLUMNS      32
 #define TOGETHER     4
-#define MAX_HEAD_DIM 256
+#define MAX_HEAD_DIM PYDFLASH_MAX_HEAD
 #define MAX_ROWS     16  // together in `struct row`s
 
 struct head {

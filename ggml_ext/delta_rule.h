@@ -20,13 +20,3 @@
 #pragma once
 
 #include "ext.h"
-
-#ifdef __cplusplus
-extern "C" {
-#endif
-
-void pydflash_delta_rule_cpu(struct ggml_tensor * dst, int ith, int nth, void * op);
-
-#ifdef __cplusplus
-}
-#endif

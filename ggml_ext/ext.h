@@ -5,9 +5,11 @@
 // What distinguishes one of our nodes from another is its descriptor (`struct pydflash_op`), which the node carries as
 // ggml's `userdata` pointer; its static parameters follow ggml's own in `op_params`.
 //
-// One op is one stem: NAME.h states the contract (formula, shapes, dtypes), NAME.c is the CPU reference, NAME.cu the
-// CUDA kernel. Shapes in the contracts are row-major, as in Python: (rows, columns) means ne[1] rows of ne[0] floats.
+// One op is one row of ops.def and one stem: NAME.h states the contract (formula, shapes, dtypes), NAME.c is the CPU
+// reference, NAME.cu the CUDA kernel. Shapes in the contracts are row-major, as in Python: (rows, columns) means ne[1] rows of ne[0] floats.
 #pragma once
+
+#include "contract.h"
 
 #include "ggml.h"
 
@@ -16,21 +18,16 @@ extern "C" {
 #endif
 
 enum pydflash_op_id {
-    PYDFLASH_OP_TURBO_WHT,
-    PYDFLASH_OP_LINEAR,
-    PYDFLASH_OP_DELTA_INPUTS,
-    PYDFLASH_OP_DELTA_RULE,
-    PYDFLASH_OP_ATTENTION,
-    PYDFLASH_OP_ROPE,
-    PYDFLASH_OP_NORM_ROPE,
-    PYDFLASH_OP_STORE_KV,
-    PYDFLASH_OP_ARGMAX,
-    PYDFLASH_OP_RMS_NORM,
-    PYDFLASH_OP_SIGMOID_GATE,
+#define OP(ID, name, devices) PYDFLASH_OP_##ID,
+#include "ops.def"
     PYDFLASH_OP_COUNT,
 };
 
-// Identifies a node as ours: ggml's userdata points to one of the descriptors in the table below.
+// The CPU references; a descriptor's `cpu` is one of them.
+#define OP(ID, name, devices) void pydflash_##name##_cpu(struct ggml_tensor * dst, int ith, int nth, void * op);
+#include "ops.def"
+
+// Identifies a node as ours: ggml's userdata points to one of these descriptors.
 struct pydflash_op {
     uint32_t            magic;   // PYDFLASH_MAGIC
     enum pydflash_op_id id;
@@ -39,7 +36,6 @@ struct pydflash_op {
 };
 
 #define PYDFLASH_MAGIC 0x70796466u  // "pydf"
-#define PYDFLASH_MAX_PARAMS 8       // 32-bit words, each an int32_t or the bits of a float
 
 // The descriptor of an op. Never NULL for a valid id.
 const struct pydflash_op * pydflash_op_get(enum pydflash_op_id id);

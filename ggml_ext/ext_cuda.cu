@@ -9,19 +9,19 @@
 
 namespace {
 
-const pydflash_cuda_op * const TABLE[PYDFLASH_OP_COUNT] = {
-    /* PYDFLASH_OP_TURBO_WHT    */ &pydflash_cuda_turbo_wht,
-    /* PYDFLASH_OP_LINEAR       */ &pydflash_cuda_linear,
-    /* PYDFLASH_OP_DELTA_INPUTS */ &pydflash_cuda_delta_inputs,
-    /* PYDFLASH_OP_DELTA_RULE   */ &pydflash_cuda_delta_rule,
-    /* PYDFLASH_OP_ATTENTION    */ &pydflash_cuda_attention,
-    /* PYDFLASH_OP_ROPE         */ &pydflash_cuda_rope,
-    /* PYDFLASH_OP_NORM_ROPE    */ &pydflash_cuda_norm_rope,
-    /* PYDFLASH_OP_STORE_KV     */ &pydflash_cuda_store_kv,
-    /* PYDFLASH_OP_ARGMAX       */ &pydflash_cuda_argmax,
-    /* PYDFLASH_OP_RMS_NORM     */ nullptr,  // of the CPU only: here ggml's nodes are fused instead
-    /* PYDFLASH_OP_SIGMOID_GATE */ nullptr,
-};
+// The kernels of a node; NULL when it is not one of ours or runs on the CPU only.
+const pydflash_cuda_op * kernels_of(const ggml_tensor * node) {
+    const pydflash_op * op = pydflash_node_op(node);
+    switch (op ? op->id : PYDFLASH_OP_COUNT) {
+#define CUDA(ID, name) case PYDFLASH_OP_##ID: return &pydflash_cuda_##name;
+#define CPU_ONLY(ID, name)
+#define OP(ID, name, devices) devices(ID, name)
+#include "ops.def"
+#undef CUDA
+#undef CPU_ONLY
+        default: return nullptr;
+    }
+}
 
 // Scratch of one launch: taken from ggml's stream-ordered pool, given back in reverse order.
 struct scratch {
@@ -56,18 +56,18 @@ pydflash_cuda handle(ggml_backend_cuda_context & ctx, scratch & s) {
 }  // namespace
 
 bool pydflash_cuda_supports(const ggml_tensor * node) {
-    const pydflash_op * op = pydflash_node_op(node);
-    return op && TABLE[op->id] && TABLE[op->id]->supports(node);
+    const pydflash_cuda_op * op = kernels_of(node);
+    return op && op->supports(node);
 }
 
 bool pydflash_cuda_compute(ggml_backend_cuda_context * ctx, ggml_tensor * node) {
-    const pydflash_op * op = pydflash_node_op(node);
-    if (!op || !TABLE[op->id]) {
+    const pydflash_cuda_op * op = kernels_of(node);
+    if (!op) {
         return false;
     }
     scratch s(*ctx);
     pydflash_cuda cuda = handle(*ctx, s);
-    const bool launched = TABLE[op->id]->launch(&cuda, node);
+    const bool launched = op->launch(&cuda, node);
     CUDA_CHECK(cudaGetLastError());
     return launched;
 }

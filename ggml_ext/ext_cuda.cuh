@@ -63,12 +63,9 @@ __device__ __forceinline__ void wait_for_predecessor() {
 #endif
 
 // Each NAME.cu defines one of these.
-extern const pydflash_cuda_op pydflash_cuda_turbo_wht;
-extern const pydflash_cuda_op pydflash_cuda_linear;
-extern const pydflash_cuda_op pydflash_cuda_delta_inputs;
-extern const pydflash_cuda_op pydflash_cuda_delta_rule;
-extern const pydflash_cuda_op pydflash_cuda_attention;
-extern const pydflash_cuda_op pydflash_cuda_rope;
-extern const pydflash_cuda_op pydflash_cuda_norm_rope;
-extern const pydflash_cuda_op pydflash_cuda_store_kv;
-extern const pydflash_cuda_op pydflash_cuda_argmax;
+#define CUDA(name) extern const pydflash_cuda_op pydflash_cuda_##name;
+#define CPU_ONLY(name)
+#define OP(ID, name, devices) devices(name)
+#include "ops.def"
+#undef CUDA
+#undef CPU_ONLY

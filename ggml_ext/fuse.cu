@@ -13,7 +13,7 @@ bool is_noop(const ggml_tensor * t) {
 
 bool is_linear(const ggml_tensor * t) {
     const pydflash_op * op = pydflash_node_op(t);
-    return op && op->id == PYDFLASH_OP_LINEAR && t->src[0]->ne[1] <= PYDFLASH_LINEAR_MAX_ROWS;
+    return op && op->id == PYDFLASH_OP_LINEAR && t->src[0]->ne[1] <= PYDFLASH_EXACT_ROWS;
 }
 
 bool is_unary(const ggml_tensor * t, ggml_unary_op op) {

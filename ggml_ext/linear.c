@@ -1,10 +1,11 @@
 #include "linear.h"
 
+#include "scratch.h"
+
 #include "ggml-cpu.h"
 
 #include <math.h>
 #include <stdbool.h>
-#include <stdlib.h>
 #include <string.h>
 
 // A weight is unpacked once for all rows of x, and a result never depends on how many those are: the sums of integer
@@ -28,32 +29,10 @@
 #include "linear_cpu.h"
 #endif
 
-#define MAX_ROWS PYDFLASH_LINEAR_MAX_ROWS
+#define MAX_ROWS PYDFLASH_EXACT_ROWS
 
-// Custom ops have no barrier, so every thread converts x for itself into memory of its own, which grows to the largest
-// product the thread has seen and lives as long as the thread.
-static void * scratch(size_t needed) {
-    static _Thread_local void * buffer   = NULL;
-    static _Thread_local size_t capacity = 0;
-    if (needed > capacity) {
-        free(buffer);
-        buffer   = malloc(needed);
-        capacity = needed;
-        GGML_ASSERT(buffer != NULL);
-    }
-    return buffer;
-}
-
-static const float * x_row(const struct ggml_tensor * dst, int64_t t) {
-    return (const float *) ((const char *) dst->src[0]->data + (size_t) t * dst->src[0]->nb[1]);
-}
-
-static const char * w_row(const struct ggml_tensor * dst, int64_t m) {
-    return (const char *) dst->src[1]->data + (size_t) m * dst->src[1]->nb[1];
-}
-
-static float * result_row(const struct ggml_tensor * dst, int64_t t) {
-    return (float *) ((char *) dst->data + (size_t) t * dst->nb[1]);
+static const char * w_row(const struct pydflash_product * p, int64_t m) {
+    return p->w + (size_t) m * p->w_stride;
 }
 
 // --- any type: ggml's dot product --------------------------------------------------------------------------------
@@ -61,21 +40,20 @@ static float * result_row(const struct ggml_tensor * dst, int64_t t) {
 // Weight rows that one pass over the rows of x uses: they stay in the L2 cache while T rows stream past.
 #define PASS 16
 
-static void multiply_any(const struct ggml_tensor * dst, int64_t begin, int64_t end) {
-    const struct ggml_type_traits_cpu * traits     = ggml_get_type_traits_cpu(dst->src[1]->type);
+static void multiply_any(const struct pydflash_product * p, char * rows, int64_t begin, int64_t end) {
+    const struct ggml_type_traits_cpu * traits     = ggml_get_type_traits_cpu(p->type);
     const ggml_from_float_t             from_float = ggml_get_type_traits_cpu(traits->vec_dot_type)->from_float;
-    const int64_t K = dst->src[0]->ne[0], T = dst->ne[1];
+    const int64_t K = p->K, T = p->T;
     const size_t  row_size = ggml_row_size(traits->vec_dot_type, K);
-    char *        rows     = (char *) scratch(row_size * (size_t) T);
     for (int64_t t = 0; t < T; t++) {
-        from_float(x_row(dst, t), rows + (size_t) t * row_size, K);
+        from_float(p->x[t], rows + (size_t) t * row_size, K);
     }
     for (int64_t pass = begin; pass < end; pass += PASS) {
         for (int64_t t = 0; t < T; t++) {
             for (int64_t m = pass; m < pass + PASS && m < end; m++) {
                 // One row at a time (the last argument), always: the two-row kernels of some CPUs round differently.
                 const char * row = rows + (size_t) t * row_size;
-                traits->vec_dot((int) K, result_row(dst, t) + m, 0, w_row(dst, m), 0, row, 0, 1);
+                traits->vec_dot((int) K, p->out[t] + m, 0, w_row(p, m), 0, row, 0, 1);
             }
         }
     }
@@ -198,15 +176,15 @@ static float round_q8_k(int8_t * q, int16_t * sums, int64_t sum_of, const float 
     return 1.0f / inverse;
 }
 
-INLINE struct activations round_rows(const struct ggml_tensor * dst, int64_t block, int64_t sum_of, int from) {
-    const int64_t T = dst->ne[1], blocks = dst->src[0]->ne[0] / block, all = T * blocks;
-    char * memory = (char *) scratch((size_t) (all * (block + block / sum_of * 2 + 8)));
+INLINE struct activations round_rows(const struct pydflash_product * p, void * memory, int64_t block, int64_t sum_of,
+                                     int from) {
+    const int64_t T = p->T, blocks = p->K / block, all = T * blocks;
     struct activations x = { T, blocks, NULL, NULL, NULL, (float *) memory };
     x.start = (int32_t *) (x.scale + all);
     x.sums  = (int16_t *) (x.start + all);
     x.q     = (int8_t *) (x.sums + all * (block / sum_of));
     for (int64_t t = 0; t < T; t++) {
-        const float * values = x_row(dst, t);
+        const float * values = p->x[t];
         for (int64_t i = t; i < all; i += T, values += block) {
             if (block == QK8_0) {
                 x.scale[i] = round_q8_0(x.q + i * block, x.start + i, from, values);
@@ -308,18 +286,18 @@ INLINE void add_block(struct format f, const struct tile * tile, const struct ac
 }
 
 // `count` rows from m on; past the end, the last one again.
-INLINE void take_rows(const char ** row, int count, const struct ggml_tensor * dst, int64_t m, int64_t end) {
+INLINE void take_rows(const char ** row, int count, const struct pydflash_product * p, int64_t m, int64_t end) {
     for (int r = 0; r < count; r++) {
-        row[r] = w_row(dst, m + r < end ? m + r : end - 1);
+        row[r] = w_row(p, m + r < end ? m + r : end - 1);
     }
 }
 
 // Asks for a piece of the rows `ahead` of these, into the L2 cache. The CPU's own prefetcher does not follow eight or
 // sixteen rows at once. Without this, and with weights that other work has driven out of the caches, a single row of x
 // takes nearly twice as long, and sixteen take 1.5 times (K-quants) to 1.9 times (Q8_0).
-INLINE void fetch(const struct ggml_tensor * dst, const char * const * row, int count, int ahead, size_t at,
+INLINE void fetch(const struct pydflash_product * p, const char * const * row, int count, int ahead, size_t at,
                   size_t bytes) {
-    const size_t begin = at + (size_t) ahead * dst->src[1]->nb[1];
+    const size_t begin = at + (size_t) ahead * p->w_stride;
     for (int r = 0; r < count; r++) {
         for (size_t line = 0; line < bytes; line += 64) {
             _mm_prefetch(row[r] + begin + line, _MM_HINT_T1);
@@ -329,15 +307,15 @@ INLINE void fetch(const struct ggml_tensor * dst, const char * const * row, int 
 
 // Before all else: the first rows. (128 x 256 of Q8_0 with 8 rows of x: 3.6 to 2.9 us. With a single row of x it costs
 // more than it gives: 91 to 102 us for 512 x 5120 of Q6_K.)
-INLINE void fetch_first(const struct ggml_tensor * dst, int64_t begin, int64_t end) {
+INLINE void fetch_first(const struct pydflash_product * p, int64_t begin, int64_t end) {
     const char * row[TILE_ROWS];
-    const size_t bytes = dst->src[1]->nb[1];
-    take_rows(row, TILE_ROWS, dst, begin, end);
-    fetch(dst, row, TILE_ROWS, 0, 0, bytes < 512 ? bytes : 512);
+    const size_t bytes = p->w_stride;
+    take_rows(row, TILE_ROWS, p, begin, end);
+    fetch(p, row, TILE_ROWS, 0, 0, bytes < 512 ? bytes : 512);
 }
 
-INLINE void store_group(const struct ggml_tensor * dst, int64_t t, int64_t m, int64_t end, __m256 values) {
-    float * result = result_row(dst, t) + m;
+INLINE void store_group(const struct pydflash_product * p, int64_t t, int64_t m, int64_t end, __m256 values) {
+    float * result = p->out[t] + m;
     if (end - m >= GROUP) {
         _mm256_storeu_ps(result, values);
     } else {
@@ -345,8 +323,8 @@ INLINE void store_group(const struct ggml_tensor * dst, int64_t t, int64_t m, in
     }
 }
 
-INLINE void store_tile(const struct ggml_tensor * dst, int64_t t, int64_t m, int64_t end, wide_float values) {
-    float * result = result_row(dst, t) + m;
+INLINE void store_tile(const struct pydflash_product * p, int64_t t, int64_t m, int64_t end, wide_float values) {
+    float * result = p->out[t] + m;
     if (end - m >= TILE_ROWS) {
         WIDE(storeu_ps, result, values);
     } else {
@@ -362,16 +340,16 @@ INLINE __m256i lane_sums(const __m256i in[GROUP]) {
 }
 
 // A single row of x, by the format's own dot product.
-INLINE void multiply_one(struct format f, const struct activations * x, const struct ggml_tensor * dst, int64_t begin,
-                         int64_t end) {
+INLINE void multiply_one(struct format f, const struct activations * x, const struct pydflash_product * p,
+                         int64_t begin, int64_t end) {
     const int block = 4 * f.steps;
     for (int64_t m = begin; m < end; m += GROUP) {
         const char * row[GROUP];
-        take_rows(row, GROUP, dst, m, end);
+        take_rows(row, GROUP, p, m, end);
         __m256 acc = _mm256_setzero_ps();
         for (int64_t b = 0; b < x->blocks; b++) {
             const size_t at = (size_t) b * f.bytes;
-            fetch(dst, row, GROUP, GROUP, at, f.bytes);
+            fetch(p, row, GROUP, GROUP, at, f.bytes);
             __m256i total[GROUP], minima[GROUP];
             for (int r = 0; r < GROUP; r++) {
                 total[r] = f.dot(row[r] + at, x->q + b * block, x->sums + b * (block / f.sum_of), &minima[r]);
@@ -383,23 +361,23 @@ INLINE void multiply_one(struct format f, const struct activations * x, const st
             const __m256 unit = _mm256_mul_ps(halves(row, at + f.d), _mm256_set1_ps(x->scale[b]));
             acc = _mm256_fmadd_ps(unit, _mm256_cvtepi32_ps(lane_sums(total)), acc);
         }
-        store_group(dst, 0, m, end, acc);
+        store_group(p, 0, m, end, acc);
     }
 }
 
-INLINE void multiply(struct format f, const struct ggml_tensor * dst, int64_t begin, int64_t end) {
-    const bool is_single = f.dot && dst->ne[1] == 1;
+INLINE void multiply(struct format f, const struct pydflash_product * p, void * memory, int64_t begin, int64_t end) {
+    const bool is_single = f.dot && p->T == 1;
     if (!is_single) {
-        fetch_first(dst, begin, end);
+        fetch_first(p, begin, end);
     }
-    const struct activations x = round_rows(dst, 4 * f.steps, f.sum_of, f.from);
+    const struct activations x = round_rows(p, memory, 4 * f.steps, f.sum_of, f.from);
     if (is_single) {
-        multiply_one(f, &x, dst, begin, end);
+        multiply_one(f, &x, p, begin, end);
         return;
     }
     for (int64_t m = begin; m < end; m += TILE_ROWS) {
         const char * row[TILE_ROWS];
-        take_rows(row, TILE_ROWS, dst, m, end);
+        take_rows(row, TILE_ROWS, p, m, end);
         wide_float  acc[MAX_ROWS];
         struct tile tile;
         for (int64_t t = 0; t < x.T; t++) {
@@ -408,9 +386,9 @@ INLINE void multiply(struct format f, const struct ggml_tensor * dst, int64_t be
         for (int64_t b = 0; b < x.blocks; b++) {
             // In two bursts: all rows at once fill the queue of misses, and loads wait behind it.
             const size_t at = (size_t) b * f.bytes;
-            fetch(dst, row, TILE_ROWS / 2, TILE_ROWS, at, f.bytes);
+            fetch(p, row, TILE_ROWS / 2, TILE_ROWS, at, f.bytes);
             f.unpack(&tile, row, b);
-            fetch(dst, row + TILE_ROWS / 2, TILE_ROWS / 2, TILE_ROWS, at, f.bytes);
+            fetch(p, row + TILE_ROWS / 2, TILE_ROWS / 2, TILE_ROWS, at, f.bytes);
             int64_t t = 0;
             for (; t + TOGETHER <= x.T; t += TOGETHER) {
                 add_block(f, &tile, &x, b, t, TOGETHER, acc + t);
@@ -426,15 +404,15 @@ INLINE void multiply(struct format f, const struct ggml_tensor * dst, int64_t be
             }
         }
         for (int64_t t = 0; t < x.T; t++) {
-            store_tile(dst, t, m, end, acc[t]);
+            store_tile(p, t, m, end, acc[t]);
         }
     }
 }
 
 // One copy of the code for each format, so that everything in it is a constant.
-#define FORMAT(name, ...)                                                                             \
-    static void multiply_##name(const struct ggml_tensor * dst, int64_t begin, int64_t end) {         \
-        multiply((struct format) __VA_ARGS__, dst, begin, end);                                       \
+#define FORMAT(name, ...)                                                                                       \
+    static void multiply_##name(const struct pydflash_product * p, void * memory, int64_t begin, int64_t end) { \
+        multiply((struct format) __VA_ARGS__, p, memory, begin, end);                                           \
     }
 FORMAT(q4_k, { unpack_q4_k, dot_q4_k, 64, 8, 8, 4, 32, 0, false, true,  true,  sizeof(block_q4_K), 0 })
 FORMAT(q5_k, { unpack_q5_k, dot_q5_k, 64, 4, 8, 4, 32, 0, false, true,  true,  sizeof(block_q5_K), 0 })
@@ -461,15 +439,15 @@ INLINE __m256 load_bf16(const char * at) {
 }
 
 // The rows of x, rounded as ggml does for this weight type, in f32.
-INLINE const float * round_floats(__m256 (*load)(const char *), const struct ggml_tensor * dst) {
-    const enum ggml_type    type       = dst->src[1]->type;
+INLINE const float * round_floats(__m256 (*load)(const char *), const struct pydflash_product * p, void * memory) {
+    const enum ggml_type    type       = p->type;
     const ggml_from_float_t from_float = ggml_get_type_traits_cpu(type)->from_float;
-    const int64_t K = dst->src[0]->ne[0], T = dst->ne[1];
+    const int64_t K = p->K, T = p->T;
     const size_t  size = ggml_type_size(type);
-    float * rows    = (float *) scratch((size_t) (T + 1) * (size_t) K * sizeof(float));
+    float * rows    = (float *) memory;
     char *  rounded = (char *) (rows + T * K);
     for (int64_t t = 0; t < T; t++) {
-        from_float(x_row(dst, t), rounded, K);
+        from_float(p->x[t], rounded, K);
         for (int64_t k = 0; k < K; k += GROUP) {
             _mm256_storeu_ps(rows + t * K + k, load(rounded + (size_t) k * size));
         }
@@ -513,13 +491,14 @@ INLINE __m256 float_lane_sums(const __m256 in[GROUP]) {
     return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
 
-INLINE void multiply_floats(__m256 (*load)(const char *), const struct ggml_tensor * dst, int64_t begin, int64_t end) {
-    const int64_t K = dst->src[0]->ne[0], T = dst->ne[1];
-    const size_t  size = ggml_type_size(dst->src[1]->type);
-    const float * x    = round_floats(load, dst);
+INLINE void multiply_floats(__m256 (*load)(const char *), const struct pydflash_product * p, void * memory,
+                            int64_t begin, int64_t end) {
+    const int64_t K = p->K, T = p->T;
+    const size_t  size = ggml_type_size(p->type);
+    const float * x    = round_floats(load, p, memory);
     for (int64_t m = begin; m < end; m += GROUP) {
         const char * row[GROUP];
-        take_rows(row, GROUP, dst, m, end);
+        take_rows(row, GROUP, p, m, end);
         __m256 sums[MAX_ROWS][GROUP], w[GROUP][CHUNK / 8];
         memset(sums, 0, (size_t) T * sizeof(sums[0]));
         if (T == 1) {
@@ -537,43 +516,60 @@ INLINE void multiply_floats(__m256 (*load)(const char *), const struct ggml_tens
             }
         }
         for (int64_t t = 0; t < T; t++) {
-            store_group(dst, t, m, end, float_lane_sums(sums[t]));
+            store_group(p, t, m, end, float_lane_sums(sums[t]));
         }
     }
 }
 
-static void multiply_f32(const struct ggml_tensor * dst, int64_t begin, int64_t end) {
-    multiply_floats(load_f32, dst, begin, end);
+static void multiply_f32(const struct pydflash_product * p, void * memory, int64_t begin, int64_t end) {
+    multiply_floats(load_f32, p, memory, begin, end);
 }
 
-static void multiply_f16(const struct ggml_tensor * dst, int64_t begin, int64_t end) {
-    multiply_floats(load_f16, dst, begin, end);
+static void multiply_f16(const struct pydflash_product * p, void * memory, int64_t begin, int64_t end) {
+    multiply_floats(load_f16, p, memory, begin, end);
 }
 
-static void multiply_bf16(const struct ggml_tensor * dst, int64_t begin, int64_t end) {
-    multiply_floats(load_bf16, dst, begin, end);
+static void multiply_bf16(const struct pydflash_product * p, void * memory, int64_t begin, int64_t end) {
+    multiply_floats(load_bf16, p, memory, begin, end);
 }
 
 #endif
 
-void pydflash_linear_cpu(struct ggml_tensor * dst, int ith, int nth, void * op) {
-    (void) op;
-    int64_t begin, end;
-    pydflash_share(dst->src[1]->ne[1], ith, nth, &begin, &end);
+// Custom ops have no barrier, so every thread converts x for itself. Rows of f32 and one more are enough for every
+// format: round_floats takes just that, a row in any 8-bit format is smaller.
+size_t pydflash_multiply_scratch(int64_t T, int64_t K) {
+    return (size_t) (T + 1) * (size_t) K * sizeof(float);
+}
+
+void pydflash_multiply(const struct pydflash_product * p, void * memory, int64_t begin, int64_t end) {
     if (begin == end) {
         return;
     }
-    switch (dst->src[1]->type) {
+    switch (p->type) {
 #ifdef FAST_PRODUCTS
-        case GGML_TYPE_Q4_K: multiply_q4_k(dst, begin, end); break;
-        case GGML_TYPE_Q5_K: multiply_q5_k(dst, begin, end); break;
-        case GGML_TYPE_Q6_K: multiply_q6_k(dst, begin, end); break;
-        case GGML_TYPE_Q8_0: multiply_q8_0(dst, begin, end); break;
-        case GGML_TYPE_Q4_0: multiply_q4_0(dst, begin, end); break;
-        case GGML_TYPE_F16: multiply_f16(dst, begin, end); break;
-        case GGML_TYPE_BF16: multiply_bf16(dst, begin, end); break;
-        case GGML_TYPE_F32: multiply_f32(dst, begin, end); break;
+        case GGML_TYPE_Q4_K: multiply_q4_k(p, memory, begin, end); break;
+        case GGML_TYPE_Q5_K: multiply_q5_k(p, memory, begin, end); break;
+        case GGML_TYPE_Q6_K: multiply_q6_k(p, memory, begin, end); break;
+        case GGML_TYPE_Q8_0: multiply_q8_0(p, memory, begin, end); break;
+        case GGML_TYPE_Q4_0: multiply_q4_0(p, memory, begin, end); break;
+        case GGML_TYPE_F16: multiply_f16(p, memory, begin, end); break;
+        case GGML_TYPE_BF16: multiply_bf16(p, memory, begin, end); break;
+        case GGML_TYPE_F32: multiply_f32(p, memory, begin, end); break;
 #endif
-        default: multiply_any(dst, begin, end);
+        default: multiply_any(p, (char *) memory, begin, end);
     }
+}
+
+void pydflash_linear_cpu(struct ggml_tensor * dst, int ith, int nth, void * op) {
+    (void) op;
+    const struct ggml_tensor * x = dst->src[0];
+    const struct ggml_tensor * w = dst->src[1];
+    struct pydflash_product product = { w->type, w->ne[0], (const char *) w->data, w->nb[1], dst->ne[1], { 0 }, { 0 } };
+    for (int64_t t = 0; t < product.T; t++) {
+        product.x[t]   = (const float *) ((const char *) x->data + (size_t) t * x->nb[1]);
+        product.out[t] = (float *) ((char *) dst->data + (size_t) t * dst->nb[1]);
+    }
+    int64_t begin, end;
+    pydflash_share(w->ne[1], ith, nth, &begin, &end);
+    pydflash_multiply(&product, pydflash_scratch(pydflash_multiply_scratch(product.T, product.K)), begin, end);
 }

@@ -508,7 +508,7 @@ bool launch_multiply(pydflash_cuda * cuda, const plan & p, int blocks, const dev
 }
 
 bool valid_size(int64_t T, int64_t K) {
-    return T >= 1 && T <= PYDFLASH_LINEAR_MAX_ROWS && K >= 32 && K % 32 == 0 && K < INT_MAX / 1024;
+    return T >= 1 && T <= PYDFLASH_EXACT_ROWS && K >= 32 && K % 32 == 0 && K < INT_MAX / 1024;
 }
 
 bool aligned16(const void * pointer, int64_t stride) {
@@ -614,7 +614,7 @@ static bool supports(const ggml_tensor * node) {
     const ggml_tensor * x = node->src[0];
     const ggml_tensor * w = node->src[1];
     return x->type == GGML_TYPE_F32 && node->type == GGML_TYPE_F32 && x->ne[1] >= 1 &&
-           x->ne[1] <= PYDFLASH_LINEAR_MAX_ROWS && x->ne[2] * x->ne[3] * w->ne[2] * w->ne[3] == 1 &&
+           x->ne[1] <= PYDFLASH_EXACT_ROWS && x->ne[2] * x->ne[3] * w->ne[2] * w->ne[3] == 1 &&
            x->ne[0] == w->ne[0] && x->nb[0] == sizeof(float) && x->nb[1] % 16 == 0 &&
            pydflash_linear_supports(w->type, (int64_t) w->nb[1], w->ne[0]);
 }

@@ -23,9 +23,22 @@
 extern "C" {
 #endif
 
-#define PYDFLASH_LINEAR_MAX_ROWS 16
+// The product on the CPU, also for operations that are made of it: the rows of x and of the result may lie anywhere.
+struct pydflash_product {
+    enum ggml_type type;                      // of W
+    int64_t        K;
+    const char *   w;                         // row m at w + m * w_stride
+    size_t         w_stride;
+    int64_t        T;
+    const float *  x[PYDFLASH_EXACT_ROWS];
+    float *        out[PYDFLASH_EXACT_ROWS];  // value m of row t at out[t][m]
+};
 
-void pydflash_linear_cpu(struct ggml_tensor * dst, int ith, int nth, void * op);
+// Bytes of memory that a product of T rows of K values needs.
+size_t pydflash_multiply_scratch(int64_t T, int64_t K);
+
+// Values begin..end - 1 of every row of the result, in memory of that size, aligned as malloc aligns it.
+void pydflash_multiply(const struct pydflash_product * product, void * memory, int64_t begin, int64_t end);
 
 #ifdef __cplusplus
 }

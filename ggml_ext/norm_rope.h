@@ -33,8 +33,6 @@ struct pydflash_head {
 // y = norm, RoPE and rotation of x, `size` contiguous values each; they may be the same array.
 void pydflash_head_apply(const struct pydflash_head * head, const float * x, float * y);
 
-void pydflash_norm_rope_cpu(struct ggml_tensor * dst, int ith, int nth, void * op);
-
 #ifdef __cplusplus
 }
 #endif

@@ -26,8 +26,6 @@ extern "C" {
 // y = x / sqrt(mean(x^2) + eps) * weight, n contiguous values each; y may be x.
 void pydflash_rms_norm_row(float * y, const float * x, const float * weight, int64_t n, float eps);
 
-void pydflash_rms_norm_cpu(struct ggml_tensor * dst, int ith, int nth, void * op);
-
 #ifdef __cplusplus
 }
 #endif

@@ -5,7 +5,7 @@
 
 // Powers in double precision cost more than turning a few heads, and the nodes of a model all ask for the same.
 static const float * frequencies_of(int dims, float base) {
-    static _Thread_local float frequencies[PYDFLASH_HEAD_MAX / 2];
+    static _Thread_local float frequencies[PYDFLASH_MAX_HEAD / 2];
     static _Thread_local float last_base;
     static _Thread_local int   last_dims;
     if (dims != last_dims || base != last_base) {

@@ -6,7 +6,7 @@
 
 namespace {
 
-__global__ void __launch_bounds__(PYDFLASH_HEAD_MAX)
+__global__ void __launch_bounds__(PYDFLASH_MAX_HEAD)
 rope(const char * x, int64_t head_bytes, int64_t row_bytes, float * y, const int32_t * positions, rope_frequencies f) {
     release_successor();
     wait_for_predecessor();
@@ -21,7 +21,7 @@ rope(const char * x, int64_t head_bytes, int64_t row_bytes, float * y, const int
 
 bool supports(const ggml_tensor * node) {
     const ggml_tensor * x = node->src[0];
-    return x->ne[0] <= PYDFLASH_HEAD_MAX && x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && x->ne[2] <= 65535;
+    return x->ne[0] <= PYDFLASH_MAX_HEAD && x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && x->ne[2] <= 65535;
 }
 
 bool launch(pydflash_cuda * cuda, ggml_tensor * node) {

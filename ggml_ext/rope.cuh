@@ -10,7 +10,7 @@
 // Computed on the host and passed to a kernel by value.
 struct rope_frequencies {
     int   dims;
-    float of[PYDFLASH_HEAD_MAX / 2];
+    float of[PYDFLASH_MAX_HEAD / 2];
 };
 
 static inline rope_frequencies rope_frequencies_of(int dims, float base) {

@@ -28,8 +28,6 @@
 extern "C" {
 #endif
 
-#define PYDFLASH_HEAD_MAX 256  // values of the largest head
-
 // The frequencies of dims/2 pairs. Inline, because the binding and ggml-cuda share no objects.
 static inline void pydflash_rope_frequencies(float * frequencies, int dims, float base) {
     for (int i = 0; i < dims / 2; i++) {
@@ -40,9 +38,9 @@ static inline void pydflash_rope_frequencies(float * frequencies, int dims, floa
 // The rotary embedding at one position.
 struct pydflash_rope {
     int32_t dims, position;
-    float   frequencies[PYDFLASH_HEAD_MAX / 2];
-    float   cosines[PYDFLASH_HEAD_MAX / 2];
-    float   sines[PYDFLASH_HEAD_MAX / 2];
+    float   frequencies[PYDFLASH_MAX_HEAD / 2];
+    float   cosines[PYDFLASH_MAX_HEAD / 2];
+    float   sines[PYDFLASH_MAX_HEAD / 2];
 };
 
 // Starts at position 0.
@@ -53,8 +51,6 @@ void pydflash_rope_move(struct pydflash_rope * rope, int32_t position);
 
 // Turns the pairs of one head in place.
 void pydflash_rope_turn(const struct pydflash_rope * rope, float * head);
-
-void pydflash_rope_cpu(struct ggml_tensor * dst, int ith, int nth, void * op);
 
 #ifdef __cplusplus
 }

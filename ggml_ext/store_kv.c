@@ -37,7 +37,7 @@ void pydflash_store_kv_cpu(struct ggml_tensor * dst, int ith, int nth, void * op
         .size   = (int32_t) size,
     };
     pydflash_rope_init(&head.rope, pydflash_node_params(dst)[0], pydflash_node_param_f32(dst, 1));
-    float values[PYDFLASH_HEAD_MAX];
+    float values[PYDFLASH_MAX_HEAD];
     int64_t begin, end;
     pydflash_share(k->ne[1] * k->ne[2], ith, nth, &begin, &end);
     for (int64_t item = begin; item < end; item++) {

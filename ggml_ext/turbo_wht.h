@@ -23,8 +23,6 @@ extern "C" {
 // One group of n values in place; `signs` holds D1 and D2, or is NULL.
 void pydflash_rotate(float * x, int n, const float * signs, int inverse);
 
-void pydflash_turbo_wht_cpu(struct ggml_tensor * dst, int ith, int nth, void * op);
-
 #ifdef __cplusplus
 }
 #endif

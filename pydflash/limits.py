@@ -1,14 +1,45 @@
-"""The row counts and positions on which kernels, graphs and settings agree."""
+"""The row counts and positions on which kernels, graphs and settings agree.
+
+Those of the kernels are ggml_ext/contract.h's, from which the build makes ``_contract.py``.
+"""
 
 from __future__ import annotations
 
-__all__ = ["CHUNKS", "EXACT_ROWS", "MOST_POSITIONS", "TAPE_ROWS", "WIDTHS"]
+import pydflash._contract as _contract
 
-EXACT_ROWS = 16
+__all__ = [
+    "CHANNEL_STEP",
+    "CHUNKS",
+    "EXACT_ROWS",
+    "MAX_HEAD",
+    "MAX_PARAMS",
+    "MAX_TAPS",
+    "MOST_POSITIONS",
+    "SLOT_STEP",
+    "TAPE_ROWS",
+    "WIDTHS",
+]
+
+EXACT_ROWS: int = _contract.EXACT_ROWS
 """The widest step whose rows are bit-equal to the same rows alone."""
 
-TAPE_ROWS = 16
-"""Rows of the delta-net's tape (PYDFLASH_TAPE_ROWS): what a forward may leave pending."""
+TAPE_ROWS: int = _contract.TAPE_ROWS
+"""Rows of the delta-net's tape: what a forward may leave pending."""
+
+MAX_TAPS: int = _contract.MAX_TAPS
+"""The longest convolution of a delta-net layer."""
+
+CHANNEL_STEP: int = _contract.CHANNEL_STEP
+"""The channels of that convolution are a multiple of this."""
+
+SLOT_STEP: int = _contract.SLOT_STEP
+"""The slots of a K/V cache are a multiple of this."""
+
+MAX_PARAMS: int = _contract.MAX_PARAMS
+"""32-bit parameters of an operation's node."""
+
+MAX_HEAD: int = _contract.MAX_HEAD
+"""The most values of a head."""
 
 MOST_POSITIONS = 1 << 24
 """The largest ``max_context``."""

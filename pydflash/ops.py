@@ -15,7 +15,7 @@ from typing import Any
 from pydflash._ffi import ffi, lib
 from pydflash.errors import ShapeError
 from pydflash.ggml_types import GGMLType
-from pydflash.limits import EXACT_ROWS, TAPE_ROWS
+from pydflash.limits import CHANNEL_STEP, EXACT_ROWS, MAX_HEAD, MAX_PARAMS, MAX_TAPS, SLOT_STEP, TAPE_ROWS
 from pydflash.tensor import Shape, Tensor, ggml_shape
 
 __all__ = [
@@ -28,9 +28,11 @@ __all__ = [
     "copy_into",
     "delta_inputs",
     "delta_rule",
+    "experts",
     "gated_rms_norm",
     "get_rows",
     "linear",
+    "mix_experts",
     "norm_rope",
     "rms_norm",
     "rope",
@@ -40,6 +42,7 @@ __all__ = [
     "silu",
     "store_kv",
     "swiglu",
+    "top_k",
     "turbo_wht",
 ]
 
@@ -64,7 +67,6 @@ def _custom(
     The result is new, of ``shape`` and ``dtype``; or a view of ``inplace``, an operand that the node writes.
     """
     words = [p if isinstance(p, int) else struct.unpack("<i", struct.pack("<f", p))[0] for p in params]
-    words += [0] * (8 - len(words))
     node = lib.pydflash_op_new(
         operands[0].context,
         op,
@@ -72,7 +74,7 @@ def _custom(
         ffi.new("int64_t[4]", ggml_shape(shape)),
         ffi.new("struct ggml_tensor *[]", [t.c for t in operands]),
         len(operands),
-        ffi.new("int32_t[8]", words),
+        ffi.new(f"int32_t[{MAX_PARAMS}]", words),
         ffi.NULL if inplace is None else inplace.c,
     )
     return operands[0].derive(node, shape, dtype if inplace is None else inplace.dtype)
@@ -191,6 +193,17 @@ def argmax(x: Tensor, *, report: bool = True) -> Tensor:
     return _custom(lib.PYDFLASH_OP_ARGMAX, [x], x.shape[:1], [int(report)], dtype=GGMLType.I32)
 
 
+def top_k(x: Tensor, k: int) -> Tensor:
+    """Indices of the k largest values of each row, the largest first, of equal ones the first (ggml_ext/top_k.h).
+
+    (T, C) f32 to (T, k) int32.
+    """
+    _require(len(x.shape) == 2, f"top_k: {x!r} is not a matrix")
+    _check_rows("top_k", x)
+    _require(1 <= k <= x.shape[1], f"top_k: {k} of the {x.shape[1]} values of a row of {x!r}")
+    return _custom(lib.PYDFLASH_OP_TOP_K, [x], (x.shape[0], k), [k], dtype=GGMLType.I32)
+
+
 # --- products ---------------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +222,44 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return x.derive(lib.ggml_mul_mat(x.context, weight.c, x.c), shape)
 
 
+def experts(x: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """Products with the matrices of the experts that each row selected (ggml_ext/experts.h), exact at every width.
+
+    x (T, K), or (T, k, K) with a row for each selected expert; weight (E, M, K) of any dtype; ids (T, k) int32 below E;
+    (T, k, M) f32.
+    """
+    x = _expert_rows("experts", x, weight, ids)
+    return _custom(lib.PYDFLASH_OP_EXPERTS, [x, weight, ids], (*ids.shape, weight.shape[1]))
+
+
+def mix_experts(x: Tensor, weight: Tensor, ids: Tensor, logits: Tensor) -> Tensor:
+    """The products of :func:`experts`, added up with the softmax of the router's logits over the selected experts.
+
+    x, weight and ids as there, logits (T, E) f32; (T, M) f32.
+    """
+    x = _expert_rows("mix_experts", x, weight, ids)
+    _check_rows("mix_experts", logits, (ids.shape[0], weight.shape[0]))
+    return _custom(lib.PYDFLASH_OP_EXPERTS, [x, weight, ids, logits], (ids.shape[0], weight.shape[1]))
+
+
+def _expert_rows(op: str, x: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """x as (T, 1 or k, K), once it and its operands are known to fit."""
+    _require(
+        len(ids.shape) == 2 and ids.dtype == GGMLType.I32 and ids.is_contiguous,
+        f"{op}: {ids!r} do not list the experts of each row as int32",
+    )
+    _require(
+        len(weight.shape) == 3 and weight.dtype.is_weight and ids.shape[1] <= weight.shape[0],
+        f"{op}: {weight!r} does not hold a matrix for each of at least {ids.shape[1]} experts",
+    )
+    rows, size = ids.shape[0], weight.shape[2]
+    _require(
+        x.dtype == GGMLType.F32 and x.shape in ((rows, size), (*ids.shape, size)),
+        f"{op}: {x!r} does not fit weight {weight!r} and ids {ids!r}",
+    )
+    return x.reshape(rows, 1, size) if len(x.shape) == 2 else x.contiguous()
+
+
 # --- positions --------------------------------------------------------------------------------------------------------
 
 
@@ -219,8 +270,8 @@ def rope(x: Tensor, positions: Tensor, dims: int, base: float) -> Tensor:
     text, Qwen's interleaved multi-axis RoPE has the same position on every axis and equals this.
     """
     _require(
-        len(x.shape) == 3 and x.shape[2] <= 256 and x.dtype == GGMLType.F32 and x.c.nb[0] == 4,
-        f"rope: {x!r} is not (T, H, D) f32 with D at most 256 and contiguous heads",
+        len(x.shape) == 3 and x.shape[2] <= MAX_HEAD and x.dtype == GGMLType.F32 and x.c.nb[0] == 4,
+        f"rope: {x!r} is not (T, H, D) f32 with D at most {MAX_HEAD} and contiguous heads",
     )
     _check_rope("rope", x, positions, dims)
     return _custom(lib.PYDFLASH_OP_ROPE, [x, positions], x.shape, [dims, float(base)])
@@ -360,7 +411,10 @@ def attention(
     _check_attention("attention", q, k_cache, v_cache, kv_heads)
     rows, _, size = q.shape
     _require(rows <= EXACT_ROWS, f"attention: {rows} rows; at most {EXACT_ROWS}")
-    _require(k_cache.shape[0] % 32 == 0, f"attention: {k_cache.shape[0]} cache slots are not a multiple of 32")
+    _require(
+        k_cache.shape[0] % SLOT_STEP == 0,
+        f"attention: {k_cache.shape[0]} cache slots are not a multiple of {SLOT_STEP}",
+    )
     _require(
         positions.shape == (rows,) and window >= 0,
         f"attention: positions {positions!r} for {rows} rows, window {window}",
@@ -433,8 +487,9 @@ def delta_inputs(
     )
     _require(conv_weight.shape[0] == channels, f"delta_inputs: conv weight {conv_weight!r} for {channels} channels")
     _require(
-        channels % 16 == 0 and history < 16,
-        f"delta_inputs: {channels} channels are not a multiple of 16, or {history + 1} taps more than 16",
+        channels % CHANNEL_STEP == 0 and history < MAX_TAPS,
+        f"delta_inputs: {channels} channels are not a multiple of {CHANNEL_STEP}, or {history + 1} taps "
+        f"more than {MAX_TAPS}",
     )
     _require(
         ssm_a.shape == dt_bias.shape == (heads,), f"delta_inputs: ssm_a {ssm_a!r}, dt {dt_bias!r} for {heads} heads"
@@ -462,7 +517,10 @@ def delta_rule(inputs: Tensor, state: Tensor, counts: Tensor, *, k_heads: int, e
         heads % k_heads == 0 and counts.shape == (2,),
         f"delta_rule: {k_heads} k-heads for {heads} heads, or counts {counts!r}",
     )
-    _require(size % 32 == 0 and size <= 256, f"delta_rule: head size {size} is not a multiple of 32 up to 256")
+    _require(
+        size % 32 == 0 and size <= MAX_HEAD,
+        f"delta_rule: head size {size} is not a multiple of 32 up to {MAX_HEAD}",
+    )
     return _custom(
         lib.PYDFLASH_OP_DELTA_RULE, [inputs, state, counts], (rows, heads * size), [int(keep), k_heads, size, eps]
     )

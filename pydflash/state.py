@@ -21,6 +21,7 @@ from pydflash.errors import ConfigError
 from pydflash.ggml_types import GGMLType
 from pydflash.graph import Graph
 from pydflash.kv_format import CACHE_TYPES, K_BASES, V_BASES, Basis
+from pydflash.limits import SLOT_STEP, TAPE_ROWS
 from pydflash.ops import NormRope
 from pydflash.tensor import Shape, Tensor
 
@@ -214,7 +215,7 @@ class DeltaGeometry(Protocol):
 def tape_shape(geometry: DeltaGeometry) -> tuple[int, int]:
     """Rows and f32 columns of a layer's window: committed history and the tape, all that rolling back costs."""
     columns = (2 * geometry.k_heads + geometry.v_heads) * geometry.state_size + 2 * geometry.v_heads
-    return geometry.conv_kernel - 1 + ops.TAPE_ROWS, columns
+    return geometry.conv_kernel - 1 + TAPE_ROWS, columns
 
 
 def state_shape(geometry: DeltaGeometry) -> Shape:
@@ -306,7 +307,8 @@ class DraftCache:
         self.windows = sorted(set(geometry.windows))
         self.ring_of = [self.windows.index(w) for w in geometry.windows]
         full = -(-context // 256) * 256
-        self.capacities = [min(full, -(-(w + ops.TAPE_ROWS) // 32) * 32) if w else full for w in self.windows]
+        step = SLOT_STEP
+        self.capacities = [min(full, -(-(w + TAPE_ROWS) // step) * step) if w else full for w in self.windows]
         width = geometry.kv_heads * geometry.head_size
         specs: dict[str, tuple[Shape, GGMLType]] = {}
         for layer in range(geometry.layers):

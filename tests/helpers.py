@@ -18,10 +18,12 @@ from pydflash.models import Model
 from pydflash.session import Session
 from pydflash.tensor import Tensor
 from tests.reference.qwen35 import Array, Reference, Weights
+from tests.reference.qwen35moe import MoEReference
 from tools.synth.blocks import as_bytes, random_blocks
 
 __all__ = [
     "Packed",
+    "RoundedMoEReference",
     "RoundedReference",
     "compute",
     "cosine",
@@ -181,8 +183,10 @@ class _Matrix:
     def __rmatmul__(self, x: Array) -> Array:
         return rounded(x, self._dtype) @ self._values.T
 
-    def __getitem__(self, rows: Any) -> Array:
-        return self._values[rows]
+    def __getitem__(self, index: Any) -> Any:
+        """Rows of an embedding, or one matrix of a stack of experts'."""
+        part = self._values[index]
+        return part if self._values.ndim == 2 else _Matrix(part, self._dtype)
 
 
 class _RoundingWeights(Weights):
@@ -192,7 +196,7 @@ class _RoundingWeights(Weights):
 
     def __getitem__(self, name: str) -> Any:
         values, dtype = super().__getitem__(name), self._types[name]
-        return values if values.ndim != 2 or dtype == GGMLType.F32 else _Matrix(values, dtype)
+        return values if values.ndim < 2 or dtype == GGMLType.F32 else _Matrix(values, dtype)
 
 
 class RoundedReference(Reference):
@@ -201,6 +205,10 @@ class RoundedReference(Reference):
     def __init__(self, path: Path | str, **options: Any) -> None:
         super().__init__(path, **options)
         self.weights = _RoundingWeights(path, self.dtype)
+
+
+class RoundedMoEReference(RoundedReference, MoEReference):
+    """The same of a `qwen35moe` model."""
 
 
 # --- sessions ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from tools.synth.blocks import TYPES, Bytes, as_bytes, random_blocks
 from tools.synth.layout import (
     MATRICES,
     DraftGeometry,
+    Experts,
     Geometry,
     Slot,
     draft_metadata,
@@ -26,7 +27,15 @@ from tools.synth.layout import (
 from tools.synth.vocabulary import build_vocabulary
 from tools.synth.writer import Value
 
-__all__ = ["GEOMETRIES", "K_QUANT_GEOMETRIES", "WEIGHT_TYPES", "Geometry", "write_draft", "write_target"]
+__all__ = [
+    "GEOMETRIES",
+    "K_QUANT_GEOMETRIES",
+    "MOE_GEOMETRIES",
+    "WEIGHT_TYPES",
+    "Geometry",
+    "write_draft",
+    "write_target",
+]
 
 WEIGHT_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k", "q5_k", "q6_k", "q4_k_m")
 
@@ -52,15 +61,26 @@ GEOMETRIES = {
 # Rows of K-quants are multiples of 256 values.
 K_QUANT_GEOMETRIES = ("ratio3", "gqa6", "tied")
 
+# Models with experts (architecture `qwen35moe`).
+MOE_GEOMETRIES = {
+    # GQA 8, two V heads for each K head, as in the 35B model. Every row is a multiple of 256 values.
+    "moe": Geometry(256, 4, 4, 8, 1, 64, 32, 2, 4, 64, 4, 0, 384, experts=Experts(8, 2, 256, 256)),
+    # Gate and up matrices in one tensor, half of the experts selected, a shared expert of another width, an MTP block.
+    "moe_fused": Geometry(
+        128, 4, 4, 4, 2, 64, 16, 4, 8, 32, 4, 0, 320, nextn=1, experts=Experts(16, 8, 64, 128, fused=True, gate_rank=2)
+    ),
+}
+
 
 def write_target(
     path: Path | str, geometry: Geometry, types: str = "f32", seed: int = 0, outliers: float | None = None
 ) -> Path:
-    """Write a `qwen35` model with random weights of type `types` (one of WEIGHT_TYPES) and return its path.
+    """Write a model with random weights of type `types` (one of WEIGHT_TYPES) and return its path.
 
-    The same seed gives the same weights in f32, f16, bf16, q8_0 and q4_0, up to rounding; K-quants have weights of
-    their own. `outliers`: multiply a few channels of K by this factor and divide those of Q by it, which leaves
-    attention as it is but is hard on a quantised cache. ValueError if a row does not divide into blocks of the type.
+    Its architecture is `qwen35`, or `qwen35moe` for a geometry with experts. The same seed gives the same weights in
+    f32, f16, bf16, q8_0 and q4_0, up to rounding; K-quants have weights of their own. `outliers`: multiply a few
+    channels of K by this factor and divide those of Q by it, which leaves attention as it is but is hard on a quantised
+    cache. ValueError if a row does not divide into blocks of the type.
     """
     layers = geometry.layers + geometry.nextn
     slots = [(slot, type_of(slot, types, layers, geometry.tied)) for slot in target_tensors(geometry)]
@@ -168,13 +188,12 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Value) -> None:
 
 
 def _data(slot: Slot, name: str, rng: np.random.Generator, factor: npt.NDArray[np.float32] | None) -> Bytes:
-    """The tensor as bytes, (rows, bytes of a row)."""
-    rows = int(np.prod(slot.shape[:-1]))
+    """The tensor as bytes, the last axis a row's."""
     row_bytes = TYPES[name].row_bytes(slot.shape[-1])
     if name in ("q4_k", "q5_k", "q6_k"):
         # The gguf package cannot quantise these, so the blocks themselves are random.
-        blocks = random_blocks(name, rows * row_bytes // TYPES[name].nbytes, _std(slot), rng)
-        return blocks.reshape(rows, row_bytes)
+        count = int(np.prod(slot.shape)) // TYPES[name].size
+        return random_blocks(name, count, _std(slot), rng).reshape(*slot.shape[:-1], row_bytes)
     plain = slot.kind not in MATRICES
     values = plain_values(slot, rng) if plain else _std(slot) * rng.standard_normal(slot.shape)
     values = (values * (1 if factor is None else factor)).astype(np.float32)

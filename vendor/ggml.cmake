@@ -82,9 +82,7 @@ if(PYDFLASH_CUDA_ENABLED)
   get_target_property(CUDA_SOURCES ggml-cuda SOURCES)
   list(FILTER CUDA_SOURCES EXCLUDE REGEX "/ggml-cuda\\.cu$")
   set_property(TARGET ggml-cuda PROPERTY SOURCES "${CUDA_SOURCES}")
-  set(OUR_CUDA ext_cuda.cu fuse.cu turbo_wht.cu linear.cu attention.cu delta_inputs.cu delta_rule.cu rope.cu
-    norm_rope.cu store_kv.cu argmax.cu)
-  list(TRANSFORM OUR_CUDA PREPEND "${CMAKE_CURRENT_SOURCE_DIR}/ggml_ext/")
+  file(GLOB OUR_CUDA CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/ggml_ext/*.cu")
   target_sources(ggml-cuda PRIVATE "${CUDA_HOOKED}" ${OUR_CUDA} "${CMAKE_CURRENT_SOURCE_DIR}/ggml_ext/node.c")
   set_source_files_properties("${CUDA_HOOKED}" ${OUR_CUDA} "${CMAKE_CURRENT_SOURCE_DIR}/ggml_ext/node.c"
     TARGET_DIRECTORY ggml-cuda PROPERTIES

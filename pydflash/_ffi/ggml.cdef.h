@@ -25,7 +25,6 @@ void ggml_free(struct ggml_context * ctx);
 size_t ggml_tensor_overhead(void);
 size_t ggml_graph_overhead_custom(size_t size, bool grads);
 struct ggml_tensor * ggml_new_tensor(struct ggml_context * ctx, int type, int n_dims, const int64_t * ne);
-struct ggml_tensor * ggml_set_name(struct ggml_tensor * tensor, const char * name);
 void ggml_set_input(struct ggml_tensor * tensor);
 void ggml_set_output(struct ggml_tensor * tensor);
 struct ggml_cgraph * ggml_new_graph_custom(struct ggml_context * ctx, size_t size, bool grads);
@@ -33,7 +32,6 @@ void ggml_build_forward_expand(struct ggml_cgraph * cgraph, struct ggml_tensor *
 int ggml_graph_n_nodes(struct ggml_cgraph * cgraph);
 struct ggml_tensor * ggml_graph_node(struct ggml_cgraph * cgraph, int i);
 size_t ggml_nbytes(const struct ggml_tensor * tensor);
-size_t ggml_row_size(int type, int64_t ne);
 size_t ggml_type_size(int type);
 int64_t ggml_blck_size(int type);
 const char * ggml_op_desc(const struct ggml_tensor * t);
@@ -41,7 +39,6 @@ const char * ggml_op_desc(const struct ggml_tensor * t);
 /* operations */
 struct ggml_tensor * ggml_add(struct ggml_context * ctx, struct ggml_tensor * a, struct ggml_tensor * b);
 struct ggml_tensor * ggml_mul(struct ggml_context * ctx, struct ggml_tensor * a, struct ggml_tensor * b);
-struct ggml_tensor * ggml_scale(struct ggml_context * ctx, struct ggml_tensor * a, float s);
 struct ggml_tensor * ggml_silu(struct ggml_context * ctx, struct ggml_tensor * a);
 struct ggml_tensor * ggml_sigmoid(struct ggml_context * ctx, struct ggml_tensor * a);
 struct ggml_tensor * ggml_swiglu_split(struct ggml_context * ctx, struct ggml_tensor * a, struct ggml_tensor * b);
@@ -65,12 +62,8 @@ void ggml_backend_free(ggml_backend_t backend);
 void ggml_backend_synchronize(ggml_backend_t backend);
 ggml_backend_dev_t ggml_backend_get_device(ggml_backend_t backend);
 ggml_backend_buffer_type_t ggml_backend_get_default_buffer_type(ggml_backend_t backend);
-size_t ggml_backend_get_alignment(ggml_backend_t backend);
 bool ggml_backend_supports_op(ggml_backend_t backend, const struct ggml_tensor * op);
-int ggml_backend_graph_compute(ggml_backend_t backend, struct ggml_cgraph * cgraph);
 int ggml_backend_graph_compute_async(ggml_backend_t backend, struct ggml_cgraph * cgraph);
-void ggml_backend_tensor_set(struct ggml_tensor * tensor, const void * data, size_t offset, size_t size);
-void ggml_backend_tensor_get(const struct ggml_tensor * tensor, void * data, size_t offset, size_t size);
 void ggml_backend_tensor_set_async(ggml_backend_t backend, struct ggml_tensor * tensor, const void * data, size_t offset, size_t size);
 void ggml_backend_tensor_get_async(ggml_backend_t backend, const struct ggml_tensor * tensor, void * data, size_t offset, size_t size);
 void ggml_backend_dev_memory(ggml_backend_dev_t device, size_t * free, size_t * total);
@@ -101,18 +94,7 @@ void ggml_backend_cpu_set_n_threads(ggml_backend_t backend, int n_threads);
 void ggml_backend_cpu_set_threadpool(ggml_backend_t backend, struct ggml_threadpool * threadpool);
 void ggml_threadpool_free(struct ggml_threadpool * threadpool);
 
-/* our ops (ggml_ext/ext.h) */
-#define PYDFLASH_OP_TURBO_WHT ...
-#define PYDFLASH_OP_LINEAR ...
-#define PYDFLASH_OP_DELTA_INPUTS ...
-#define PYDFLASH_OP_DELTA_RULE ...
-#define PYDFLASH_OP_ATTENTION ...
-#define PYDFLASH_OP_ROPE ...
-#define PYDFLASH_OP_NORM_ROPE ...
-#define PYDFLASH_OP_STORE_KV ...
-#define PYDFLASH_OP_ARGMAX ...
-#define PYDFLASH_OP_RMS_NORM ...
-#define PYDFLASH_OP_SIGMOID_GATE ...
+/* our ops (ggml_ext/ext.h); generate.py adds PYDFLASH_OP_<ID> for each row of ops.def */
 struct pydflash_op { const char * name; ...; };
 const struct pydflash_op * pydflash_node_op(const struct ggml_tensor * node);
 int ggml_n_dims(const struct ggml_tensor * tensor);

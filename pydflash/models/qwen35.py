@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pydflash import ops
 from pydflash.errors import BadMetadata, UnsupportedArchitecture
 from pydflash.gguf import GGUFFile
+from pydflash.limits import MAX_TAPS
 from pydflash.ops import NormRope
 from pydflash.state import DeltaState, KVCache, StepInputs
 from pydflash.tensor import Shape, Tensor
@@ -120,7 +121,7 @@ class Config:
                 self.state_size in (32, 64, 128, 256),
                 f"{self.state_size}; 32, 64, 128 and 256 are supported",
             ),
-            "ssm.conv_kernel": (self.conv_kernel <= 16, f"{self.conv_kernel}; at most 16"),
+            "ssm.conv_kernel": (self.conv_kernel <= MAX_TAPS, f"{self.conv_kernel}; at most {MAX_TAPS}"),
             "rope.freq_base": (1.0 <= self.rope_base < 1e12, f"{self.rope_base}"),
             "attention.layer_norm_rms_epsilon": (0.0 < self.eps < 1.0, f"{self.eps}"),
         }

@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ def _answer(request: dict[str, Any]) -> dict[str, npt.NDArray[Any]]:
         texts = [t.encode() for t in request["texts"]]
         ids = [model.tokenize(t, add_bos=False, special=request["special"]) for t in texts]
         return {f"text_{i}": np.array(row, np.int32) for i, row in enumerate(ids)}
+    llama_cpp.llama_cpp.llama_model_default_params = _in_file_order(llama_cpp.llama_model_default_params)
     sequences, widths, start = request["sequences"], request["widths"], request["start"]
     context, threads = -(-len(sequences[0]) // 256) * 256, request["threads"]
     cache = {"f32": 0, "f16": 1}[request["cache"]]
@@ -98,6 +99,18 @@ def _answer(request: dict[str, Any]) -> dict[str, npt.NDArray[Any]]:
         arrays[f"width_{width}"] = np.stack(rows)
     model.close()
     return arrays
+
+
+def _in_file_order(default_params: Callable[[], Any]) -> Callable[[], Any]:
+    """Parameters that leave weights as they are: repacked ones would run on AMX, which some virtual machines lack and
+    yet promise."""
+
+    def params() -> Any:
+        changed = default_params()
+        changed.use_extra_bufts = False
+        return changed
+
+    return params
 
 
 if __name__ == "__main__":

@@ -96,9 +96,9 @@ def attention(q: Array, k: Array, v: Array, visible: Array) -> Array:
     return out
 
 
-def swiglu(x: Array, weights: Weights, block: str) -> Array:
-    gate, up = x @ weights[block + "ffn_gate.weight"].T, x @ weights[block + "ffn_up.weight"].T
-    return (silu(gate) * up) @ weights[block + "ffn_down.weight"].T
+def swiglu(x: Array, weights: Weights, block: str, suffix: str = "") -> Array:
+    gate, up = (x @ weights[f"{block}ffn_{name}{suffix}.weight"].T for name in ("gate", "up"))
+    return (silu(gate) * up) @ weights[f"{block}ffn_down{suffix}.weight"].T
 
 
 def round_trip(name: str) -> Rows:
@@ -113,11 +113,13 @@ def round_trip(name: str) -> Rows:
 
 
 class Reference:
-    """A `qwen35` model with one sequence's state.
+    """A model of `architecture` with one sequence's state.
 
     `cache_k` and `cache_v` map the rows of K (after RoPE) and V as they enter the cache, to model lossy caches.
     `hidden[layer]` holds the residual stream (rows, hidden) after each layer of the last forward.
     """
+
+    architecture = "qwen35"
 
     def __init__(
         self,
@@ -127,8 +129,8 @@ class Reference:
         cache_v: Rows | None = None,
     ) -> None:
         self.weights = weights = Weights(path, dtype)
-        if weights.arch != "qwen35":
-            raise ValueError(f"{path} holds architecture {weights.arch!r}, not 'qwen35'")
+        if weights.arch != self.architecture:
+            raise ValueError(f"{path} holds architecture {weights.arch!r}, not {self.architecture!r}")
         self.dtype = np.dtype(dtype)
         self._cache_k, self._cache_v = cache_k or (lambda rows: rows), cache_v or (lambda rows: rows)
         self.layers: int = weights.key("block_count") - weights.key("nextn_predict_layers", 0)  # MTP blocks come last
@@ -184,10 +186,13 @@ class Reference:
             block = f"blk.{layer}."
             mixer = self._delta_net if self.recurrent[layer] else self._attention
             x = x + mixer(rms_norm(x, w[block + "attn_norm.weight"], self.eps), layer, positions)
-            x = x + swiglu(rms_norm(x, w[block + "post_attention_norm.weight"], self.eps), w, block)
+            x = x + self._feed_forward(rms_norm(x, w[block + "post_attention_norm.weight"], self.eps), block)
             self.hidden[layer] = x
         self.length += len(tokens)
         return rms_norm(x, w["output_norm.weight"], self.eps) @ w.output.T
+
+    def _feed_forward(self, x: Array, block: str) -> Array:
+        return swiglu(x, self.weights, block)
 
     def _attention(self, x: Array, layer: int, positions: Array) -> Array:
         w, block, rows, d = self.weights, f"blk.{layer}.", len(x), self.head_dim

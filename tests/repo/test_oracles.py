@@ -11,28 +11,30 @@ import pytest
 
 from tests.reference.dflash import DraftReference, speculative_reference
 from tests.reference.qwen35 import Reference, delta_rule, greedy, rope, round_trip
-from tests.tiny import GEOMETRIES, K_QUANT_GEOMETRIES, WEIGHT_TYPES, write_draft, write_target
+from tests.reference.qwen35moe import MoEReference, route
+from tests.tiny import GEOMETRIES, K_QUANT_GEOMETRIES, MOE_GEOMETRIES, WEIGHT_TYPES, write_draft, write_target
 from tools.synth.__main__ import main as synth
 from tools.synth.blocks import TYPES, Pool, next_prime, random_blocks
 from tools.synth.vocabulary import build_vocabulary
 
 PROMPT = [17, 4, 255, 90, 3, 3, 120, 61, 8, 200, 33]
+TARGETS = GEOMETRIES | MOE_GEOMETRIES
 EXACT = 1e-9  # double precision: what remains is the order of sums, about 1e-13 for logits of size 10
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    for name, geometry in GEOMETRIES.items():
+    for name, geometry in TARGETS.items():
         write_target(folder / f"{name}.gguf", geometry)
     return folder
 
 
 def reference(files: Path, name: str) -> Reference:
-    return Reference(files / f"{name}.gguf")
+    return (MoEReference if name in MOE_GEOMETRIES else Reference)(files / f"{name}.gguf")
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("split", [[1] * len(PROMPT), [4, 7], [2, 1, 8]])
 def test_any_split_of_the_tokens_gives_the_same_logits_and_state(files: Path, name: str, split: list[int]) -> None:
     whole, parts = reference(files, name), reference(files, name)
@@ -46,7 +48,7 @@ def test_any_split_of_the_tokens_gives_the_same_logits_and_state(files: Path, na
             np.testing.assert_allclose(a[part], b[part], rtol=0, atol=EXACT)
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("name", TARGETS)
 def test_logits_depend_on_every_earlier_token_and_on_no_later_one(files: Path, name: str) -> None:
     model = reference(files, name)
     base = model.forward(PROMPT)
@@ -71,7 +73,7 @@ def test_a_loaded_state_continues_where_it_was_taken(files: Path) -> None:
 
 
 def test_logits_are_spread_and_generation_is_not_stuck(files: Path) -> None:
-    for name in GEOMETRIES:
+    for name in TARGETS:
         model = reference(files, name)
         assert 1 < model.forward(PROMPT).std() < 20, name
         assert len(set(greedy(model, PROMPT, 24))) > 4, name
@@ -125,6 +127,32 @@ def test_every_weight_type_loads_with_the_asked_type_and_spread(tmp_path: Path, 
     assert values.std() * 16 == pytest.approx(1, rel=0.04)
     assert abs(values.mean()) < 0.002
     assert np.isfinite(Reference(path).forward(PROMPT)).all()
+
+
+def test_a_row_s_experts_are_the_most_likely_and_their_weights_sum_to_one() -> None:
+    logits = np.log(np.array([0.1, 0.2, 0.05, 0.2, 0.45]))
+    chosen, weights = route(logits, 3)
+    assert chosen.tolist() == [4, 1, 3]  # of equal ones, the first
+    np.testing.assert_allclose(weights, np.array([0.45, 0.2, 0.2]) / 0.85)
+    np.testing.assert_allclose(route(logits + 5, 5)[1].sum(), 1)
+
+
+@pytest.mark.parametrize("types", ["f32", "q8_0", "q4_k_m"])
+def test_experts_load_with_the_asked_type_and_the_router_as_f32(tmp_path: Path, types: str) -> None:
+    path = write_target(tmp_path / "target.gguf", MOE_GEOMETRIES["moe"], types)
+    found = {t.name.removeprefix("blk.3."): t for t in gguf.GGUFReader(str(path)).tensors}
+    wanted = {"f32": ("F32", "F32"), "q8_0": ("Q8_0", "Q8_0"), "q4_k_m": ("Q4_K", "Q6_K")}[types]
+    for names, kind in (
+        (("ffn_gate_exps", "ffn_up_exps", "ffn_gate_shexp", "ffn_up_shexp"), wanted[0]),
+        (("ffn_down_exps", "ffn_down_shexp"), wanted[1]),  # the last layer gets more bits
+        (("ffn_gate_inp", "ffn_gate_inp_shexp"), "F32"),
+    ):
+        assert {found[f"{name}.weight"].tensor_type.name for name in names} == {kind}
+    gate = found["ffn_gate_exps.weight"]
+    values = gguf.dequantize(gate.data, gate.tensor_type)
+    assert values.shape == (8, 256, 256)
+    assert values.std() * 16 == pytest.approx(1, rel=0.04)
+    assert np.isfinite(MoEReference(path).forward(PROMPT)).all()
 
 
 def test_rounded_weights_are_the_same_weights(tmp_path: Path) -> None:

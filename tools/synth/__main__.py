@@ -16,6 +16,7 @@ from .blocks import TYPES, Pool, as_bytes
 from .layout import (
     MATRICES,
     DraftGeometry,
+    Experts,
     Geometry,
     Slot,
     default_taps,
@@ -31,11 +32,19 @@ from .writer import Tensor, Value, write_gguf
 
 TARGETS = {
     "27b": Geometry(5120, 64, 4, 24, 4, 256, 64, 16, 48, 128, 4, 17408, 248_320, context=262_144),
+    "35b-a3b": Geometry(
+        2048, 40, 4, 16, 2, 256, 64, 16, 32, 128, 4, 0, 248_320, context=262_144, experts=Experts(256, 8, 512, 512)
+    ),
     "0.7b": Geometry(1024, 24, 4, 8, 2, 256, 64, 8, 24, 128, 4, 4096, 65_536, context=32_768),
     "tiny": Geometry(256, 8, 4, 6, 1, 256, 64, 2, 6, 128, 4, 768, 512),
 }
 # Heads, KV heads, head width, FFN width and window of the draft that goes with each target; all have five layers.
-DRAFTS = {"27b": (32, 8, 128, 17408, 2048), "0.7b": (8, 2, 128, 3072, 2048), "tiny": (4, 1, 128, 768, 64)}
+DRAFTS = {
+    "27b": (32, 8, 128, 17408, 2048),
+    "35b-a3b": (32, 4, 128, 6144, 2048),
+    "0.7b": (8, 2, 128, 3072, 2048),
+    "tiny": (4, 1, 128, 768, 64),
+}
 STD = 0.02  # spread of every matrix, as initialised models have it
 
 
@@ -44,7 +53,7 @@ def parse_geometry(text: str) -> tuple[str, Geometry]:
     name, *changes = text.split(",")
     if name not in TARGETS:
         raise argparse.ArgumentTypeError(f"unknown geometry {name!r}; known are {', '.join(TARGETS)}")
-    fields = {f.name for f in dataclasses.fields(Geometry)} - {"recurrent"}
+    fields = {f.name for f in dataclasses.fields(Geometry)} - {"recurrent", "experts"}
     values: dict[str, int | float | bool] = {}
     for change in changes:
         key, _, value = change.partition("=")
@@ -108,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     vocabulary = build_vocabulary(geometry.vocab)
     began = time.perf_counter()
     if options.command == "target":
-        metadata = target_metadata(geometry, vocabulary, f"synthetic qwen35 {name}")
+        metadata = target_metadata(geometry, vocabulary, f"synthetic {geometry.architecture} {name}")
         layers = geometry.layers + geometry.nextn
         slots = [(s, type_of(s, options.mix, layers, geometry.tied)) for s in target_tensors(geometry)]
     else:

@@ -1,4 +1,4 @@
-"""Which metadata and tensors a `qwen35` target and a `dflash` draft consist of, for any geometry."""
+"""Which metadata and tensors a `qwen35` or `qwen35moe` target and a `dflash` draft consist of, for any geometry."""
 
 from __future__ import annotations
 
@@ -16,8 +16,26 @@ MATRICES = ("matrix", "embedding", "output")  # kinds of tensors a quantiser may
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The feed-forward of a `qwen35moe` layer: `used` of `count` experts of width `ffn`, and a shared one.
+
+    `fused`: gate and up matrices in one tensor. `gate_rank`: axes of the shared expert's gate, (hidden,) or
+    (1, hidden); files have either.
+    """
+
+    count: int
+    used: int
+    ffn: int
+    shared_ffn: int
+    fused: bool = False
+    gate_rank: int = 1
+
+
+@dataclass(frozen=True)
 class Geometry:
-    """Shapes of a `qwen35` model. Counts of heads and layers, widths in values, `context` in tokens.
+    """Shapes of a `qwen35` model, or with `experts` of a `qwen35moe` model, which has no `ffn`.
+
+    Counts of heads and layers, widths in values, `context` in tokens.
 
     A layer is full attention when (layer + 1) % interval == 0; `recurrent`, one bool a layer, replaces that rule and is
     written as `attention.recurrent_layers`. `nextn` appends that many multi-token-prediction blocks, which the main
@@ -43,6 +61,11 @@ class Geometry:
     context: int = 4096
     recurrent: tuple[bool, ...] | None = None
     nextn: int = 0
+    experts: Experts | None = None
+
+    @property
+    def architecture(self) -> str:
+        return "qwen35moe" if self.experts else "qwen35"
 
     def is_recurrent(self, layer: int) -> bool:
         return self.recurrent[layer] if self.recurrent else (layer + 1) % self.interval != 0
@@ -83,7 +106,7 @@ class DraftGeometry:
 class Slot(NamedTuple):
     """One tensor of a model: GGUF name, row-major shape, and what it is.
 
-    `kind` is one of MATRICES, or "norm", "decay", "dt" or "conv" for what is always F32.
+    `kind` is one of MATRICES, or "norm", "decay", "dt", "conv" or "router" for what is always F32.
     """
 
     name: str
@@ -99,14 +122,13 @@ def default_taps(layers: int, count: int) -> tuple[int, ...]:
 
 
 def target_metadata(g: Geometry, vocabulary: Vocabulary, name: str) -> dict[str, Value]:
-    """All keys of a `qwen35` GGUF file."""
+    """All keys of a target's GGUF file."""
     half = g.rope_dim // 2
     sections = [half - half // 3 - (half - half // 3) // 2, (half - half // 3) // 2, half // 3, 0]
     keys: dict[str, Value] = {
         "block_count": g.layers + g.nextn,
         "context_length": g.context,
         "embedding_length": g.hidden,
-        "feed_forward_length": g.ffn,
         "attention.head_count": g.heads,
         "attention.head_count_kv": g.kv_heads,
         "attention.key_length": g.head_dim,
@@ -122,15 +144,25 @@ def target_metadata(g: Geometry, vocabulary: Vocabulary, name: str) -> dict[str,
         "ssm.time_step_rank": g.v_heads,
         "ssm.inner_size": g.value_dim,
     }
+    if g.experts:
+        keys |= {
+            "expert_count": g.experts.count,
+            "expert_used_count": g.experts.used,
+            "expert_feed_forward_length": g.experts.ffn,
+            "expert_shared_feed_forward_length": g.experts.shared_ffn,
+        }
+    else:
+        keys["feed_forward_length"] = g.ffn
     if g.recurrent:
         keys["attention.recurrent_layers"] = [*g.recurrent, *[False] * g.nextn]
     if g.nextn:
         keys["nextn_predict_layers"] = g.nextn
-    return _general("qwen35", name) | {f"qwen35.{key}": value for key, value in keys.items()} | vocabulary.metadata()
+    arch = g.architecture
+    return _general(arch, name) | {f"{arch}.{key}": value for key, value in keys.items()} | vocabulary.metadata()
 
 
 def target_tensors(g: Geometry) -> Iterator[Slot]:
-    """All tensors of a `qwen35` GGUF file, in file order."""
+    """All tensors of a target's GGUF file, in file order."""
     yield Slot("token_embd.weight", (g.vocab, g.hidden), "embedding")
     yield Slot("output_norm.weight", (g.hidden,), "norm")
     if not g.tied:
@@ -169,9 +201,26 @@ def _delta_net(g: Geometry) -> Iterator[Slot]:
 
 def _ffn(g: Geometry) -> Iterator[Slot]:
     yield Slot("post_attention_norm.weight", (g.hidden,), "norm")
+    if g.experts:
+        yield from _experts(g.hidden, g.experts)
+        return
     yield Slot("ffn_gate.weight", (g.ffn, g.hidden), "matrix")
     yield Slot("ffn_up.weight", (g.ffn, g.hidden), "matrix")
     yield Slot("ffn_down.weight", (g.hidden, g.ffn), "matrix")
+
+
+def _experts(hidden: int, e: Experts) -> Iterator[Slot]:
+    yield Slot("ffn_gate_inp.weight", (e.count, hidden), "router")
+    if e.fused:
+        yield Slot("ffn_gate_up_exps.weight", (e.count, 2 * e.ffn, hidden), "matrix")
+    else:
+        yield Slot("ffn_gate_exps.weight", (e.count, e.ffn, hidden), "matrix")
+        yield Slot("ffn_up_exps.weight", (e.count, e.ffn, hidden), "matrix")
+    yield Slot("ffn_down_exps.weight", (e.count, hidden, e.ffn), "matrix")
+    yield Slot("ffn_gate_inp_shexp.weight", (1, hidden)[-e.gate_rank :], "router")
+    yield Slot("ffn_gate_shexp.weight", (e.shared_ffn, hidden), "matrix")
+    yield Slot("ffn_up_shexp.weight", (e.shared_ffn, hidden), "matrix")
+    yield Slot("ffn_down_shexp.weight", (hidden, e.shared_ffn), "matrix")
 
 
 def _nextn(g: Geometry) -> Iterator[Slot]:
@@ -267,7 +316,7 @@ def type_of(slot: Slot, mix: str, layers: int, tied: bool = False) -> str:
         return "q6_k"
     _, _, rest = slot.name.partition("blk.")
     layer, _, tensor = rest.partition(".")
-    if tensor in ("attn_v.weight", "ffn_down.weight"):
+    if tensor in ("attn_v.weight", "ffn_down.weight", "ffn_down_exps.weight", "ffn_down_shexp.weight"):
         return "q6_k" if _more_bits(int(layer), layers) else "q4_k"
     return "q5_k" if tensor == "attn_qkv.weight" else "q4_k"
 
@@ -286,6 +335,9 @@ def plain_values(slot: Slot, rng: np.random.Generator) -> npt.NDArray[np.float32
         values = -np.exp(rng.uniform(np.log(0.01), np.log(16), slot.shape))
     elif slot.kind == "dt":
         values = 1 + 0.5 * rng.standard_normal(slot.shape)
+    elif slot.kind == "router":
+        # Logits that spread by about 2: the selected experts weigh differently.
+        values = 2 * rng.standard_normal(slot.shape) / np.sqrt(slot.shape[-1])
     else:
         # Wide enough for SiLU to act as a rectifier, so that queries and keys point into the same half of space.
         # Were their product near zero, the norm that follows would magnify every rounding error.

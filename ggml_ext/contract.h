@@ -1,0 +1,10 @@
+// The limits that the operations' contracts share, each stated once; Python reads them through the binding's cdef.
+#pragma once
+
+#define PYDFLASH_MAX_PARAMS   8                    // of a node: 32-bit words, each an int32_t or the bits of a float
+#define PYDFLASH_EXACT_ROWS   16                   // the most rows of linear and attention
+#define PYDFLASH_TAPE_ROWS    PYDFLASH_EXACT_ROWS  // that a delta-net layer can hold pending: all of an exact step
+#define PYDFLASH_MAX_TAPS     16                   // of a delta-net layer's convolution
+#define PYDFLASH_CHANNEL_STEP 16                   // channels of that convolution are a multiple
+#define PYDFLASH_SLOT_STEP    32                   // slots of a K/V cache are a multiple
+#define PYDFLASH_MAX_HEAD     256                  // values of a head of attention or of a delta-net layer's state
