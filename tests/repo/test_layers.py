@@ -75,7 +75,7 @@ def imported(path: Path) -> set[str]:
             base = ("pydflash." if node.level else "") + (node.module or "")
             whole = [f"{base}.{alias.name}".replace("..", ".") for alias in node.names]
             found |= {name if name.removeprefix("pydflash.") in RANK else base for name in whole}
-    ours = {name.removeprefix("pydflash.") for name in found if name.startswith("pydflash.")}
+    ours = {name.removeprefix("pydflash.") for name in found if name.startswith("pydflash.")} - {"_contract"}
     return {"_ffi" if name.startswith("_ffi") else name for name in ours}
 
 
