@@ -16,8 +16,9 @@ PACKAGE = ROOT / "pydflash"
 
 # A module may import those to its left (above it here), none of its own group. CONTRIBUTING.md shows the same order.
 LAYERS = (
+    ("control_chars",),
     ("errors", "ggml_types"),
-    ("gguf_format",),
+    ("gguf_format", "atomic_file"),
     ("gguf", "gguf_writer"),
     ("_ffi",),
     ("tensor",),
@@ -34,7 +35,7 @@ LAYERS = (
     ("width",),
     ("draft",),
     ("decode",),
-    ("config", "convert", "doctor", "verdict"),
+    ("config", "convert", "doctor", "verdict", "gguf_check", "chat_input"),
     ("engine",),
     ("bench", "ab_report"),
     ("ab",),
