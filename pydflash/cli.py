@@ -16,11 +16,14 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from pydflash.errors import ConfigError, PydflashError
+from pydflash.atomic_file import check_output
+from pydflash.control_chars import escape_controls
+from pydflash.errors import PydflashError
 
 if TYPE_CHECKING:
     from pydflash.decode import Stats
     from pydflash.engine import Chunk, Completion, Engine, Prompt
+    from pydflash.gguf import GGUFFile
     from pydflash.sampling import SamplingParams
     from pydflash.weights import Progress
 
@@ -41,6 +44,8 @@ DEMO_PROMPT = '''class SilverRiver:
     def __init__(self, level: float, width: int, limit: float, owner: str) -> None:
 '''
 DATA = Path(__file__).with_name("data")
+_LINES = "\n\t"
+"""The control characters that a text of several lines keeps."""
 
 # --- options, spelled like the parameters -----------------------------------------------------------------------------
 
@@ -165,13 +170,15 @@ def chat(
     ignore_eos: IgnoreEos = False,
     stats: ShowStats = False,
 ) -> None:
-    """Talk with a model; an empty line or the end of the input ends the talk, Ctrl-C an answer."""
+    """Talk with a model. Ctrl-D or /quit ends the talk, Ctrl-C an answer. A pasted text is one message."""
     given = locals()
     params = _params(given)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    with _engine(model, given) as engine:
-        while line := _ask():
-            messages.append({"role": "user", "content": line})
+    from pydflash.chat_input import chat_input
+
+    with chat_input() as ask, _engine(model, given) as engine:  # what is typed while the model loads waits too
+        while (message := ask()) is not None:
+            messages.append({"role": "user", "content": message})
             done = _print_stream(engine, messages, params)
             messages.append({"role": "assistant", "content": done.text})
             if stats:
@@ -211,13 +218,24 @@ def demo(
 
 
 @app.command()
-def info(file: Annotated[Path, typer.Argument(help="A GGUF file.", show_default=False)]) -> None:
-    """Say what a GGUF file holds. Reads its header only."""
+def info(
+    file: Annotated[Path, typer.Argument(help="A GGUF file.", show_default=False)],
+    check: Annotated[
+        bool, typer.Option("--check", help="Read all tensors and look for NaN and infinities; exit code 1 if any.")
+    ] = False,
+) -> None:
+    """Say what a GGUF file holds. Reads its header only, unless --check is given."""
     from pydflash.gguf import GGUFFile
 
     with GGUFFile.open(file) as opened:
-        described = opened.describe()
-        template = opened.metadata.get("tokenizer.chat_template")
+        _print_info(opened)
+        if check and not _print_damage(opened):
+            raise typer.Exit(1)
+
+
+def _print_info(opened: GGUFFile) -> None:
+    described = opened.describe()
+    template = opened.metadata.get("tokenizer.chat_template")
     types = described.pop("types")
     described |= {f"tokenizer {key}": value for key, value in described.pop("tokenizer").items()}
     rows = [(name.replace("_", " "), _plain(value)) for name, value in described.items()]
@@ -226,7 +244,22 @@ def info(file: Annotated[Path, typer.Argument(help="A GGUF file.", show_default=
     columns = ("tensors", "parameters", "bytes")
     _columns([("type", *columns), *((name, *(f"{entry[c]:,}" for c in columns)) for name, entry in types.items())])
     if template:
-        print(f"\nchat template\n{template}")
+        print(f"\nchat template\n{escape_controls(str(template), keep=_LINES)}")
+
+
+def _print_damage(opened: GGUFFile) -> bool:
+    """Print which tensors are damaged; True if none is."""
+    from pydflash.gguf_check import damaged_tensors
+
+    with _progress_bar("checking") as progress:
+        damaged = list(damaged_tensors(opened, progress))
+    if not damaged:
+        print(f"\nchecked: no NaN or infinity in {len(opened.tensors):,} tensors")
+        return True
+    print(f"\ndamaged: {len(damaged):,} of {len(opened.tensors):,} tensors hold NaN or infinities; get the file again")
+    rows = [(d.name, d.type.name, f"{d.values:,}", str(list(d.first))) for d in damaged]
+    _columns([("tensor", "type", "values", "first index"), *rows])
+    return False
 
 
 @app.command()
@@ -239,7 +272,7 @@ def doctor() -> None:
     report = examine()
     _columns(report.facts)
     for problem in report.problems:
-        print(f"\nproblem: {problem}")
+        print(f"\nproblem: {escape_controls(problem)}")
     if report.problems:
         raise typer.Exit(1)
 
@@ -267,10 +300,10 @@ def explain(
 
     if model is None:
         options = {name: given[name] for name in _ENGINE_NAMES if name != "draft"}
-        print(table(EngineConfig.resolve(**options).settings()))
+        print(escape_controls(table(EngineConfig.resolve(**options).settings()), keep=_LINES))
         return
     with _engine(model, given) as engine:
-        print(engine.explain())
+        print(escape_controls(engine.explain(), keep=_LINES))
 
 
 @app.command()
@@ -365,13 +398,13 @@ def ab(
     arms = [harness.parse_arm(n, t or (), options, draft=draft is not None) for n, t in (("A", a), ("B", b))]
     protocol = ab_report.Protocol(repeats, prompt_tokens, max_tokens, prompts, within)
     for path in (json, plot):  # what cannot be written is told before anything is measured
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"{path} was asked for, but there is no folder {path.parent}; make it first")
+        if path is not None:
+            check_output(path, [source for source in (model, draft, prompts) if source is not None])
     if plot is not None:
         ab_report.pyplot()
     with _progress_bar("loading") as progress:
         report = harness.compare(model, draft, arms[0], arms[1], protocol, progress=progress, note=_note)
-    print(report)
+    print(escape_controls(str(report), keep=_LINES))
     if json is not None:
         report.write_json(json)
     if plot is not None:
@@ -446,7 +479,7 @@ def _print_stream(engine: Engine, prompt: Prompt, params: SamplingParams) -> Com
             if console.is_terminal:
                 text = Text()
                 for piece in chunk.pieces:
-                    text.append(piece.text, ACCEPTED_STYLE if piece.accepted else None)
+                    text.append(escape_controls(piece.text, _LINES), ACCEPTED_STYLE if piece.accepted else None)
                 console.print(text, end="")
             else:  # to a file or a pipe goes the text itself, tabs and all
                 sys.stdout.write(chunk.text)
@@ -492,16 +525,10 @@ def _print_stats(stats: Stats) -> None:
 
 def _columns(rows: Sequence[tuple[str, ...]], file: TextIO | None = None) -> None:
     """Rows in columns; the last one keeps its length, whatever the terminal's width."""
+    rows = [tuple(map(escape_controls, row)) for row in rows]
     wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     for row in rows:
         print("  ".join([*(f"{cell:<{w}}" for cell, w in zip(row, wide)), row[-1]]), file=file or sys.stdout)
-
-
-def _ask() -> str:
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return ""
 
 
 def _plain(value: Any) -> str:
@@ -511,7 +538,7 @@ def _plain(value: Any) -> str:
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(escape_controls(text), file=sys.stderr)
 
 
 def _fail(message: str) -> NoReturn:

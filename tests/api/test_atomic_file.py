@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -158,17 +159,26 @@ def test_a_symlink_to_nothing_makes_the_file(tmp_path: Path) -> None:
     assert (tmp_path / "target.bin").read_bytes() == b"new"
 
 
+@pytest.fixture
+def device() -> Iterator[Path]:
+    """A terminal: its folder is one where not even root makes files, so that a failing test harms nothing."""
+    master, slave = os.openpty()
+    yield Path(os.ttyname(slave))
+    os.close(master)
+    os.close(slave)
+
+
 @pytest.mark.parametrize("kind", ["folder", "pipe", "device", "symlink to a device", "symlink to itself"])
-def test_what_is_no_regular_file_is_refused_and_stays(tmp_path: Path, kind: str) -> None:
+def test_what_is_no_regular_file_is_refused_and_stays(tmp_path: Path, device: Path, kind: str) -> None:
     path = tmp_path / "path"
     if kind == "folder":
         path.mkdir()
     elif kind == "pipe":
         os.mkfifo(path)
     elif kind == "device":
-        path = Path(os.devnull)
+        path = device
     else:
-        path.symlink_to(os.devnull if "device" in kind else path)
+        path.symlink_to(device if "device" in kind else path)
     before = os.lstat(path)
     with pytest.raises(WriteError) as caught:
         write(path, b"new")
