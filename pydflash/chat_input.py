@@ -1,8 +1,8 @@
 """Ask for the messages of a chat. A pasted text is one message, and nothing typed or pasted reaches the shell.
 
-On a terminal, bracketed paste is on from the first prompt to the end of the chat, so that the terminal marks pasted
-text wherever in the chat it arrives, and the terminal does not echo what arrives while an answer is printed: it waits
-for the next prompt. Whatever has not been read when the chat ends, for whatever cause, is thrown away.
+Bracketed paste is on for the whole chat, so that the terminal marks pasted text whenever it arrives. What arrives while
+an answer is printed is not echoed; it waits for the next prompt. Whatever has not been read when the chat ends, for
+whatever cause, is thrown away.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
     from prompt_toolkit.output import Output
 
-__all__ = ["PROMPT", "QUIT", "chat_input"]
+__all__ = ["chat_input"]
 
-PROMPT = "> "
-QUIT = "/quit"
-
-_BURST_SECONDS = 0.01  # between keys of a text that a terminal without bracketed paste sends; nobody types so fast
+_PROMPT = "> "
+_QUIT = "/quit"
+_BURST_SECONDS = 0.01  # nobody types so fast; it is between keys of a paste by a terminal that does not mark it
 _QUIET_SECONDS = 0.1  # without input, and a paste is taken to have ended
 
 Ask = Callable[[], "str | None"]
@@ -41,7 +40,7 @@ def chat_input() -> Iterator[Ask]:
     Ctrl-C raises KeyboardInterrupt.
     """
     if not sys.stdin.isatty():
-        yield lambda: _next_message(lambda: input(PROMPT))
+        yield lambda: _next_message(lambda: input(_PROMPT))
         return
     with _terminal() as read:
         yield lambda: _next_message(read)
@@ -53,7 +52,7 @@ def _next_message(read: Callable[[], str]) -> str | None:
             text = read()
         except EOFError:
             return None
-        if text.strip() == QUIT:
+        if text.strip() == _QUIT:
             return None
         if text.strip():
             return text.strip("\r\n").rstrip()
@@ -81,7 +80,7 @@ def _terminal() -> Iterator[Callable[[], str]]:
             undo.callback(_switch, output.disable_bracketed_paste, output)
             _switch(output.enable_bracketed_paste, output)
         session: PromptSession[str] = PromptSession(
-            [("ansicyan", PROMPT)], output=output, key_bindings=_keys(descriptor)
+            [("ansicyan", _PROMPT)], output=output, key_bindings=_keys(descriptor)
         )
 
         def read() -> str:
@@ -109,21 +108,23 @@ def _switch(command: Callable[[], None], output: Output) -> None:
 
 
 def _keys(descriptor: int) -> KeyBindings:
-    """Enter ends a message, unless more keys are there already: they come from a paste that was not marked."""
+    """Enter ends a message, unless more keys are there already: they come from a paste that was not marked.
+
+    ``/quit`` on a line of such a paste ends the chat, since input that was typed ahead looks the same.
+    """
     from prompt_toolkit.key_binding import KeyBindings
 
     keys = KeyBindings()
 
     @keys.add("enter")
-    def _(event: KeyPressEvent) -> None:
+    def enter(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
-        burst = bool(event.key_processor.input_queue) or _is_readable(descriptor, _BURST_SECONDS)
-        if burst and buffer.document.current_line.strip() != QUIT:
-            buffer.insert_text("\n")
-        elif burst:
+        if not event.key_processor.input_queue and not _is_readable(descriptor, _BURST_SECONDS):
+            buffer.validate_and_handle()
+        elif buffer.document.current_line.strip() == _QUIT:
             event.app.exit(exception=EOFError)
         else:
-            buffer.validate_and_handle()
+            buffer.insert_text("\n")
 
     return keys
 
