@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from pydflash.atomic_file import replacing
 from pydflash.decode import autoregressive, collect, speculative
 from pydflash.draft import DraftSession, load_draft
 from pydflash.models import load_model
@@ -102,7 +103,8 @@ def main() -> int:
     }
     print(json.dumps(summary, indent=1))
     if args.json:
-        args.json.write_text(json.dumps({"summary": summary, "rows": rows}))
+        with replacing(args.json) as file:
+            file.write(json.dumps({"summary": summary, "rows": rows}).encode())
     return 1 if differing else 0
 
 

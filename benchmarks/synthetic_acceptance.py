@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.speed import numbers
+from pydflash.atomic_file import replacing
 from pydflash.bench import (
     CYCLE_PROMPT,
     CycleBench,
@@ -85,7 +86,8 @@ def plot(path: Path, points: Sequence[tuple[int, float]], base: float, title: st
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120, bbox_inches="tight", format=path.suffix[1:] or None)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         StateError,
         TemplateError,
         UnsupportedArchitecture,
+        WriteError,
     )
     from pydflash.models import Model, load_model
     from pydflash.sampling import Sampler, SamplingParams
@@ -71,6 +72,7 @@ __all__ = [
     "Step",
     "TemplateError",
     "UnsupportedArchitecture",
+    "WriteError",
     "__version__",
     "autoregressive",
     "load_draft",

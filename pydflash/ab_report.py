@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pydflash.atomic_file import replacing
 from pydflash.config import EngineConfig
 from pydflash.errors import ConfigError
 from pydflash.verdict import CONFIDENCE, Estimate, Verdict, fewest, median_interval, noise_floor, paired_ratios, verdict
@@ -267,7 +268,9 @@ class Report:
         return ", ".join(dict.fromkeys(found))
 
     def write_json(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1, default=str) + "\n", encoding="utf-8")
+        """Everything that was measured, as JSON. Raises WriteError."""
+        with replacing(path) as file:
+            file.write(json.dumps(asdict(self), indent=1, default=str).encode() + b"\n")
 
     def __str__(self) -> str:
         protocol = self.protocol
@@ -444,7 +447,7 @@ def pyplot() -> Any:
 
 def plot(report: Report, path: Path) -> None:
     """Draw the ratios that the verdict rests on, of every repeat or of every chunk, their medians and intervals, B/A
-    beside A'/A, one panel a quantity.
+    beside A'/A, one panel a quantity. Raises WriteError.
     """
     outcomes = report.outcomes
     figure, panels = pyplot().subplots(1, len(outcomes), figsize=(4.5 * len(outcomes), 4), squeeze=False)
@@ -465,5 +468,6 @@ def plot(report: Report, path: Path) -> None:
         axes.grid(axis="y", alpha=0.3)
     figure.suptitle("\n".join(arm.label for arm in report.arms.values()), fontsize=9)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120, format=path.suffix[1:] or None)
     pyplot().close(figure)

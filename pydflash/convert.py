@@ -56,17 +56,20 @@ def convert_draft(
 
     ``target``: the GGUF file the draft belongs to; its tokenizer is copied, so that a wrong pair is noticed. ``type``:
     of the matrices: q8_0, q4_0, f16, bf16 or f32; norms are always f32. ``progress(done, total)`` counts bytes written.
-    Raises LoadError, BadMetadata, MissingTensor, DraftMismatch or ConfigError; no unfinished file is left behind.
+    Raises LoadError, BadMetadata, MissingTensor, DraftMismatch or ConfigError, and WriteError where ``output`` cannot
+    be written or is one of the files read. Whatever is raised, a file that was at ``output`` is as it was.
     """
     if type not in WRITABLE_TYPES:
         raise ConfigError(f"type is {type!r}; valid types are {', '.join(WRITABLE_TYPES)}")
     source, output = Path(source), Path(output)
     with GGUFFile.open(target) as target_file:
         config = _read_config(source)
-        tensors = _open_folder(source)
+        weights = _weight_files(source)
+        tensors = _open_all(weights)
         metadata = _metadata(config, source) | _tokenizer(target_file, config)
         sources = [_source(name, tensor, WRITABLE_TYPES[type]) for name, tensor in _named(tensors, config, source)]
-        return write_gguf(output, metadata, _counted(sources, progress))
+        inputs = (*target_file.paths, config.path, *weights)
+        return write_gguf(output, metadata, _counted(sources, progress), inputs)
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -186,11 +189,15 @@ class _Tensor:
                 yield piece.astype(np.float32)
 
 
-def _open_folder(folder: Path) -> dict[str, _Tensor]:
-    """Every tensor of the folder's safetensors files by name."""
+def _weight_files(folder: Path) -> list[Path]:
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise LoadError(f"{folder}: holds no *.safetensors file; download the whole folder of the draft")
+    return paths
+
+
+def _open_all(paths: list[Path]) -> dict[str, _Tensor]:
+    """Every tensor of the files by name."""
     tensors: dict[str, _Tensor] = {}
     for path in paths:
         tensors |= _open_safetensors(path)

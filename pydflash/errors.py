@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydflash.control_chars import escape_controls
+
 __all__ = [
     "BadMetadata",
     "ConfigError",
@@ -21,11 +23,18 @@ __all__ = [
     "StateError",
     "TemplateError",
     "UnsupportedArchitecture",
+    "WriteError",
 ]
 
 
 class PydflashError(Exception):
-    """Base class: catching it catches everything this package raises on purpose."""
+    """Base class: catching it catches everything this package raises on purpose.
+
+    Messages quote names and texts of files; what a terminal would obey in them is spelled out.
+    """
+
+    def __str__(self) -> str:
+        return escape_controls(super().__str__(), keep="\n\t")
 
 
 class ConfigError(PydflashError, ValueError):
@@ -94,3 +103,7 @@ class NoDevice(DeviceError):
 
 class NativeError(PydflashError):
     """ggml returned a failure; the message ends with its last log line."""
+
+
+class WriteError(PydflashError, OSError):
+    """A file cannot be written, or must not be because it is an input; what was there is unharmed."""

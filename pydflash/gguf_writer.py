@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from pydflash.atomic_file import replacing
 from pydflash.errors import ConfigError
 from pydflash.ggml_types import GGMLType
 from pydflash.gguf_format import ValueType
@@ -41,32 +42,31 @@ class TensorSource:
         return self.type.nbytes(int(np.prod(self.shape, dtype=np.int64)))
 
 
-def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Sequence[TensorSource]) -> int:
-    """Write the file and return its size in bytes. A file that was not finished is removed.
+def write_gguf(
+    path: Path, metadata: Mapping[str, Any], tensors: Sequence[TensorSource], inputs: Iterable[Path] = ()
+) -> int:
+    """Write the file, whole or not at all, and return its size in bytes.
 
     bool, int, float and str become BOOL, UINT32 (INT32 below zero), FLOAT32 and STRING; lists are arrays of these, with
-    INT32 for int; numpy arrays keep their type.
+    INT32 for int; numpy arrays keep their type. ``inputs``: files that the values come from; WriteError if ``path`` is
+    one of them or cannot be written.
     """
-    try:
-        with path.open("wb") as file:
-            file.write(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
-            for key, value in metadata.items():
-                file.write(_string(key) + _value(value))
-            offset = 0
-            for tensor in tensors:
-                rank = len(tensor.shape)
-                file.write(_string(tensor.name) + struct.pack(f"<I{rank}Q", rank, *reversed(tensor.shape)))
-                file.write(struct.pack("<IQ", tensor.type, offset))
-                offset += tensor.nbytes + -tensor.nbytes % _ALIGNMENT
+    with replacing(path, inputs) as file:
+        file.write(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
+        for key, value in metadata.items():
+            file.write(_string(key) + _value(value))
+        offset = 0
+        for tensor in tensors:
+            rank = len(tensor.shape)
+            file.write(_string(tensor.name) + struct.pack(f"<I{rank}Q", rank, *reversed(tensor.shape)))
+            file.write(struct.pack("<IQ", tensor.type, offset))
+            offset += tensor.nbytes + -tensor.nbytes % _ALIGNMENT
+        _pad(file)
+        for tensor in tensors:
+            written = sum(file.write(chunk.data) for chunk in tensor.chunks())
+            assert written == tensor.nbytes, f"{tensor.name}: {written} bytes, {tensor.nbytes} belong there"
             _pad(file)
-            for tensor in tensors:
-                written = sum(file.write(chunk.data) for chunk in tensor.chunks())
-                assert written == tensor.nbytes, f"{tensor.name}: {written} bytes, {tensor.nbytes} belong there"
-                _pad(file)
-            return file.tell()
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+        return file.tell()
 
 
 def encode(values: Floats, dtype: GGMLType) -> npt.NDArray[np.uint8]:

@@ -12,9 +12,7 @@ import json
 import math
 import os
 import struct
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from io import BufferedReader
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from pydflash.atomic_file import replacing
 from pydflash.errors import LoadError, ShapeError, SnapshotMismatch
 from pydflash.ggml_types import GGMLType
 from pydflash.kv_format import CACHE_TYPES
@@ -210,23 +209,16 @@ class Snapshot:
         return sum(values.nbytes for values in self.arrays.values())
 
     def save(self, path: str | Path) -> None:
-        """Write a file that only its owner can read, either whole or not at all. Raises OSError."""
-        path = Path(path)
+        """Write a file that only its owner can read, either whole or not at all, and on the disk when this returns.
+
+        A symlink is followed; what is no regular file is refused. Raises WriteError, which is an OSError.
+        """
         statement = _statement(self)
         header = _header(self.fingerprint.layout(self.length, self.replay), statement, _digest(statement, self.arrays))
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(struct.pack("<Q", len(header)) + header)
-                for values in self.arrays.values():
-                    file.write(values.data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(name)
-            raise
+        with replacing(path, private=True) as file:
+            file.write(struct.pack("<Q", len(header)) + header)
+            for values in self.arrays.values():
+                file.write(values.data)
 
     @classmethod
     def load(cls, path: str | Path) -> Snapshot:

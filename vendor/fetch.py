@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 
@@ -21,19 +22,40 @@ def read_pin(path: Path) -> dict[str, str]:
 
 
 def download(pin: dict[str, str], into: Path) -> Path:
-    """The source distribution in ``into``, downloaded with pip unless it is already there."""
+    """The source distribution in ``into``, downloaded with pip unless it is already there.
+
+    pip compares the hash before it runs the package's build back end, which it does for its name and version.
+    """
     archive = into / f"{pin['package'].replace('-', '_')}-{pin['version']}.tar.gz"
     if not archive.exists():
-        subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:",
-             "--dest", str(into), f"{pin['package']}=={pin['version']}"],
-            check=True, stdout=sys.stderr,
-        )  # fmt: skip
+        _pip_download(pin, into)
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != pin["sha256"]:
         archive.unlink()
         sys.exit(f"{archive.name}: sha256 is {digest}, the pin says {pin['sha256']}; the file was removed, try again")
     return archive
+
+
+def _pip_download(pin: dict[str, str], into: Path) -> None:
+    """Ends the program with what was found unless the file has the hash of the pin."""
+    package = f"{pin['package']}=={pin['version']}"
+    with tempfile.TemporaryDirectory() as folder:
+        requirements = Path(folder) / "requirements.txt"
+        requirements.write_text(f"{package} --hash=sha256:{pin['sha256']}\n")
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:",
+             "--require-hashes", "--dest", str(into), "--requirement", str(requirements)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+    if done.returncode == 0:
+        return
+    found = re.search(r"Got\s+([0-9a-f]{64})", done.stdout)
+    if found:
+        sys.exit(
+            f"{package}: sha256 is {found[1]}, the pin says {pin['sha256']}; none of its code was run; check where pip"
+            " downloads from"
+        )
+    sys.exit(f"{package}: pip could not download it; it said:\n{done.stdout.strip()}")
 
 
 def unpack(archive: Path, folder: str, into: Path) -> None:

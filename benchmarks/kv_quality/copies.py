@@ -17,14 +17,17 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from pydflash import ops
+from pydflash.atomic_file import check_output, replacing
 from pydflash.backend import Arena, Backend
 from pydflash.errors import ConfigError
 from pydflash.ggml_types import GGMLType
@@ -75,13 +78,13 @@ def _strewn(rng: np.random.Generator, low: int, high: int, count: int) -> npt.ND
 def inject(source: Path, target: Path, outliers: Outliers) -> None:
     """Copy the qwen35 model ``source`` to ``target`` with outlier channels in every attention layer.
 
-    Only norm weights differ. Raises ConfigError for a split model, LoadError for a file that is not such a model.
+    Only norm weights differ. Raises ConfigError for a split model, LoadError for a file that is not such a model, and
+    WriteError if ``target`` cannot be written or is ``source``.
     """
     with GGUFFile.open(source) as file:
         _require_one_part(file)
         config = Config.read(file)
-        shutil.copyfile(source, target)
-        with target.open("r+b") as copy:
+        with _copying(source, target) as copy:
             for layer in config.attention_layers:
                 channels = outliers.channels(layer, config.head_size, config.rope_dims)
                 for norm, factor in (("q", 1 / outliers.factor), ("k", outliers.factor)):
@@ -92,6 +95,14 @@ def inject(source: Path, target: Path, outliers: Outliers) -> None:
                     copy.write(weight.tobytes())
 
 
+@contextmanager
+def _copying(source: Path, target: Path) -> Iterator[BinaryIO]:
+    """A copy of ``source``, open for changes, that takes the place of ``target`` when the block ends."""
+    with replacing(target, [source]) as copy, source.open("rb") as original:
+        shutil.copyfileobj(original, copy, 16 << 20)
+        yield copy
+
+
 def write_f32(source: Path, target: Path) -> None:
     """Copy the model ``source`` to ``target`` with every tensor as f32. Raises ConfigError for a split model."""
     with GGUFFile.open(source) as file, Backend("cpu", 1) as backend:
@@ -100,7 +111,7 @@ def write_f32(source: Path, target: Path) -> None:
             TensorSource(name, info.shape, GGMLType.F32, partial(_as_f32, file, name, backend))
             for name, info in file.tensors.items()
         ]
-        write_gguf(target, file.metadata, tensors)
+        write_gguf(target, file.metadata, tensors, file.paths)
 
 
 def _as_f32(file: GGUFFile, name: str, backend: Backend) -> Iterator[npt.NDArray[np.uint8]]:
@@ -133,6 +144,7 @@ def _require_one_part(file: GGUFFile) -> None:
 
 def copy_model(source: Path, target: Path, *, f32: bool, outliers: Outliers | None) -> None:
     """Copy ``source`` to ``target``, with f32 weights if ``f32`` and with ``outliers`` unless None."""
+    check_output(target, [source])
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         if f32:
             plain = Path(folder) / "f32.gguf"
@@ -141,7 +153,8 @@ def copy_model(source: Path, target: Path, *, f32: bool, outliers: Outliers | No
         if outliers is not None:
             inject(source, target, outliers)
         else:
-            shutil.copyfile(source, target)
+            with _copying(source, target):
+                pass
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kv_quality.measure import Caches, Quality
+from pydflash.atomic_file import replacing
 from pydflash.errors import ConfigError
 from pydflash.kv_format import CACHE_TYPES, K_BASES
 
@@ -160,7 +161,8 @@ def write_between_markers(document: Path, text: str) -> None:
     _, ended, after = rest.partition(END)
     if not begun or not ended:
         raise ConfigError(f"{document}: the lines {BEGIN!r} and {END!r} are missing; add them where the table belongs")
-    document.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+    with replacing(document) as file:
+        file.write(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}".encode())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
+from pydflash.atomic_file import check_output
 from pydflash.cli.options import Draft, Model, engine_options
-from pydflash.cli.show import note, progress_bar
+from pydflash.cli.show import LINES, note, progress_bar
 from pydflash.config import Settings
-from pydflash.errors import ConfigError
+from pydflash.control_chars import escape_controls
 
 __all__ = ["ab"]
 
@@ -48,13 +49,13 @@ def ab(
     arms = [harness.parse_arm(n, t or (), settings, draft=draft is not None) for n, t in (("A", a), ("B", b))]
     protocol = ab_report.Protocol(repeats, prompt_tokens, max_tokens, prompts, within)
     for path in (json, plot):  # what cannot be written is told before anything is measured
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"{path} was asked for, but there is no folder {path.parent}; make it first")
+        if path is not None:
+            check_output(path, [source for source in (model, draft, prompts) if source is not None])
     if plot is not None:
         ab_report.pyplot()
     with progress_bar("loading") as progress:
         report = harness.compare(model, draft, arms[0], arms[1], protocol, progress=progress, note=note)
-    print(report)
+    print(escape_controls(str(report), keep=LINES))
     if json is not None:
         report.write_json(json)
     if plot is not None:

@@ -26,19 +26,14 @@ def chat(
     params: SamplingParams,
     stats: ShowStats = False,
 ) -> None:
-    """Talk with a model; an empty line or the end of the input ends the talk, Ctrl-C an answer."""
+    """Talk with a model. Ctrl-D or /quit ends the talk, Ctrl-C an answer. A pasted text is one message."""
+    from pydflash.chat_input import chat_input
+
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    with open_engine(model, draft, settings) as engine:
-        while line := _ask():
-            messages.append({"role": "user", "content": line})
+    with chat_input() as ask, open_engine(model, draft, settings) as engine:  # what is typed during loading waits too
+        while (message := ask()) is not None:
+            messages.append({"role": "user", "content": message})
             done = print_stream(engine, messages, params)
             messages.append({"role": "assistant", "content": done.text})
             if stats:
                 print_stats(done.stats)
-
-
-def _ask() -> str:
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return ""

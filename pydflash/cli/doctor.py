@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from pydflash.cli.show import columns
+from pydflash.control_chars import escape_controls
 
 __all__ = ["doctor"]
 
@@ -18,6 +19,6 @@ def doctor() -> None:
     report = examine()
     columns(report.facts)
     for problem in report.problems:
-        print(f"\nproblem: {problem}")
+        print(f"\nproblem: {escape_controls(problem)}")
     if report.problems:
         raise typer.Exit(1)

@@ -9,7 +9,9 @@ import typer
 
 from pydflash.cli.engine import open_engine
 from pydflash.cli.options import Draft, engine_options
+from pydflash.cli.show import LINES
 from pydflash.config import EngineConfig, Settings, table
+from pydflash.control_chars import escape_controls
 
 __all__ = ["explain"]
 
@@ -23,7 +25,7 @@ def explain(
 ) -> None:
     """Print every effective setting and where it came from."""
     if model is None:
-        print(table(EngineConfig.resolve(**settings).settings()))
+        print(escape_controls(table(EngineConfig.resolve(**settings).settings()), keep=LINES))
         return
     with open_engine(model, draft, settings) as engine:
-        print(engine.explain())
+        print(escape_controls(engine.explain(), keep=LINES))

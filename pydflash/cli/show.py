@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 from rich.console import Console
 from rich.text import Text
 
+from pydflash.control_chars import escape_controls
+
 if TYPE_CHECKING:
     from pydflash.decode import Stats
     from pydflash.engine import Chunk, Completion, Engine, Prompt
     from pydflash.sampling_params import SamplingParams
     from pydflash.weights import Progress
 
-__all__ = ["columns", "fail", "note", "print_stats", "print_stream", "progress_bar"]
+__all__ = ["LINES", "columns", "fail", "note", "print_stats", "print_stream", "progress_bar"]
 
 ACCEPTED_STYLE = "green"
+LINES = "\n\t"
+"""The control characters that a text of several lines keeps."""
 
 
 @contextmanager
@@ -60,7 +64,7 @@ def print_stream(engine: Engine, prompt: Prompt, params: SamplingParams) -> Comp
             if console.is_terminal:
                 text = Text()
                 for piece in chunk.pieces:
-                    text.append(piece.text, ACCEPTED_STYLE if piece.accepted else None)
+                    text.append(escape_controls(piece.text, LINES), ACCEPTED_STYLE if piece.accepted else None)
                 console.print(text, end="")
             else:  # to a file or a pipe goes the text itself, tabs and all
                 sys.stdout.write(chunk.text)
@@ -71,7 +75,7 @@ def print_stream(engine: Engine, prompt: Prompt, params: SamplingParams) -> Comp
     print()
     tokens = tuple(token for chunk in chunks for token in chunk.tokens)
     last = chunks[-1]
-    return Completion("".join(c.text for c in chunks), tokens, last.finish_reason or "stop", last.stats)
+    return Completion("".join(c.text for c in chunks), tokens, last.finish_reason or "cancelled", last.stats)
 
 
 def print_stats(stats: Stats) -> None:
@@ -97,6 +101,7 @@ def print_stats(stats: Stats) -> None:
 
 def columns(rows: Sequence[tuple[str, ...]], file: TextIO | None = None) -> None:
     """Rows in columns; the last one keeps its length, whatever the terminal's width."""
+    rows = [tuple(map(escape_controls, row)) for row in rows]
     wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     for row in rows:
         print("  ".join([*(f"{cell:<{w}}" for cell, w in zip(row, wide)), row[-1]]), file=file or sys.stdout)
@@ -104,7 +109,7 @@ def columns(rows: Sequence[tuple[str, ...]], file: TextIO | None = None) -> None
 
 def note(text: str) -> None:
     """Print a line on stderr."""
-    print(text, file=sys.stderr)
+    print(escape_controls(text), file=sys.stderr)
 
 
 def fail(message: str) -> NoReturn:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pydflash import cli, doctor
 from pydflash.cli.show import print_stream
 from pydflash.config import EngineConfig
 from pydflash.engine import Engine
+from pydflash.ggml_types import GGMLType
+from pydflash.gguf import GGUFFile
+from pydflash.gguf_writer import TensorSource, write_gguf
 from pydflash.sampling import SamplingParams
 
 COMMANDS = ("demo", "generate", "chat", "info", "doctor", "explain", "convert-draft", "bench", "ab")
@@ -75,11 +80,12 @@ def test_every_setting_of_the_engine_is_an_option(run, command: str) -> None:  #
         assert f"--{name.replace('_', '-')} " in text
 
 
-def test_chat_answers_until_the_input_ends(run, target_path: Path) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(("stdin", "prompts"), [("hi\nand?\n", 3), ("hi\n\n   \nand?\n", 5), ("hi\n/quit\nno\n", 2)])
+def test_chat_answers_until_the_input_ends(run, target_path: Path, stdin: str, prompts: int) -> None:  # type: ignore[no-untyped-def]
     options = ("--system", "be brief", "--max-tokens", "4", "--threads", "1", "--temperature", "0")
-    ran = run("chat", target_path, *options, stdin="hi\nand?\n")
+    ran = run("chat", target_path, *options, stdin=stdin)
     assert ran.code == 0
-    assert ran.out.count("> ") == 3
+    assert ran.out.count("> ") == prompts
 
 
 def test_demo_compares_both_ways_of_decoding(run, target_path: Path, draft_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -110,6 +116,68 @@ def test_info_describes_a_file_without_loading_it(run, target_path: Path) -> Non
     assert ran.code == 0
     for word in ("qwen35", "Q8_0", "F32", "parameters", "chat template", "<|im_start|>"):
         assert word in ran.out
+
+
+@pytest.fixture
+def hostile_path(tmp_path: Path) -> Path:
+    """A file whose name, architecture, template and a tensor would move the cursor; and bytes that are not UTF-8."""
+    metadata = {
+        "general.architecture": "qwen35\x1b[2J",
+        "general.name": "innocent\r\x1b]0;owned\x07\nbytes  1\udce9",
+        "tokenizer.chat_template": "{# \x9b31m \x08\x08 #}\n{%- for m in messages %}\n\t{{ m.content }}\n{%- endfor %}",
+    }
+    values = np.full(64, np.nan, np.float32)
+    names = ("plain", "blk.0.\x1b[1A.weight")
+    tensors = [TensorSource(n, (64,), GGMLType.F32, lambda: [values.view(np.uint8)]) for n in names]
+    path = tmp_path / "hostile.gguf"
+    write_gguf(path, metadata, tensors)
+    return path
+
+
+def test_info_spells_control_characters_of_a_file(run, hostile_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for options in ((), ("--check",)):
+        ran = run("info", hostile_path, *options)
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", ran.out + ran.err)
+        assert r"qwen35\x1b[2J" in ran.out
+        assert r"innocent\r\x1b]0;owned\x07\nbytes  1\xe9" in ran.out
+        assert "{# \\x9b31m \\x08\\x08 #}\n{%- for m in messages %}\n\t{{ m.content }}\n{%- endfor %}\n" in ran.out
+    assert r"blk.0.\x1b[1A.weight" in ran.out
+
+
+def test_errors_spell_control_characters_of_a_file(run, hostile_path: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    renamed = hostile_path.rename(tmp_path / "a\x1b[2Jb\nc.gguf")
+    for arguments in (
+        ("generate", renamed, "x"),
+        ("explain", renamed),
+        ("info", f"{renamed}x"),
+        ("demo", "--model", renamed),
+    ):
+        ran = run(*arguments)
+        assert ran.code == 2
+        assert r"a\x1b[2Jb\nc.gguf" in ran.err
+        assert "\x1b" not in ran.err
+        assert ran.err.count("\n") == 1
+
+
+def test_check_tells_damaged_weights_from_whole_ones(run, target_path: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    ran = run("info", "--check", target_path)
+    assert ran.code == 0
+    assert "no NaN or infinity" in ran.out
+    assert "damaged" not in ran.out
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(target_path.read_bytes())
+    with GGUFFile.open(target_path) as file:
+        info = file.tensors["blk.1.ffn_up.weight"]
+    assert info.type == GGMLType.Q8_0
+    with damaged.open("r+b") as out:
+        for block in (5, 6):
+            out.seek(info.offset + block * info.type.type_size)
+            out.write(np.array([np.inf], "<f2").tobytes())
+    ran = run("info", "--check", damaged)
+    assert ran.code == 1
+    (line,) = [line for line in ran.out.splitlines() if "blk." in line]
+    assert line.split(maxsplit=3) == ["blk.1.ffn_up.weight", "Q8_0", "64", str([0, 160])]
+    assert "damaged: 1 of" in ran.out
 
 
 def test_explain_prints_values_and_sources(
@@ -159,6 +227,9 @@ def test_doctor_tells_build_and_machine_apart(run, monkeypatch: pytest.MonkeyPat
         (("ab", "{target}", "--json", "none/out.json"), "no folder"),
         (("bench", "none.gguf"), "none.gguf"),
         (("bench", "{target}", "--repeats", "0"), "repeats"),
+        (("ab", "{target}", "--json", "{target}"), "is the input"),
+        (("ab", "{target}", "--draft", "{draft}", "--plot", "{draft}"), "is the input"),
+        (("ab", "{target}", "--json", "{folder}"), "no regular file"),
         (("convert-draft", "{folder}", "out.gguf", "--target", "{target}"), "config.json"),
     ],
 )

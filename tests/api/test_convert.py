@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import safetensors
 
 from pydflash.convert import convert_draft
 from pydflash.draft import DraftSession, load_draft
-from pydflash.errors import BadMetadata, ConfigError, DraftMismatch, LoadError, MissingTensor
+from pydflash.errors import BadMetadata, ConfigError, DraftMismatch, LoadError, MissingTensor, WriteError
 from pydflash.ggml_types import GGMLType
 from pydflash.gguf import GGUFFile
 from pydflash.gguf_writer import encode
@@ -211,6 +212,43 @@ def test_a_folder_that_does_not_fit_is_refused_and_no_file_is_left(
     with pytest.raises(error, match=named):
         convert_draft(folder, tmp_path / "out.gguf", target=target_path)
     assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize("link", ["itself", "symlink", "hard link"])
+@pytest.mark.parametrize("name", ["target.gguf", "config.json", "model-0.safetensors", "model-1.safetensors"])
+def test_an_output_that_is_an_input_is_refused_and_unharmed(
+    target_path: Path, reference_path: Path, tmp_path: Path, name: str, link: str
+) -> None:
+    with GGUFFile.open(reference_path) as reference:
+        folder = write_hf(tmp_path / "hf", reference)
+    target = Path(shutil.copy(target_path, folder / "target.gguf"))
+    output = folder / name
+    if link != "itself":
+        output = tmp_path / "out.gguf"
+        output.symlink_to(folder / name) if link == "symlink" else output.hardlink_to(folder / name)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(WriteError, match="is the input"):
+        convert_draft(folder, output, target=target)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_conversion_that_fails_half_way_keeps_the_file_that_was_there(
+    target_path: Path, reference_path: Path, tmp_path: Path
+) -> None:
+    with GGUFFile.open(reference_path) as reference:
+        folder = write_hf(tmp_path / "hf", reference)
+    (tmp_path / "out").mkdir()
+    output = tmp_path / "out" / "draft.gguf"
+    output.write_bytes(b"a good file")
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_draft(folder, output, target=target_path, progress=stop)
+    assert output.read_bytes() == b"a good file"
+    assert list(output.parent.iterdir()) == [output]
 
 
 def test_damaged_or_missing_files_are_refused(target_path: Path, reference_path: Path, tmp_path: Path) -> None:

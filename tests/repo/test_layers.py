@@ -16,10 +16,11 @@ PACKAGE = ROOT / "pydflash"
 
 # A module may import those to its left (above it here), none of its own group. CONTRIBUTING.md shows the same order.
 LAYERS = (
-    ("errors", "ggml_types", "limits"),
+    ("control_chars", "limits"),
+    ("errors", "ggml_types"),
     ("settings", "kv_format"),
     ("config", "sampling_params"),
-    ("gguf_format",),
+    ("gguf_format", "atomic_file"),
     ("gguf", "gguf_writer"),
     ("_ffi",),
     ("device_lock",),
@@ -37,7 +38,7 @@ LAYERS = (
     ("width",),
     ("draft",),
     ("decode",),
-    ("convert", "doctor", "verdict"),
+    ("convert", "doctor", "verdict", "gguf_check", "chat_input"),
     ("engine",),
     ("bench", "ab_report"),
     ("ab",),

@@ -16,7 +16,7 @@ import pytest
 import safetensors
 
 from pydflash import Snapshot
-from pydflash.errors import LoadError
+from pydflash.errors import LoadError, WriteError
 from pydflash.models import Model
 from pydflash.session import Session
 
@@ -93,6 +93,23 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(
         snapshot.save(path)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_symlink_is_followed_and_a_device_is_left_alone(snapshot: Snapshot, path: Path) -> None:
+    link = path.with_name("latest")
+    link.symlink_to(path.name)
+    path.write_bytes(b"old")
+    snapshot.save(link)
+    assert link.is_symlink()
+    assert Snapshot.load(path).length == 2
+    master, device = os.openpty()  # a device in a folder where not even root makes files, should this test fail
+    try:
+        with pytest.raises(WriteError, match="is no regular file"):
+            snapshot.save(os.ttyname(device))
+        assert stat.S_ISCHR(os.stat(os.ttyname(device)).st_mode)
+    finally:
+        os.close(master)
+        os.close(device)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

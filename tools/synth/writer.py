@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from pydflash.atomic_file import replacing
+
 from .blocks import BlockType
 
 ALIGNMENT = 32
@@ -35,11 +37,12 @@ class Tensor:
 
 
 def write_gguf(path: Path, metadata: Mapping[str, Value], tensors: Sequence[Tensor]) -> int:
-    """Write a GGUF file and return its size in bytes; ValueError if a tensor yields too few or too many bytes.
+    """Write a GGUF file, whole or not at all, and return its size in bytes.
 
-    Python types choose the GGUF types: bool BOOL, int UINT32 (INT32 inside lists), float FLOAT32, str STRING.
+    Python types choose the GGUF types: bool BOOL, int UINT32 (INT32 inside lists), float FLOAT32, str STRING. Raises
+    ValueError if a tensor yields too few or too many bytes, WriteError if the file cannot be written.
     """
-    with path.open("wb") as file:
+    with replacing(path) as file:
         file.write(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
         for key, value in metadata.items():
             file.write(_string(key) + _value(value))

@@ -21,6 +21,7 @@ from random import Random
 import numpy as np
 import numpy.typing as npt
 
+from pydflash.atomic_file import replacing
 from tools.tiny import templates
 from tools.tiny.vocabulary import Vocabulary
 
@@ -405,9 +406,9 @@ def recall_prompts(files: list[SourceFile], count: int, seed: int) -> Iterator[d
 
 def write_held_out(path: Path, prompts: list[Prompt], recalls: list[dict[str, object]]) -> None:
     """JSON lines: {"kind": "source", file, prompt, continuation} and {"kind": "recall", prompt, key, answer, depth}."""
-    with path.open("w", encoding="utf-8") as out:
-        for p in prompts:
-            row = {"kind": "source", "file": p.file, "prompt": p.text, "continuation": p.continuation}
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
-        for recall_row in recalls:
-            out.write(json.dumps(recall_row, ensure_ascii=False) + "\n")
+    rows: list[dict[str, object]] = [
+        {"kind": "source", "file": p.file, "prompt": p.text, "continuation": p.continuation} for p in prompts
+    ]
+    with replacing(path) as out:
+        for row in rows + recalls:
+            out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForCausalLM
 
+from pydflash.atomic_file import replacing
 from tools.tiny.draft import Draft
 from tools.tiny.speculate import Run
 from tools.tiny.target import features, observe
@@ -29,7 +30,8 @@ def write_target_reference(path: Path, target: Qwen3_5ForCausalLM, prompts: list
         arrays[f"logits_{i}"] = logits[0].cpu().numpy()
         if i == 0:
             arrays["residual_0"] = torch.cat(residual).cpu().numpy()
-    np.savez_compressed(path, **arrays)
+    with replacing(path) as file:
+        np.savez_compressed(file, **arrays)
     return path.stat().st_size
 
 
@@ -66,5 +68,6 @@ def write_draft_reference(
         arrays[f"run_ids_{j}"] = np.array(run.prompt, np.int32)
         arrays[f"run_tokens_{j}"] = np.array(run.output, np.int32)
         arrays[f"run_lengths_{j}"] = np.array(run.lengths, np.int32)
-    np.savez_compressed(path, **arrays)
+    with replacing(path) as file:
+        np.savez_compressed(file, **arrays)
     return path.stat().st_size

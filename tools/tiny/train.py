@@ -25,6 +25,7 @@ import transformers
 from torch import Tensor
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForCausalLM
 
+from pydflash.atomic_file import replacing
 from pydflash.gguf import GGUFFile
 from tools.tiny import corpus, export, reference, speculate, target, templates, vocabulary
 from tools.tiny.draft import Draft, DraftConfig, Pool, observed, train_draft
@@ -99,7 +100,8 @@ class Journal:
     def record(self, **facts: object) -> None:
         """Add facts to the log file at once, so that an interrupted run leaves what it had."""
         self.facts |= facts | {"seconds": round(time.monotonic() - self.start, 1)}
-        self.path.write_text(json.dumps(self.facts, indent=1) + "\n", encoding="utf-8")
+        with replacing(self.path) as file:
+            file.write(json.dumps(self.facts, indent=1).encode() + b"\n")
         for name, value in facts.items():
             self.line(f"{name}: {json.dumps(value)}")
 
@@ -256,7 +258,8 @@ def save_texts(path: Path, texts: list[tuple[Tensor, int]]) -> None:
     arrays: dict[str, Any] = {}
     for n, (ids, first) in enumerate(texts):
         arrays |= {f"ids_{n}": ids.cpu().numpy().astype(np.uint16), f"first_{n}": first}
-    np.savez_compressed(path, **arrays)
+    with replacing(path) as file:
+        np.savez_compressed(file, **arrays)
 
 
 def read_texts(path: Path, device: torch.device) -> list[tuple[Tensor, int]]:
