@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.peer import tools
 from pydflash.bench import Report, Result, decode_speed, feed, prefill_speed, random_ids
 from pydflash.models import Model, load_model
-from pydflash.session import Session
+from pydflash.runtime import Session
 
 DECODE_TARGET, PREFILL_TARGET = 0.95, 0.8
 

@@ -20,8 +20,8 @@ from pydflash.decode import autoregressive
 from pydflash.engine import Engine
 from pydflash.graph import Graph
 from pydflash.models import load_model
-from pydflash.sampling import Sampler, SamplingParams
-from pydflash.session import Session
+from pydflash.decode import Sampler, SamplingParams
+from pydflash.runtime import Session
 
 TARGET_MICROSECONDS = 150.0
 PROMPT = 64

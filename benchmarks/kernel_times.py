@@ -24,9 +24,9 @@ except ImportError:
 
 from pydflash.bench import CYCLE_PROMPT, CycleBench, Report, Result, cycle_context, decode_speed, feed, random_ids
 from pydflash.config import EngineConfig
-from pydflash.draft import load_draft
+from pydflash.drafts import load_draft
 from pydflash.models import Model, load_model
-from pydflash.session import Session
+from pydflash.runtime import Session
 
 
 def short_name(kernel: str) -> str:

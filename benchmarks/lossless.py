@@ -21,11 +21,11 @@ import numpy as np
 
 from pydflash.atomic_file import replacing
 from pydflash.decode import autoregressive, collect, speculative
-from pydflash.draft import DraftSession, load_draft
+from pydflash.drafts import DraftSession, load_draft
 from pydflash.models import load_model
-from pydflash.sampling import Sampler, SamplingParams
-from pydflash.session import Session
-from pydflash.width import adapts
+from pydflash.decode import Sampler, SamplingParams
+from pydflash.runtime import Session
+from pydflash.drafts import adapts
 
 
 def read_prompts(path: Path | None, encode: Any, vocab: int, count: int) -> list[list[int]]:

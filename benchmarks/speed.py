@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydflash.bench import Report, Result, cycle_results, decode_results, prefill_results
 from pydflash.config import EngineConfig
-from pydflash.draft import load_draft
+from pydflash.drafts import load_draft
 from pydflash.models import Model, load_model
 
 

@@ -27,9 +27,9 @@ from pydflash.bench import (
     random_ids,
 )
 from pydflash.config import EngineConfig
-from pydflash.draft import Draft, load_draft
+from pydflash.drafts import Draft, load_draft
 from pydflash.models import Model, load_model
-from pydflash.session import Session
+from pydflash.runtime import Session
 
 
 def base_line(model: Model, options: argparse.Namespace) -> Result:

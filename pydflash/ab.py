@@ -36,14 +36,13 @@ from pydflash import ab_report
 from pydflash.ab_report import AGAIN, ARMS, A, Arm, B, Protocol, Report, Sample, runs_of
 from pydflash.bench import WARM_UPS, random_ids
 from pydflash.config import EngineConfig, Settings
-from pydflash.decode import Stats, Step
+from pydflash.decode import Sampler, SamplingParams, Stats, Step
 from pydflash.doctor import examine
-from pydflash.draft import Draft, load_draft
+from pydflash.drafts import Draft, load_draft
 from pydflash.engine import Engine
 from pydflash.errors import ConfigError, OutOfMemory
 from pydflash.models import Model, load_model
 from pydflash.ops import EXACT_ROWS
-from pydflash.sampling import Sampler, SamplingParams
 from pydflash.settings import Declaration, Flag, declarations
 from pydflash.weights import Progress
 

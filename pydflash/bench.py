@@ -20,11 +20,11 @@ import numpy as np
 
 from pydflash import __version__
 from pydflash.config import EngineConfig
-from pydflash.draft import Draft, DraftSession, load_draft
+from pydflash.drafts import Draft, DraftSession, load_draft
 from pydflash.engine import Engine
 from pydflash.errors import ConfigError
 from pydflash.models import Model, load_model
-from pydflash.session import Session
+from pydflash.runtime import Session
 from pydflash.weights import Progress
 
 __all__ = [
@@ -103,7 +103,7 @@ def feed(session: Session, ids: Sequence[int], draft: DraftSession | None = None
     """Commit ``ids`` chunk by chunk, their features to ``draft`` as well; the next token, when the device is done."""
     for output in session.prefill(ids):
         if draft is not None:
-            draft.keep(output.count)
+            draft.commit(output.count)
     return int(output.argmax[0])
 
 
@@ -194,7 +194,7 @@ class CycleBench:
         """Seconds of draft, verify and rest, and the next anchor: the target's token after the last kept row."""
         backend = self.session.model.backend
         begin = time.perf_counter()
-        proposal = self.draft.propose(anchor, proposed, self.draft.rows_for(proposed))
+        proposal = self.draft.propose([anchor], proposed)
         if synchronise:
             backend.synchronize()
         drafted = time.perf_counter()
@@ -203,7 +203,7 @@ class CycleBench:
         verified = time.perf_counter()
         (chosen[:-1] == ids[1:]).cumprod().sum()  # what acceptance costs; the count kept is given
         self.session.commit(kept)
-        self.draft.keep(kept)
+        self.draft.commit(kept)
         if synchronise:
             backend.synchronize()
         end = time.perf_counter()

@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from pydflash.config import EngineConfig, Setting, Settings, table
-from pydflash.decode import FinishReason, Stats, Step, autoregressive, speculative
-from pydflash.draft import Draft, DraftSession, load_draft
+from pydflash.decode import FinishReason, Sampler, SamplingParams, Stats, Step, autoregressive, speculative
+from pydflash.drafts import CycleCosts, Draft, DraftSession, ProposalLength, adapts, load_draft
 from pydflash.errors import ConfigError, SessionClosed, ShapeError, StateError
 from pydflash.models import Model, load_model
-from pydflash.sampling import Sampler, SamplingParams
-from pydflash.session import Session
+from pydflash.runtime import Session
 from pydflash.tokenizer import Tokenizer
 from pydflash.weights import Progress
-from pydflash.width import adapts
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -176,6 +174,7 @@ class Engine:
         taps = draft.config.taps if draft else ()
         self.session = undo.enter_context(Session(model, **config.of_session(), capture=taps))
         self.draft_session = undo.enter_context(DraftSession(draft, self.session)) if draft else None
+        self._costs = CycleCosts()
         self._callers = threading.Lock()  # held while the two change
         self._caller: _Caller | None = None
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
@@ -364,7 +363,7 @@ class Engine:
         head = (len(ids) - 1) // self.session.chunk * self.session.chunk
         for output in self.session.prefill(ids[:head]) if head else ():
             if self.draft_session is not None:
-                self.draft_session.keep(output.count)
+                self.draft_session.commit(output.count)
             self.model.backend.synchronize()
             yield
         return ids[head:]
@@ -379,7 +378,8 @@ class Engine:
             return steps if self.draft_session is None else map(_without_speculation, steps)
         return speculative(
             self.session, self.draft_session, ids, sampler, max_tokens=max_tokens, stop_ids=stop_ids,
-            draft_max=self.config.draft_max, adaptive=self._adaptive, cancel=cancel,
+            draft_max=self.config.draft_max, length=ProposalLength(self._costs) if self._adaptive else None,
+            cancel=cancel,
         )  # fmt: skip
 
     def _proposal(self, block: int) -> str:
@@ -400,15 +400,13 @@ class Engine:
             ("device in use", f"{backend.name} ({backend.description})", "device"),
             ("threads in use", backend.threads or None, "threads"),
             ("weights", f"{model.weights.nbytes:,} bytes", "model"),
-            ("K basis", session.cache.basis.name, "k_rotation, cache_k, head size"),
-            ("V basis", session.cache.v_basis.name, "v_rotation"),
-            (
-                "K/V cache",
-                f"{session.cache.nbytes:,} bytes, {session.cache.capacity:,} positions",
-                "max_context, cache_k, cache_v",
+            ("K basis", session.cache_format.k_basis, "k_rotation, cache_k, head size"),
+            ("V basis", session.cache_format.v_basis, "v_rotation"),
+            ("positions", f"{session.capacity:,}", "max_context"),
+            *(
+                (what, f"{size:,} bytes", "model, max_context, cache types")
+                for what, size in session.state.sizes().items()
             ),
-            ("delta-net state", f"{session.delta.state_nbytes:,} bytes", "model"),
-            ("rollback tape", f"{session.delta.tape_nbytes:,} bytes", "model"),
         ]
         if self.draft is not None and self.draft_session is not None:
             config = self.draft.config
@@ -419,7 +417,10 @@ class Engine:
                 ("windows", ", ".join(str(w) if w else "full" for w in config.windows), "draft"),
                 ("causal layers", ", ".join("yes" if c else "no" for c in config.causal), self._causal_source()),
                 ("proposal", self._proposal(config.block_size - 1), "draft_max, block size, adaptive, device"),
-                ("draft cache", f"{self.draft_session.cache.nbytes:,} bytes", "max_context, windows"),
+                *(
+                    (what, f"{size:,} bytes", "max_context, windows")
+                    for what, size in self.draft_session.state.sizes().items()
+                ),
             ]
         return (*self.config.settings(), *(Setting(*entry) for entry in derived))
 
@@ -480,6 +481,10 @@ class _Text:
         """The last piece, with everything that was held back; an unfinished character can complete no stop string."""
         text, stopped = self._filter.push(self._decoder.flush())
         return Piece(last.text + text + ("" if stopped else self._filter.flush()), last.accepted)
+
+
+def _sizes(sizes: Mapping[str, int], source: str) -> Iterator[tuple[str, str, str]]:
+    return ((what, f"{size:,} bytes", source) for what, size in sizes.items())
 
 
 def _without_speculation(step: Step) -> Step:

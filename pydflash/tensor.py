@@ -59,10 +59,15 @@ class Tensor:
         return Tensor(c, shape, self.dtype if dtype is None else dtype, self.graph)
 
     @property
-    def context(self) -> Any:
+    def home(self) -> Graph:
+        """The graph that computes it; ShapeError for weights and state, which belong to none."""
         if self.graph is None:
             raise ShapeError(f"{self!r} belongs to no graph; use tensor.within(graph) to compute with it")
-        return self.graph.context
+        return self.graph
+
+    @property
+    def context(self) -> Any:
+        return self.home.context
 
     # --- arithmetic -------------------------------------------------------------------------------------------------
 

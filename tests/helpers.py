@@ -15,7 +15,7 @@ from pydflash.backend import Backend
 from pydflash.ggml_types import GGMLType
 from pydflash.graph import Graph
 from pydflash.models import Model
-from pydflash.session import Session
+from pydflash.runtime import Session
 from pydflash.tensor import Tensor
 from tests.reference.qwen35 import Array, Reference, Weights
 from tests.reference.qwen35moe import MoEReference

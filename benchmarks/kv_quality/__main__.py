@@ -25,7 +25,7 @@ from benchmarks.kv_quality.measure import AcceptancePlaces, Caches, Yardstick, g
 from benchmarks.kv_quality.table import Cell, Source
 from benchmarks.kv_quality.texts import held_out_lines, held_out_prompts, texts
 from benchmarks.speed import numbers
-from pydflash.draft import load_draft
+from pydflash.drafts import load_draft
 from pydflash.models import Model, load_model
 
 PROMPTS = Path("tests/data/held_out.jsonl")

@@ -20,11 +20,11 @@ from pydflash import ops
 from pydflash.backend import Arena
 from pydflash.bench import feed
 from pydflash.decode import speculative
-from pydflash.draft import Draft, DraftSession
+from pydflash.drafts import Draft, DraftSession
 from pydflash.ggml_types import GGMLType
 from pydflash.models import Model
-from pydflash.sampling import Sampler, SamplingParams
-from pydflash.session import Session
+from pydflash.decode import Sampler, SamplingParams
+from pydflash.runtime import Session
 from pydflash.tensor import Tensor
 
 __all__ = ["REFERENCE", "AcceptancePlaces", "Caches", "Observed", "Quality", "Yardstick", "grid", "observe"]

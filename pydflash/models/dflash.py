@@ -16,7 +16,7 @@ from pydflash import ops
 from pydflash.errors import BadMetadata, DraftMismatch, UnsupportedArchitecture
 from pydflash.gguf import GGUFFile
 from pydflash.ops import NormRope
-from pydflash.state import DraftCache, DraftInputs
+from pydflash.state import Ring, RingBatch, RingSpec
 from pydflash.tensor import Shape, Tensor
 from pydflash.weights import Linear, Weights
 
@@ -76,13 +76,10 @@ class DraftConfig:
                 )
 
         def number(key: str) -> int:
-            value = int(file.require(f"{prefix}.{key}", int))
-            if not 1 <= value <= _LIMIT:
-                raise BadMetadata(f"{file.path}: {prefix}.{key} is {value}; it must lie in 1..{_LIMIT}")
-            return value
+            return file.require_within(f"{prefix}.{key}", 1, _LIMIT)
 
-        fork = _is_fork(file)
-        layers = number("block_count")
+        fork, held = _is_fork(file), len(file.tensors)
+        layers = file.require_within(f"{prefix}.block_count", 1, held, because=f"the file holds {held} tensors")
         windows = _windows(file, prefix, layers)
         said = file.get(f"{prefix}.attention.causal", bool, default=None) if causal is None else causal
         if fork:
@@ -215,12 +212,16 @@ class DraftLayer:
         k = self.attn_k(x).reshape(T, c.kv_heads, c.head_size)
         return k, self.attn_v(x).reshape(T, c.kv_heads, c.head_size)
 
-    def __call__(self, x: Tensor, inputs: DraftInputs, cache: DraftCache) -> Tensor:
+    def remembers(self) -> RingSpec:
+        c = self.config
+        return RingSpec(c.windows[self.layer], c.causal[self.layer], c.rope_base, c.kv_heads, c.head_size)
+
+    def __call__(self, x: Tensor, batch: RingBatch, ring: Ring) -> Tensor:
         c, T = self.config, x.shape[0]
         h = ops.rms_norm(x, self.attn_norm, c.eps)
         q = self.attn_q(h).reshape(T, c.heads, c.head_size)
         k, v = self.keys_values(h)
-        o = cache.attend(self.layer, q, k, v, self.attn_q_norm, self.attn_k_norm, inputs)  # (T, H, D)
+        o = ring.attend(q, k, v, self.attn_q_norm, self.attn_k_norm, batch)  # (T, H, D)
         x = x + self.attn_output(o.reshape(T, c.heads * c.head_size))
         h = ops.rms_norm(x, self.ffn_norm, c.eps)
         return x + self.ffn_down(ops.swiglu(self.ffn_gate(h), self.ffn_up(h)))
@@ -236,16 +237,20 @@ class DFlash:
         self.output_norm = weights[names["output_norm.weight"]]
         self.layers = [DraftLayer(weights, names, layer, config) for layer in range(config.layers)]
 
-    def inject(self, features: Tensor, positions: Tensor, rows: Sequence[Tensor], cache: DraftCache) -> None:
-        """Write the context K and V of target features, (T, taps * hidden), into every layer's cache (paper, KV
-        injection)."""
-        h = ops.rms_norm(self.fc(features), self.hidden_norm, self.config.eps)  # no input norm on context rows
-        for layer, table_rows in zip(self.layers, rows):
-            k, v = layer.keys_values(h)
-            cache.store(layer.layer, k, v, layer.attn_k_norm, positions, table_rows)
+    def remembers(self) -> tuple[RingSpec, ...]:
+        """What each layer keeps of a sequence."""
+        return tuple(layer.remembers() for layer in self.layers)
 
-    def propose(self, x: Tensor, inputs: DraftInputs, cache: DraftCache) -> Tensor:
+    def inject(self, features: Tensor, positions: Tensor, rows: Sequence[Tensor], rings: Sequence[Ring]) -> None:
+        """Write the context K and V of target features, (T, taps * hidden), into every layer's ring (paper, KV
+        injection). ``rows``: of each layer's ring, (T,) int32."""
+        h = ops.rms_norm(self.fc(features), self.hidden_norm, self.config.eps)  # no input norm on context rows
+        for layer, table_rows, ring in zip(self.layers, rows, rings):
+            k, v = layer.keys_values(h)
+            ring.store(k, v, layer.attn_k_norm, positions, table_rows)
+
+    def propose(self, x: Tensor, batches: Sequence[RingBatch], rings: Sequence[Ring]) -> Tensor:
         """(T, hidden) embeddings of [anchor, MASK, ...] to the hidden rows that the target's head reads."""
-        for layer in self.layers:
-            x = layer(x, inputs, cache)
+        for layer, batch, ring in zip(self.layers, batches, rings):
+            x = batch.graph.effect(layer(x, batch, ring))  # ggml walks back recursively, so no further than this
         return ops.rms_norm(x, self.output_norm, self.config.eps)

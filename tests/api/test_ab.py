@@ -21,7 +21,7 @@ from pydflash.config import EngineConfig
 from pydflash.decode import Stats, Step
 from pydflash.engine import Engine
 from pydflash.errors import ConfigError, OutOfMemory
-from pydflash.sampling import Sampler, SamplingParams
+from pydflash.decode import Sampler, SamplingParams
 from pydflash.verdict import Estimate, fewest, median_interval, noise_floor, paired_ratios, verdict
 from tests.shipped import DRAFT, TARGET, TEST_DATA, needs_pair
 

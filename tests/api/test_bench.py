@@ -13,7 +13,7 @@ from pydflash.config import EngineConfig
 from pydflash.engine import Engine
 from pydflash.errors import ConfigError
 from pydflash.models import load_model
-from pydflash.session import Session
+from pydflash.runtime import Session
 
 CONFIG = EngineConfig(device="cpu", threads=1, max_context=256)
 

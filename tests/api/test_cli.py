@@ -19,7 +19,7 @@ from pydflash.engine import Engine
 from pydflash.ggml_types import GGMLType
 from pydflash.gguf import GGUFFile
 from pydflash.gguf_writer import TensorSource, write_gguf
-from pydflash.sampling import SamplingParams
+from pydflash.decode import SamplingParams
 
 COMMANDS = ("demo", "generate", "chat", "info", "doctor", "explain", "convert-draft", "bench", "ab")
 PROMPT = "the cat sat on"

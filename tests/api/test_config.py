@@ -16,8 +16,8 @@ from pydflash import cli
 from pydflash.config import EngineConfig, SessionConfig, Settings, table
 from pydflash.engine import Engine
 from pydflash.errors import ConfigError, LoadError
-from pydflash.sampling import SamplingParams
-from pydflash.session import Session
+from pydflash.decode import SamplingParams
+from pydflash.runtime import Session
 from pydflash.settings import Choice, Declaration, Flag, Pattern, Range, Texts, declarations
 
 ENGINE, SAMPLING = declarations(EngineConfig), declarations(SamplingParams)

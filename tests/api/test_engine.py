@@ -22,7 +22,7 @@ from pydflash.errors import (
     StateError,
     UnsupportedArchitecture,
 )
-from pydflash.sampling import Sampler, SamplingParams
+from pydflash.decode import Sampler, SamplingParams
 from tests.tiny import GEOMETRIES, write_draft, write_target
 
 PROMPT = "the cat sat on"

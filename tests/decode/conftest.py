@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from pydflash.draft import Draft, DraftSession, load_draft
+from pydflash.drafts import Draft, DraftSession, load_draft
 from pydflash.models import Model, load_model
-from pydflash.session import Session
+from pydflash.runtime import Session
 from tests.tiny import GEOMETRIES, write_draft, write_target
 
 

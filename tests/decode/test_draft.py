@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pydflash.draft import DraftSession, load_draft
+from pydflash.drafts import DraftSession, load_draft
 from pydflash.errors import ConfigError, SessionClosed, ShapeError, StateError
 from pydflash.models import load_model
-from pydflash.session import Session
+from pydflash.runtime import Session
 from tests.decode.conftest import Pair
 from tests.helpers import Array, cosine
 from tests.reference.dflash import DraftReference

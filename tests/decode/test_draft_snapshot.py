@@ -15,11 +15,11 @@ import pytest
 
 from pydflash import Sampler, SamplingParams, Snapshot
 from pydflash.decode import collect, speculative
-from pydflash.draft import Draft, DraftSession, load_draft
+from pydflash.drafts import Draft, DraftSession, load_draft
 from pydflash.errors import SessionClosed, SnapshotMismatch, StateError
 from pydflash.models import Model, load_model
-from pydflash.session import Session
-from pydflash.snapshot import DraftFingerprint, host_arrays
+from pydflash.runtime import Session
+from pydflash.state import DraftFingerprint, host_arrays
 from tests.decode.conftest import Pair
 from tests.shipped import DRAFT, TARGET, held_out_prompts, needs_pair
 

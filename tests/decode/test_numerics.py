@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from pydflash.decode import autoregressive, collect, speculative
-from pydflash.draft import DraftSession, load_draft
+from pydflash.drafts import DraftSession, load_draft
 from pydflash.errors import ConfigError, NativeError
 from pydflash.gguf import GGUFFile
 from pydflash.models import load_model
-from pydflash.sampling import Sampler, SamplingParams
-from pydflash.session import Session
+from pydflash.decode import Sampler, SamplingParams
+from pydflash.runtime import Session
 from tests.tiny import GEOMETRIES, write_draft, write_target
 
 PROMPT = [3, 1, 4, 1, 5]

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 
 from pydflash.errors import ConfigError, NativeError, ShapeError, SnapshotMismatch
-from pydflash.sampling import Sampler, SamplingParams
+from pydflash.decode import Sampler, SamplingParams
 
 QWEN_VOCAB = 248_320
 

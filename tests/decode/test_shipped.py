@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from pydflash.decode import Stats, autoregressive, collect, speculative
-from pydflash.draft import DraftSession, load_draft
+from pydflash.drafts import DraftSession, load_draft
 from pydflash.models import load_model
-from pydflash.sampling import Sampler, SamplingParams
-from pydflash.session import Session
+from pydflash.decode import Sampler, SamplingParams
+from pydflash.runtime import Session
 from tests.decode.conftest import Pair
 from tests.helpers import cosine, dequantised
 from tests.shipped import DRAFT, TARGET, TEST_DATA, held_out_prompts, needs_pair

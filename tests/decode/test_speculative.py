@@ -12,12 +12,12 @@ import pytest
 
 from pydflash.backend import Arena
 from pydflash.decode import Stats, Step, autoregressive, collect, speculative
-from pydflash.draft import DraftSession
+from pydflash.drafts import DraftSession
 from pydflash.errors import ConfigError, ContextFull, ShapeError
 from pydflash.ggml_types import GGMLType
-from pydflash.sampling import Sampler, SamplingParams
-from pydflash.session import Output, Proposal, Session
-from pydflash.width import Costs
+from pydflash.decode import Sampler, SamplingParams
+from pydflash.runtime import Output, Proposal, Session
+from pydflash.drafts import Costs
 from tests.decode.conftest import Pair
 from tests.helpers import run_chunks
 from tests.reference.dflash import DraftReference, speculative_reference

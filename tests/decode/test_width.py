@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pydflash.width import Costs, Width
+from pydflash.drafts import Costs, Width
 
 LENGTHS = {1: 0, 2: 1, 4: 3, 8: 7, 16: 15}  # width of a graph to the proposal that fills it
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pydflash.backend import cuda_device_count
-from pydflash.draft import load_draft
+from pydflash.drafts import load_draft
 from pydflash.errors import (
     BadMetadata,
     DraftMismatch,

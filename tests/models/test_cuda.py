@@ -16,11 +16,11 @@ import pytest
 
 from pydflash.backend import cuda_device_count
 from pydflash.decode import autoregressive, speculative
-from pydflash.draft import Draft, DraftSession, load_draft
+from pydflash.drafts import Draft, DraftSession, load_draft
 from pydflash.errors import ConfigError, DeviceError
 from pydflash.models import Model, load_model
-from pydflash.sampling import Sampler, SamplingParams
-from pydflash.session import Session
+from pydflash.decode import Sampler, SamplingParams
+from pydflash.runtime import Session
 from tests.helpers import Array, nmse, run_chunks
 from tests.reference.qwen35 import Reference
 from tests.shipped import DRAFT, TARGET, held_out_prompts, needs_pair

@@ -20,7 +20,7 @@ import pytest
 
 from pydflash.errors import StateError
 from pydflash.models import load_model
-from pydflash.session import Session
+from pydflash.runtime import Session
 from tests.helpers import Array, RoundedReference, cosine, nmse, run_chunks
 from tests.reference.qwen35 import Reference
 from tests.tiny import GEOMETRIES, K_QUANT_GEOMETRIES

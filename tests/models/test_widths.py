@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pydflash.models import Model, load_model
-from pydflash.session import Session
+from pydflash.runtime import Session
 from tests.helpers import Array, cosine, nmse, run_chunks
 from tests.reference.qwen35 import Reference
 from tests.tiny import GEOMETRIES

@@ -27,11 +27,11 @@ import numpy as np
 import pytest
 
 from pydflash.decode import Stats, collect, speculative
-from pydflash.draft import DraftSession, load_draft
+from pydflash.drafts import DraftSession, load_draft
 from pydflash.ggml_types import GGMLType
 from pydflash.models import load_model
-from pydflash.sampling import Sampler, SamplingParams
-from pydflash.session import Proposal, Session
+from pydflash.decode import Sampler, SamplingParams
+from pydflash.runtime import Proposal, Session
 from pydflash.state import DraftCache
 from tests.helpers import Array, dequantised, run_chunks
 from tests.parity.peer_dflash import DRAFT_MAX, Generation, peer_speculation

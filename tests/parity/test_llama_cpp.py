@@ -30,7 +30,7 @@ import numpy as np
 import pytest
 
 from pydflash.models import load_model
-from pydflash.session import Session
+from pydflash.runtime import Session
 from pydflash.tokenizer import Tokenizer
 from tests.helpers import Array, RoundedReference, nmse, run_chunks
 from tests.parity.peer import peer_logits, peer_logits_of_many, peer_tokens

@@ -15,7 +15,7 @@ from pydflash.errors import ConfigError
 from pydflash.gguf import GGUFFile
 from pydflash.models import load_model
 from pydflash.models.qwen35 import Config
-from pydflash.session import Session
+from pydflash.runtime import Session
 from tests.helpers import nmse, run_chunks
 from tests.shipped import TARGET, TEST_DATA, held_out_prompts, needs_pair
 

@@ -9,7 +9,7 @@ import pytest
 
 from pydflash.errors import StateError
 from pydflash.models import Model
-from pydflash.session import Session
+from pydflash.runtime import Session
 from tests.helpers import run_chunks, state_of
 
 Load = Callable[..., Model]

@@ -21,7 +21,7 @@ from pydflash.device_lock import DeviceLock
 from pydflash.errors import NativeError, PydflashError, SessionClosed, StateError
 from pydflash.ggml_types import GGMLType
 from pydflash.models import Model, load_model
-from pydflash.session import Session
+from pydflash.runtime import Session
 from tests.tiny import GEOMETRIES, write_target
 
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]

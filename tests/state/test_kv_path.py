@@ -15,10 +15,10 @@ import pytest
 from pydflash._ffi import ffi, lib
 from pydflash.backend import cuda_device_count
 from pydflash.decode import collect, speculative
-from pydflash.draft import Draft, DraftSession, load_draft
+from pydflash.drafts import Draft, DraftSession, load_draft
 from pydflash.models import Model, load_model
-from pydflash.sampling import Sampler, SamplingParams
-from pydflash.session import Session
+from pydflash.decode import Sampler, SamplingParams
+from pydflash.runtime import Session
 from tests.helpers import state_of
 from tests.tiny import GEOMETRIES, write_draft, write_target
 

@@ -21,7 +21,7 @@ from pydflash.errors import (
 )  # fmt: skip
 from pydflash.ggml_types import GGMLType
 from pydflash.models import Model
-from pydflash.session import Proposal, Session
+from pydflash.runtime import Proposal, Session
 from pydflash.state import tape_shape
 
 Load = Callable[..., Model]

@@ -17,8 +17,8 @@ import pytest
 from pydflash import Snapshot
 from pydflash.errors import ContextFull, SessionClosed, ShapeError, SnapshotMismatch, StateError
 from pydflash.models import Model, load_model
-from pydflash.session import Session
-from pydflash.snapshot import Fingerprint, host_arrays
+from pydflash.runtime import Session
+from pydflash.state import Fingerprint, host_arrays
 from tests.helpers import run_chunks, state_of
 from tests.tiny import GEOMETRIES, write_target
 

@@ -18,7 +18,7 @@ import safetensors
 from pydflash import Snapshot
 from pydflash.errors import LoadError, WriteError
 from pydflash.models import Model
-from pydflash.session import Session
+from pydflash.runtime import Session
 
 Load = Callable[..., Model]
 

@@ -12,7 +12,7 @@ from pydflash.errors import ConfigError
 from pydflash.ggml_types import GGMLType
 from pydflash.kv_format import CACHE_TYPES, V_BASES, v_basis
 from pydflash.models import Model
-from pydflash.session import Session
+from pydflash.runtime import Session
 from pydflash.state import check_pair
 from tests.helpers import nmse, run_chunks
 

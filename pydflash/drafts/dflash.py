@@ -1,11 +1,11 @@
-"""A loaded draft, and the session that proposes with it beside a target session."""
+"""The DFlash draft at work: its loaded file, and the session that proposes with it beside a target session."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,15 +16,24 @@ from pydflash.device_lock import DeviceLock, closing, exclusive
 from pydflash.errors import ConfigError, DraftMismatch, SessionClosed, ShapeError, StateError
 from pydflash.ggml_types import GGMLType
 from pydflash.gguf import GGUFFile
-from pydflash.graph import Graph
+from pydflash.limits import EXACT_ROWS
 from pydflash.models import Model
 from pydflash.models.dflash import DFlash, DraftConfig, tensor_names
-from pydflash.session import Proposal, Session, width_for
-from pydflash.snapshot import FORMAT, DraftFingerprint, Snapshot, check_fingerprint, host_arrays
-from pydflash.state import DraftCache, DraftInputs
-from pydflash.tensor import Tensor
+from pydflash.replay import Replay, ReplayCache
+from pydflash.runtime import DeviceProposal, Session, width_for
+from pydflash.state import (
+    FORMAT,
+    Fingerprint,
+    Ring,
+    RingBatch,
+    Room,
+    SequenceState,
+    Snapshot,
+    check_fingerprint,
+    host_arrays,
+)
+from pydflash.tensor import Shape, Tensor
 from pydflash.weights import Progress, Weights, find_tensors
-from pydflash.width import Costs
 
 __all__ = ["Draft", "DraftSession", "load_draft"]
 
@@ -91,9 +100,9 @@ def _check_vocabulary(file: GGUFFile, target: Model) -> None:
 class DraftSession:
     """Proposes blocks for a target session opened with ``capture=draft.config.taps``.
 
-    ``keep(n)`` tells it that the first n rows of the target's last forward were committed; ``propose(anchor)`` then
-    fills the block that starts at the target's length. ``length``: positions whose features were injected or kept.
-    ``costs``: what cycles with this draft took, by width.
+    A Proposer: ``commit(n)`` tells it that the first n rows of the target's last forward were committed;
+    ``propose(history)`` then fills the block that starts at the target's length. ``length``: positions whose features
+    were injected or wait for it. ``limit``: tokens that it proposes at most.
     """
 
     def __init__(self, draft: Draft, target: Session) -> None:
@@ -111,13 +120,16 @@ class DraftSession:
             )
         self.draft, self.target = draft, target
         self.block = draft.config.block_size
+        self.limit = self.block - 1
         backend = draft.target.backend
-        self.cache = DraftCache(backend, draft.config, target.max_context + self.block, fused=target.cache.path.fused)
-        self._proposal = Arena(backend, {"tokens": ((ops.EXACT_ROWS,), GGMLType.I32)}, "a proposal")
-        self._graphs: dict[tuple[Any, ...], _DraftGraph] = {}
+        room = Room(target.max_context + self.block, target.fused)
+        self.state: SequenceState[Ring] = SequenceState(backend, draft.network.remembers(), room)
+        self._windows = _Windows(self.state.layers)
+        self._proposal = Arena(backend, {"tokens": ((EXACT_ROWS,), GGMLType.I32)}, "a proposal")
+        self._injections: ReplayCache[int, Replay] = ReplayCache(self._build_injection)
+        self._blocks: ReplayCache[tuple[int, int], _BlockReplay] = ReplayCache(self._build_block)
         self.length = 0
-        self.costs = Costs()
-        self._last: _DraftGraph | None = None
+        self._last: _BlockReplay | None = None
         self._kept = 0  # rows of the target's features that the next proposal injects
         self._sequence = ""  # the target's text that the context is of
         self.closed = False
@@ -130,7 +142,7 @@ class DraftSession:
     # --- the context ------------------------------------------------------------------------------------------------
 
     @exclusive
-    def keep(self, n: int) -> None:
+    def commit(self, n: int) -> None:
         """The first ``n`` rows of the target's last forward were committed: their features become context.
 
         At most 16 rows wait for the next proposal, which injects them in the same graph; more are injected now.
@@ -141,17 +153,17 @@ class DraftSession:
         self._follow()
         if self.length + n != self.target.length:
             raise StateError(
-                f"keep({n}): the draft holds {self.length} positions and the target {self.target.length}; "
-                "call keep once after every commit, with its count"
+                f"commit({n}): the draft holds {self.length} positions and the target {self.target.length}; "
+                "call it once after every commit of the target, with its count"
             )
         if n > self.target.chunk:
             raise StateError(
-                f"keep({n}): the target has the features of its last {self.target.chunk} rows only; forward at most so "
-                "many at a time, or open it with a larger chunk"
+                f"commit({n}): the target has the features of its last {self.target.chunk} rows only; forward at most "
+                "so many at a time, or open it with a larger chunk"
             )
         if self._kept and n > ops.EXACT_ROWS:
             raise StateError(
-                f"keep({n}): {self._kept} rows kept before still wait; call flush() before a forward of more than "
+                f"commit({n}): {self._kept} rows kept before still wait; call flush() before a forward of more than "
                 f"{ops.EXACT_ROWS} rows"
             )
         if self._kept + n > ops.EXACT_ROWS:
@@ -179,19 +191,10 @@ class DraftSession:
     # --- snapshots --------------------------------------------------------------------------------------------------
 
     @property
-    def fingerprint(self) -> DraftFingerprint:
+    def fingerprint(self) -> Fingerprint:
         """Everything that decides what the bytes of a snapshot mean."""
-        config = self.draft.config
-        return DraftFingerprint(
-            format=FORMAT,
-            model=self.draft.target.digest,
-            draft=self.draft.digest,
-            taps=config.taps,
-            windows=config.windows,
-            causal=config.causal,
-            rope_base=config.rope_base,
-            kv_heads=config.kv_heads,
-            head_size=config.head_size,
+        return Fingerprint(
+            FORMAT, self.draft.target.digest, self.draft.digest, self.draft.config.taps, self.state.specs
         )
 
     @exclusive
@@ -239,52 +242,48 @@ class DraftSession:
         """For each of ``arrays``, which hold the last positions of ``length``: the tensor, a host array for the used
         beginning of it, the slots there of those positions, and the array."""
         for name, values in arrays.items():
-            capacity = self.cache.capacities[self.cache.ring_of[int(name.partition(".")[2])]]
+            capacity = self.state.layers[int(name.partition(".")[2])].capacity
             table = np.zeros((min(length, capacity), values.shape[1]), np.uint8)
-            yield self.cache.arena[name], table, np.arange(length - len(values), length) % capacity, values
+            yield self.state.tensor(name), table, np.arange(length - len(values), length) % capacity, values
 
     # --- proposals --------------------------------------------------------------------------------------------------
 
-    def rows_for(self, count: int) -> int:
-        """Rows of a block that is meant to propose ``count`` tokens: the whole block, but on a CPU, where every row
-        costs time, no more than hold them. Masks behind a token hardly change its proposal (docs/log.md)."""
-        return self.block if self.draft.target.backend.is_cuda else min(self.block, width_for(count + 1))
-
     @exclusive
-    def propose(self, anchor: int, count: int | None = None, rows: int | None = None) -> Proposal:
-        """Propose ``count`` tokens (default: the whole block) after ``anchor``, the last token, not yet forwarded.
+    def propose(self, history: Sequence[int], count: int | None = None) -> DeviceProposal:
+        """Propose ``count`` tokens (default: ``limit``) after ``history``, whose last token, the anchor, is not yet
+        forwarded.
 
-        ``rows``: of the block that is run, of which the first proposals are kept (default: block_size). The result is
-        what ``Session.forward`` takes: 1 + count tokens on the device. Raises StateError when the draft's context is
-        not the target's, ShapeError for a token outside the vocabulary, a count outside 1..block_size - 1 or rows
-        outside 1 + count..block_size.
+        The rest of the history is in the context. Raises StateError when that is not the target's, ShapeError for an
+        anchor outside the vocabulary or a count outside 1..limit.
         """
         self._check_open()
-        limit = self.block - 1
-        count = limit if count is None else count
-        rows = self.block if rows is None else rows
-        if not 1 <= count <= limit:
-            raise ShapeError(f"propose: count is {count}; this draft proposes 1..{limit}")
-        if not count < rows <= self.block:
-            raise ShapeError(f"propose: a block of {rows} rows for {count} tokens; it has {count + 1}..{self.block}")
-        if not 0 <= anchor < self.draft.target.config.vocab:
-            raise ShapeError(
-                f"propose: token id {anchor} is outside the vocabulary of {self.draft.target.config.vocab} tokens"
-            )
+        anchor, vocab = int(history[-1]), self.draft.target.config.vocab
+        count = self.limit if count is None else count
+        if not 1 <= count <= self.limit:
+            raise ShapeError(f"propose: count is {count}; this draft proposes 1..{self.limit}")
+        if not 0 <= anchor < vocab:
+            raise ShapeError(f"propose: token id {anchor} is outside the vocabulary of {vocab} tokens")
         self._check_beside("propose")
-        graph = self._graph(("propose", rows, self._full_span(self.length + rows)))
-        self._set_context(graph, self._kept, self.length - self._kept)
-        self._set_block(graph, anchor, self.length)
-        graph.run()
-        self._kept, self._last = 0, graph
-        return Proposal(self._proposal, count + 1)
+        rows = self._rows_for(count)
+        block = self._blocks[rows, self._full_span(self.length + rows)]
+        self._windows.write_injection(block.values, self._kept, self.length - self._kept, self.target.chunk)
+        self._windows.write_block(block.values, anchor, self.length)
+        block.run()
+        self._kept, self._last = 0, block
+        return DeviceProposal(self._proposal, count + 1)
+
+    def _rows_for(self, count: int) -> int:
+        """Rows of a block that is meant to propose ``count`` tokens: the whole block, but on a CPU, where every row
+        costs time, no more than hold them. Masks behind a token hardly change its proposal (docs/log.md, "Short blocks
+        of the draft")."""
+        return self.block if self.draft.target.backend.is_cuda else min(self.block, width_for(count + 1))
 
     @exclusive
     def logits(self) -> npt.NDArray[np.float32]:
         """(rows, vocab) logits of the last proposal's block; row 0, the anchor's, means nothing. StateError before the
         first, SessionClosed."""
         self._check_open()
-        if self._last is None or self._last.logits is None:
+        if self._last is None:
             raise StateError("logits: nothing was proposed yet")
         out = np.empty(self._last.logits.shape, np.float32)
         self.draft.target.backend.read(self._last.logits, out)
@@ -294,9 +293,9 @@ class DraftSession:
     def close(self) -> None:
         """Free the context and the graphs, after the step that runs. Safe to call twice."""
         if not self.closed:
-            for graph in self._graphs.values():
-                graph.graph.close()
-            self.cache.close()
+            self._injections.close()
+            self._blocks.close()
+            self.state.close()
             self._proposal.close()
             self.closed = True
 
@@ -306,7 +305,7 @@ class DraftSession:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    # --- inputs -----------------------------------------------------------------------------------------------------
+    # --- checks -----------------------------------------------------------------------------------------------------
 
     def _check_open(self) -> None:
         if self.closed:
@@ -333,123 +332,119 @@ class DraftSession:
             raise StateError(
                 f"{what}: the draft holds {self.length} positions, "
                 f"the target {self.target.length} and {self.target.pending} pending; "
-                "commit and keep first"
+                "commit to both first"
             )
 
-    def _set_context(self, graph: _DraftGraph, count: int, start: int) -> None:
-        """Inputs that inject ``count`` positions from ``start``: positions, rows of the target's features, then table
-        rows per ring. Padding falls into padding rows, and so do positions that later ones of the injection
-        overwrite."""
-        positions, features, *rings = graph.context
-        positions[:count] = np.arange(start, start + count)
-        positions[count:] = -1
-        np.remainder(positions, self.target.chunk, out=features)
-        features[count:] = self.target.chunk
-        for rows, capacity in zip(rings, self.cache.capacities):
-            np.remainder(positions, capacity, out=rows)
-            rows[count:] = rows[: max(count - capacity, 0)] = capacity
-
-    def _set_block(self, graph: _DraftGraph, anchor: int, start: int) -> None:
-        """Inputs of the block [anchor, MASK, ...] that begins at position ``start``."""
-        tokens, positions, ends, *rings = graph.block
-        last = start + len(positions) - 1
-        tokens[0] = anchor
-        positions[:] = np.arange(start, last + 1)
-        ends.fill(last)
-        for rows, capacity, held in zip(rings, self.cache.capacities, graph.held):
-            np.remainder(positions, capacity, out=rows)
-            if held is not None:
-                # A slot holds the last position up to the block's end that falls into it; negative: none yet.
-                np.subtract(last, np.arange(capacity), out=held)
-                held %= capacity
-                np.subtract(last, held, out=held)
+    # --- graphs -----------------------------------------------------------------------------------------------------
 
     def _inject(self, count: int, start: int) -> None:
-        graph = self._graph(("inject", width_for(count)))
-        self._set_context(graph, count, start)
-        graph.run()
-
-    # --- graphs -----------------------------------------------------------------------------------------------------
+        injection = self._injections[width_for(count)]
+        self._windows.write_injection(injection.values, count, start, self.target.chunk)
+        injection.run()
 
     def _full_span(self, needed: int) -> int:
         """Slots of the full ring that a graph spans: a power of two, so that graphs are few."""
         return max(256, 1 << (needed - 1).bit_length())
 
-    def _graph(self, key: tuple[Any, ...]) -> _DraftGraph:
-        if key not in self._graphs:
-            kind, *size = key
-            self._graphs[key] = self._build_inject(*size) if kind == "inject" else self._build_propose(*size)
-        return self._graphs[key]
+    def _build_injection(self, width: int) -> Replay:
+        replay = Replay(self.draft.target.backend, self._windows.injection_fields(width))
+        self._add_injection(replay)
+        replay.graph.finish()
+        return replay
 
-    def _injection(self, graph: Graph, inputs: Tensor, width: int) -> int:
-        """Nodes that inject ``width`` feature rows; returns how many input words they take."""
-        rings = len(self.cache.capacities)
-        positions, places, *words = (inputs.slice(0, i * width, (i + 1) * width) for i in range(2 + rings))
+    def _add_injection(self, replay: Replay) -> None:
+        """Nodes that inject feature rows."""
         kept, taps, hidden = self.target.features.shape
-        features = ops.get_rows(self.target.features.within(graph).reshape(kept, taps * hidden), places)
-        self.draft.network.inject(features, positions, [words[ring] for ring in self.cache.ring_of], self.cache)
-        return (2 + rings) * width
+        ring = self.target.features.within(replay.graph).reshape(kept, taps * hidden)
+        features = ops.get_rows(ring, replay.input("context features"))
+        rows = self._windows.parallel(replay.inputs("context rows"))
+        self.draft.network.inject(features, replay.input("context positions"), rows, self.state.layers)
 
-    def _build_inject(self, width: int) -> _DraftGraph:
-        graph = Graph(self.draft.target.backend)
-        inputs = graph.input(((2 + len(self.cache.capacities)) * width,), GGMLType.I32)
-        self._injection(graph, inputs, width)
-        graph.finish()
-        return _DraftGraph(graph, inputs, width, len(self.cache.capacities))
-
-    def _build_propose(self, T: int, full_span: int) -> _DraftGraph:
-        graph, rings = Graph(self.draft.target.backend), len(self.cache.capacities)
-        spans = [c if w else min(c, full_span) for c, w in zip(self.cache.capacities, self.cache.windows)]
-        ring_words = [span if window else 0 for span, window in zip(spans, self.cache.windows)]
-        total = (2 + rings) * ops.EXACT_ROWS + (3 + rings) * T + sum(ring_words)
-        inputs = graph.input((total,), GGMLType.I32)
-        at = self._injection(graph, inputs, ops.EXACT_ROWS)
-
-        def take(words: int) -> Tensor:
-            nonlocal at
-            at += words
-            return inputs.slice(0, at - words, at)
-
-        tokens, positions, ends = take(T), take(T), take(T)
-        rows = [take(T) for _ in range(rings)]
-        held = [take(words) if words else None for words in ring_words]
-        block = DraftInputs(graph, positions, ends, self.cache.ring_of, rows, spans, held)
-        network = self.draft.target.network
-        x = self.draft.network.propose(ops.get_rows(network.token_embd, tokens), block, self.cache)
-        logits = graph.output(network.output(x))  # the target's head
-        ids = ops.argmax(logits, report=False)  # the target embeds them, whatever they are
+    def _build_block(self, shape: tuple[int, int]) -> _BlockReplay:
+        (T, full_span), network = shape, self.draft.target.network
+        windows = self._windows
+        fields = windows.injection_fields(EXACT_ROWS) | windows.block_fields(T)
+        replay = _BlockReplay(self.draft.target.backend, fields)
+        self._add_injection(replay)
+        graph, tokens = replay.graph, replay.input("tokens")
+        batches = [
+            RingBatch(
+                graph, replay.input("positions"), replay.input("ends"), rows,
+                capacity if window else min(capacity, full_span), replay.input(f"held {window}") if window else None,
+            )
+            for window, capacity, rows in zip(windows.windows, windows.capacities, replay.inputs("rows"))
+        ]  # fmt: skip
+        embedded = ops.get_rows(network.token_embd.within(graph), tokens)
+        x = self.draft.network.propose(embedded, windows.parallel(batches), self.state.layers)
+        replay.logits = graph.output(network.output(x))  # the target's head
+        ids = ops.argmax(replay.logits, report=False)  # the target embeds them, whatever they are
         proposal = self._proposal["tokens"].within(graph)
         graph.effect(ops.copy_into(proposal.slice(0, 0, 1), tokens.slice(0, 0, 1)))
         graph.effect(ops.copy_into(proposal.slice(0, 1, T), ids.slice(0, 1, T)))
         graph.finish()
-        propose = _DraftGraph(graph, inputs, ops.EXACT_ROWS, rings, T, ring_words, logits)
-        propose.block[0].fill(self.draft.config.mask_token_id)
-        return propose
+        replay.values["tokens"].fill(self.draft.config.mask_token_id)
+        return replay
 
 
-class _DraftGraph:
-    """A persistent graph and its inputs, which are written in one piece. Each is a list of rows of int32.
+class _BlockReplay(Replay):
+    """Injects what waits and fills a block; ``logits`` (rows, vocab) f32."""
 
-    ``context`` (2 + rings, width): what is injected. Of a proposal also ``block`` (3 + rings, rows) and ``held``: per
-    ring, the position that each slot holds, or None for a ring that is as long as the context.
+    logits: Tensor
+
+
+T = TypeVar("T")
+
+
+class _Windows:
+    """The distinct windows of a draft's layers: layers of one window share the numbers of their rows and slots.
+
+    A field "context ..." has a value for each injected row, the other fields one for each row of a block; "rows" have a
+    line a window. "held N": the position that each slot of the ring of window N holds.
     """
 
-    def __init__(
-        self,
-        graph: Graph,
-        inputs: Tensor,
-        width: int,
-        rings: int,
-        rows: int = 0,
-        held: Sequence[int] = (),
-        logits: Tensor | None = None,
-    ) -> None:
-        self.graph, self.inputs, self.logits = graph, inputs, logits
-        self._values = np.zeros(inputs.shape, np.int32)
-        context, block, *slots = np.split(self._values, np.cumsum([(2 + rings) * width, (3 + rings) * rows, *held]))
-        self.context, self.block = list(context.reshape(-1, width)), list(block.reshape(3 + rings, rows))
-        self.held = [values if words else None for values, words in zip(slots, held)]
+    def __init__(self, rings: Sequence[Ring]) -> None:
+        self.windows = sorted({ring.spec.window for ring in rings})
+        self._of_layer = [self.windows.index(ring.spec.window) for ring in rings]
+        self.capacities = [rings[self._of_layer.index(i)].capacity for i in range(len(self.windows))]
 
-    def run(self) -> None:
-        self.graph.backend.write(self.inputs, self._values)
-        self.graph.run()
+    def parallel(self, by_window: Sequence[T]) -> list[T]:
+        """For each layer, the entry of its window."""
+        return [by_window[i] for i in self._of_layer]
+
+    def injection_fields(self, width: int) -> dict[str, Shape]:
+        rows = (len(self.windows), width)
+        return {"context positions": (width,), "context features": (width,), "context rows": rows}
+
+    def block_fields(self, T: int) -> dict[str, Shape]:
+        held = {f"held {window}": (capacity,) for window, capacity in zip(self.windows, self.capacities) if window}
+        return {"tokens": (T,), "positions": (T,), "ends": (T,), "rows": (len(self.windows), T), **held}
+
+    def write_injection(self, values: Mapping[str, npt.NDArray[np.int32]], count: int, start: int, chunk: int) -> None:
+        """Inject ``count`` positions from ``start``, whose features lie in a ring of ``chunk`` rows.
+
+        Padding falls into padding rows, and so do positions that later ones of the injection overwrite.
+        """
+        positions, features = values["context positions"], values["context features"]
+        positions[:count] = np.arange(start, start + count)
+        positions[count:] = -1
+        np.remainder(positions, chunk, out=features)
+        features[count:] = chunk
+        for rows, capacity in zip(values["context rows"], self.capacities):
+            np.remainder(positions, capacity, out=rows)
+            rows[count:] = rows[: max(count - capacity, 0)] = capacity
+
+    def write_block(self, values: Mapping[str, npt.NDArray[np.int32]], anchor: int, start: int) -> None:
+        """The block [anchor, MASK, ...] that begins at position ``start``."""
+        positions = values["positions"]
+        last = start + len(positions) - 1
+        values["tokens"][0] = anchor
+        positions[:] = np.arange(start, last + 1)
+        values["ends"].fill(last)
+        for window, capacity, rows in zip(self.windows, self.capacities, values["rows"]):
+            np.remainder(positions, capacity, out=rows)
+            if window:
+                # A slot holds the last position up to the block's end that falls into it; negative: none yet.
+                held = values[f"held {window}"]
+                np.subtract(last, np.arange(capacity), out=held)
+                held %= capacity
+                np.subtract(last, held, out=held)

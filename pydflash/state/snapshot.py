@@ -13,119 +13,25 @@ import math
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from pydflash.atomic_file import replacing
-from pydflash.errors import LoadError, ShapeError, SnapshotMismatch
-from pydflash.ggml_types import GGMLType
-from pydflash.kv_format import CACHE_TYPES
+from pydflash.errors import LoadError, ShapeError
 from pydflash.limits import MOST_POSITIONS, TAPE_ROWS
-from pydflash.state import DraftCache, state_shape, tape_shape
+from pydflash.state.fingerprint import FORMAT, Fingerprint, checked
+from pydflash.state.layer import Layout
 from pydflash.tensor import Shape
 
-__all__ = [
-    "FORMAT",
-    "DraftFingerprint",
-    "Fingerprint",
-    "Layout",
-    "Place",
-    "Snapshot",
-    "check_fingerprint",
-    "host_arrays",
-]
-
-FORMAT = 1
-"""Raised when a version of this package gives the bytes of a snapshot another meaning."""
-
-Layout: TypeAlias = "dict[str, tuple[Shape, str]]"
-"""Arrays by name: shape and dtype, 'F32' or 'U8' (rows of packed bytes)."""
+__all__ = ["Place", "Snapshot", "host_arrays"]
 
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "U8": np.dtype("u1")}
-
-
-# --- what the bytes mean ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """Everything that decides what the bytes of a target session mean.
-
-    ``model`` is :meth:`GGUFFile.fingerprint_digest`; ``k_basis`` and ``v_basis`` are names of ``kv_format.K_BASES``.
-    The device does not matter, since all keep rows and states alike, nor do ``max_context``, ``chunk``, ``capture``.
-    """
-
-    format: int
-    model: str
-    cache_k: str
-    cache_v: str
-    k_basis: str
-    v_basis: str
-    rope_base: float
-    rope_dims: int
-    attention_layers: tuple[int, ...]
-    kv_heads: int
-    head_size: int
-    delta_layers: tuple[int, ...]
-    k_heads: int
-    v_heads: int
-    state_size: int
-    conv_kernel: int
-
-    def layout(self, length: int, replay: int) -> Layout:
-        """The arrays of ``length`` positions: K/V rows of all, the delta-net state before the last ``replay`` of them
-        and a window of the history and these."""
-        arrays: Layout = {}
-        for layer in self.delta_layers:
-            arrays[f"state.{layer}"] = (state_shape(self), "F32")
-            arrays[f"window.{layer}"] = ((self.conv_kernel - 1 + replay, tape_shape(self)[1]), "F32")
-        for layer in self.attention_layers:
-            for side, cache in (("k", self.cache_k), ("v", self.cache_v)):
-                arrays[f"{side}.{layer}"] = _rows(length, self.kv_heads * self.head_size, CACHE_TYPES[cache])
-        return arrays
-
-
-@dataclass(frozen=True)
-class DraftFingerprint:
-    """Everything that decides what the bytes of a draft session mean. ``model`` and ``draft`` are digests of the files.
-
-    ``windows`` and ``causal``: per layer, as in ``DraftConfig``.
-    """
-
-    format: int
-    model: str
-    draft: str
-    taps: tuple[int, ...]
-    windows: tuple[int, ...]
-    causal: tuple[bool, ...]
-    rope_base: float
-    kv_heads: int
-    head_size: int
-
-    def layout(self, length: int, replay: int) -> Layout:
-        """The arrays of ``length`` positions: K/V rows of all, or of those that a sliding layer's window covers."""
-        if replay:
-            raise ShapeError(f"a draft session has no rows to replay, found {replay}")
-        arrays: Layout = {}
-        for layer, window in enumerate(self.windows):
-            for side in "kv":
-                rows = min(length, window) if window else length
-                arrays[f"{side}.{layer}"] = _rows(rows, self.kv_heads * self.head_size, DraftCache.dtype)
-        return arrays
-
-
-_KINDS = {"session": Fingerprint, "draft session": DraftFingerprint}
-AnyFingerprint: TypeAlias = "Fingerprint | DraftFingerprint"
-
-
-def _rows(count: int, columns: int, dtype: GGMLType) -> tuple[Shape, str]:
-    return (count, dtype.nbytes(columns)), "U8"
 
 
 def _check_counts(length: int, replay: int) -> None:
@@ -140,23 +46,6 @@ def _check_counts(length: int, replay: int) -> None:
 def host_arrays(layout: Layout) -> dict[str, npt.NDArray[Any]]:
     """Arrays of ``layout``, to be filled."""
     return {name: np.empty(shape, _DTYPES[dtype]) for name, (shape, dtype) in layout.items()}
-
-
-def _kind(fingerprint: AnyFingerprint) -> str:
-    return next(name for name, kind in _KINDS.items() if isinstance(fingerprint, kind))
-
-
-def check_fingerprint(found: AnyFingerprint, wanted: AnyFingerprint) -> None:
-    """SnapshotMismatch unless a snapshot's fingerprint is the session's: the first field that differs, both values."""
-    if type(found) is not type(wanted):
-        raise SnapshotMismatch(f"restore: the snapshot is that of a {_kind(found)}, this is a {_kind(wanted)}")
-    for name in (f.name for f in fields(wanted)):
-        theirs, ours = getattr(found, name), getattr(wanted, name)
-        if theirs != ours:
-            raise SnapshotMismatch(
-                f"restore: {name} of the snapshot is {theirs!r}, that of this {_kind(wanted)} is {ours!r}; open the "
-                "session as it was when the snapshot was taken, or take another one"
-            )
 
 
 # --- snapshots --------------------------------------------------------------------------------------------------------
@@ -178,7 +67,7 @@ class Snapshot:
     read-only numpy arrays, as ``fingerprint.layout(length, replay)`` says. ShapeError when they are not.
     """
 
-    fingerprint: AnyFingerprint
+    fingerprint: Fingerprint
     sequence: str
     length: int
     replay: int = 0
@@ -246,7 +135,7 @@ _STATEMENT, _SHA256 = "pydflash.snapshot", "sha256"
 def _statement(snapshot: Snapshot) -> str:
     """Everything but the arrays, as JSON."""
     content = {name: getattr(snapshot, name) for name in ("sequence", "length", "replay")}
-    content |= {"kind": _kind(snapshot.fingerprint), "fingerprint": asdict(snapshot.fingerprint)}
+    content["fingerprint"] = snapshot.fingerprint.as_json()
     return json.dumps(content, separators=(",", ":"))
 
 
@@ -315,7 +204,7 @@ class _Reader:
             ) from None
         return statement, digest
 
-    def _parse(self, statement: str) -> tuple[AnyFingerprint, str, int, int, Layout]:
+    def _parse(self, statement: str) -> tuple[Fingerprint, str, int, int, Layout]:
         """Fingerprint, sequence, length and rows to replay, each of a valid type and size, and the layout of these."""
         try:
             content = json.loads(statement)
@@ -325,12 +214,11 @@ class _Reader:
                     f"{self.path}: has format {found['format']!r:.20}, this version reads {FORMAT}; "
                     "take the snapshot again"
                 )
-            kind = _KINDS[content["kind"]]
-            fingerprint = kind(**{f.name: _value(str(f.type), found[f.name]) for f in fields(kind)})
-            length, replay = _value("int", content["length"]), _value("int", content["replay"])
+            fingerprint = Fingerprint.from_json(found)
+            length, replay = checked("int", content["length"]), checked("int", content["replay"])
             _check_counts(length, replay)
             layout = fingerprint.layout(length, replay)
-            return fingerprint, _value("str", content["sequence"]), length, replay, layout
+            return fingerprint, checked("str", content["sequence"]), length, replay, layout
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             self._damaged(f"its metadata hold what no snapshot has ({error!r:.80})")
 
@@ -350,17 +238,3 @@ class _Reader:
 
     def _damaged(self, found: str) -> NoReturn:
         raise LoadError(f"{self.path}: the snapshot is truncated or damaged, {found}; take it again or copy it again")
-
-
-def _value(kind: str, value: Any) -> Any:
-    """``value`` from JSON for a field declared as ``kind``; ValueError for another type or a number out of range."""
-    if kind.startswith("tuple["):
-        if type(value) is not list:
-            raise ValueError(f"{value!r:.20} is no list")
-        return tuple(_value(kind[6:].partition(",")[0], item) for item in value)
-    wanted = {"int": int, "float": float, "str": str, "bool": bool}[kind]
-    if type(value) is not wanted:
-        raise ValueError(f"{value!r:.20} is no {kind}")
-    if isinstance(value, int) and not 0 <= value < 1 << 31:
-        raise ValueError(f"{value} is out of range")
-    return value

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ConfigError, NativeError, ShapeError, SnapshotMismatch
-from .sampling_params import SamplingParams
+from pydflash.errors import ConfigError, NativeError, ShapeError, SnapshotMismatch
+from pydflash.sampling_params import SamplingParams
 
 __all__ = ["Law", "MaskFunction", "Sampler", "SamplingParams", "numerics_failed"]
 

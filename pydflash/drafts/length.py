@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import deque
 
 from pydflash.backend import Backend
-from pydflash.session import width_for
+from pydflash.runtime import width_for
 
-__all__ = ["Costs", "Width", "adapts"]
+__all__ = ["CycleCosts", "ProposalLength", "adapts"]
 
 _REMEMBERED = 8  # cycles; what slows one of them does not count, what slows all of them does
 _TRUSTED = 2  # cycles before a measurement counts: one alone may have been interrupted
@@ -25,10 +25,10 @@ def adapts(asked: bool | None, backend: Backend) -> bool:
     return not backend.is_cuda if asked is None else asked
 
 
-class Costs:
+class CycleCosts:
     """Measured seconds of whole cycles, by the width of the graph that verified them; 1 is a step without a proposal.
 
-    A draft session keeps them from one generation to the next.
+    They hold from one generation to the next, on the same device with the same draft.
     """
 
     def __init__(self) -> None:
@@ -63,16 +63,16 @@ class Costs:
         return known[next_wider] * (_FIXED + (1 - _FIXED) * width / next_wider)
 
 
-class Width:
+class ProposalLength:
     """The length of each proposal of one generation.
 
     Each proposed token is taken to be accepted with the same probability h, if all before it were: those accepted of
     those that the target examined, lately. A proposal of n then yields 1 + h + h^2 + ... + h^n tokens and takes the
-    seconds that Costs knows; the n with the most tokens per second wins. It may be 0, a single step. What is known of h
-    fades with single steps too, so that proposals are tried again.
+    seconds that CycleCosts knows; the n with the most tokens per second wins. It may be 0, a single step. What is known
+    of h fades with single steps too, so that proposals are tried again.
     """
 
-    def __init__(self, costs: Costs) -> None:
+    def __init__(self, costs: CycleCosts) -> None:
         self._costs = costs
         self._accepted = self._examined = 0.0
 

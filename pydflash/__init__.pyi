@@ -1,0 +1,36 @@
+from .decode import (
+    Sampler,
+    SamplingParams,
+    Stats,
+    Step,
+    autoregressive,
+    speculative,
+)
+from .drafts import Draft, DraftSession, load_draft
+from .engine import Chunk, Completion, Engine, Piece, Stream
+from .errors import (
+    BadMetadata,
+    ConfigError,
+    ContextFull,
+    DeviceError,
+    DraftMismatch,
+    LoadError,
+    MissingTensor,
+    NativeError,
+    NoDevice,
+    NothingPending,
+    OutOfMemory,
+    PydflashError,
+    SessionClosed,
+    ShapeError,
+    SnapshotMismatch,
+    StateError,
+    TemplateError,
+    UnsupportedArchitecture,
+    WriteError,
+)
+from .models import Model, load_model
+from .runtime import Session
+from .state import Snapshot
+
+__version__: str

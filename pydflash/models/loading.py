@@ -1,0 +1,94 @@
+"""Models: what a file becomes when it is loaded."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+from pydflash.backend import Backend
+from pydflash.device_lock import DeviceLock, closing
+from pydflash.errors import UnsupportedArchitecture
+from pydflash.gguf import GGUFFile
+from pydflash.models import qwen35
+from pydflash.models.base import Architecture, ModelConfig, Network
+from pydflash.tokenizer import Tokenizer
+from pydflash.weights import Progress, Weights, find_tensors
+
+__all__ = ["ARCHITECTURES", "Model", "load_model"]
+
+ARCHITECTURES = {
+    "qwen35": Architecture(qwen35.Config.read, qwen35.Qwen35),
+}
+"""By a file's ``general.architecture``."""
+
+
+def architecture_of(file: GGUFFile) -> Architecture:
+    """Raises UnsupportedArchitecture."""
+    name = file.require("general.architecture", str)
+    if name not in ARCHITECTURES:
+        known = ", ".join(map(repr, ARCHITECTURES))
+        raise UnsupportedArchitecture(f"{file.path}: architecture {name!r}; this package runs {known}")
+    return ARCHITECTURES[name]
+
+
+class Model:
+    """A loaded target: immutable weights on one device, shared by any number of sessions.
+
+    ``config`` holds the hyperparameters, ``tokenizer`` the vocabulary, ``file`` the GGUF file with its metadata,
+    ``backend`` the device. ``close()`` (or ``with``) frees everything; close the model's sessions first.
+    """
+
+    def __init__(
+        self, file: GGUFFile, backend: Backend, config: ModelConfig, weights: Weights, network: Network
+    ) -> None:
+        self.file, self.backend, self.config, self.weights, self.network = file, backend, config, weights, network
+        self.tokenizer = Tokenizer.from_metadata(file.metadata)
+        self.path = file.path
+
+    @cached_property
+    def digest(self) -> str:
+        """:meth:`GGUFFile.fingerprint_digest` of the file: what a snapshot knows the model by."""
+        return self.file.fingerprint_digest()
+
+    @property
+    def lock(self) -> DeviceLock:
+        return self.backend.lock
+
+    @closing
+    def close(self) -> None:
+        """Free the weights and the device, after the step that runs. Safe to call twice."""
+        self.weights.close()
+        self.backend.close()
+        self.file.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def load_model(
+    path: str | Path, device: str = "auto", progress: Progress | None = None, *, threads: int | None = None
+) -> Model:
+    """Load a GGUF file of one of ``ARCHITECTURES`` (the first part of a split one loads all).
+
+    ``device``: 'auto', 'cpu', 'cuda' or 'cuda:N'. ``progress(bytes_done, bytes_total)`` is called while weights are
+    read.
+    ``threads`` is for the CPU. Raises LoadError, NoDevice or OutOfMemory; nothing stays allocated then.
+    """
+    file = GGUFFile.open(path)
+    try:
+        architecture = architecture_of(file)
+        config = architecture.read(file)
+        infos = find_tensors(file, config.tensors())
+        backend = Backend(device, threads)
+        try:
+            weights = Weights(file, infos, backend, progress)
+            return Model(file, backend, config, weights, architecture.network(config, weights))
+        except BaseException:
+            backend.close()
+            raise
+    except BaseException:
+        file.close()
+        raise

@@ -1,0 +1,71 @@
+"""Proposals: an anchor, the last token of a text, and the tokens that a draft expects after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pydflash.backend import Arena
+from pydflash.errors import SessionClosed
+
+__all__ = ["DeviceProposal", "HostProposal", "Proposal"]
+
+
+class Proposal(Protocol):
+    """What ``Session.forward`` takes to verify. ``len()`` counts the anchor as well."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def ids(self) -> npt.NDArray[np.int32]:
+        """(len,) int32: the anchor, then the proposed tokens."""
+
+    def first(self, count: int) -> Proposal:
+        """Of these, the first ``count``."""
+
+
+class HostProposal:
+    """Tokens that the host knows."""
+
+    def __init__(self, ids: Sequence[int] | npt.NDArray[np.int32]) -> None:
+        self.ids = np.asarray(ids, np.int32)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def first(self, count: int) -> HostProposal:
+        return HostProposal(self.ids[:count])
+
+
+class DeviceProposal:
+    """Tokens that lie on the device, where the target reads them."""
+
+    def __init__(self, arena: Arena, count: int) -> None:
+        """The first ``count`` of ``arena["tokens"]``, which belongs to the draft session."""
+        self.arena, self._count = arena, count
+        self._ids: npt.NDArray[np.int32] | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def ids(self) -> npt.NDArray[np.int32]:
+        """Copied from the device when first asked for; valid until the draft's next proposal. SessionClosed when the
+        draft session was closed."""
+        if self._ids is None:
+            self.check_open()
+            ids = np.empty(self._count, np.int32)
+            self.arena.backend.read(self.arena["tokens"], ids)
+            self._ids = ids
+        return self._ids
+
+    def first(self, count: int) -> DeviceProposal:
+        return DeviceProposal(self.arena, min(count, self._count))
+
+    def check_open(self) -> None:
+        """SessionClosed when the draft session was closed: the tokens are gone then."""
+        if self.arena.closed:
+            raise SessionClosed("the draft session of this proposal was closed; propose with one that is open")

@@ -1,0 +1,312 @@
+"""A session: one sequence and the protocol that extends it."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+
+from pydflash.backend import Arena
+from pydflash.config import SessionConfig
+from pydflash.device_lock import DeviceLock, closing, exclusive
+from pydflash.errors import ConfigError, ContextFull, NothingPending, SessionClosed, ShapeError, StateError
+from pydflash.ggml_types import GGMLType
+from pydflash.kv_format import CACHE_TYPES, k_basis, v_basis
+from pydflash.limits import EXACT_ROWS
+from pydflash.models import Model
+from pydflash.runtime.output import Output
+from pydflash.runtime.proposal import DeviceProposal, HostProposal, Proposal
+from pydflash.runtime.runner import Head, Rows, Runner
+from pydflash.state import (
+    FORMAT,
+    CacheFormat,
+    Fingerprint,
+    LayerState,
+    Place,
+    Room,
+    SequenceState,
+    Snapshot,
+    check_fingerprint,
+    check_pair,
+    host_arrays,
+)
+from pydflash.tensor import Tensor
+
+__all__ = ["Session"]
+
+_NOWHERE = Place("", 0)  # where a text that no snapshot began comes from
+
+
+class Session:
+    """A sequence of tokens and everything the model remembers of it.
+
+    ``forward(tokens)`` computes ``len(tokens)`` positions and leaves them pending; ``commit(n)`` keeps the first n of
+    them and forgets the rest. At most 16 rows can be kept in part; a wider forward is committed whole.
+    ``length``: committed positions. ``pending``: positions computed and not committed. ``capture``: layers whose
+    residual stream is left in ``features`` (rows, layers, hidden) for a draft. ``sequence``: a name of its own for each
+    text, new after a reset or a restore. ``origin``: the place of the snapshot that the text began with.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        max_context: int = SessionConfig.max_context,
+        cache_k: str = SessionConfig.cache_k,
+        cache_v: str = SessionConfig.cache_v,
+        k_rotation: str = SessionConfig.k_rotation,
+        v_rotation: str = SessionConfig.v_rotation,
+        *,
+        fused: bool = SessionConfig.fused,
+        chunk: int = SessionConfig.chunk,
+        capture: Sequence[int] = (),
+    ) -> None:
+        """SessionConfig describes the settings. An f32 cache, a basis or a capture must also suit the device and the
+        model. Raises ConfigError, OutOfMemory.
+        """
+        config, backend = model.config, model.backend
+        settings = SessionConfig(max_context, cache_k, cache_v, k_rotation, v_rotation, fused, chunk)
+        if not all(0 <= layer < config.layers for layer in capture):
+            raise ConfigError(f"capture is {tuple(capture)}; the model has layers 0..{config.layers - 1}")
+        k_type, v_type = CACHE_TYPES[settings.cache_k], CACHE_TYPES[settings.cache_v]
+        check_pair(k_type, v_type, backend.is_cuda)
+        self.cache_format = CacheFormat(
+            settings.cache_k,
+            settings.cache_v,
+            k_basis(k_type, config.head_size, settings.k_rotation).name,
+            v_basis(config.head_size, settings.v_rotation).name,
+        )
+        self.model, self.capture = model, tuple(capture)
+        self.max_context, self.chunk, self.fused = settings.max_context, settings.chunk, settings.fused
+        self.capacity = -(-self.max_context // 256) * 256
+        self.state: SequenceState[LayerState] = SequenceState(
+            backend, model.network.remembers(self.cache_format), Room(self.capacity, settings.fused)
+        )
+        self._features = _features(model, self.chunk, len(self.capture)) if self.capture else None
+        self._runner = Runner(
+            model, self.state, self.capacity, self.capture, self.features if capture else None, self.chunk
+        )
+        self.length = self.pending = 0
+        self._serial = 0  # counts steps, so that an Output knows whether it is still valid
+        self._replay = 0  # rows of the last step that the next one replays into the delta-net state
+        self._whole = False  # the pending rows are in the delta-net state already
+        self._begin(_NOWHERE)
+        self.closed = False
+
+    @property
+    def features(self) -> Tensor:
+        """(chunk + 1, layers, hidden) f32 on the device: a ring of captured rows, that of position p in row p % chunk.
+
+        The last row takes padding.
+        """
+        if self._features is None:
+            raise StateError("this session captures no features; open it with capture=<layers>")
+        return self._features["features"]
+
+    @property
+    def lock(self) -> DeviceLock:
+        """Whose turn it is on the device: each method is one step there, or waits for one."""
+        return self.model.backend.lock
+
+    # --- the protocol -----------------------------------------------------------------------------------------------
+
+    @exclusive
+    def forward(self, tokens: Sequence[int] | npt.NDArray[np.integer] | Proposal, logits: Head = "last") -> Output:
+        """Compute the next positions and leave them pending. A Proposal is read where it lies, on the device.
+
+        ``logits``: the rows the LM head runs for: 'last', 'all' or 'none'. Raises ShapeError for an empty list or a
+        token outside the vocabulary, ContextFull, StateError when rows are pending already, SessionClosed.
+        """
+        self._check(len(tokens), logits)
+        if isinstance(tokens, DeviceProposal):
+            tokens.check_open()
+            output = self._step(tokens, 0, logits, keep=True)
+        else:
+            ids = self._ids(tokens.ids if isinstance(tokens, HostProposal) else cast("Sequence[int]", tokens))
+            self._whole = len(ids) > EXACT_ROWS
+            output = self._chunks(ids, logits) if self._whole else self._step(ids, 0, logits, keep=True)
+        self.pending = len(tokens)
+        return output
+
+    def commit(self, n: int) -> None:
+        """Keep the first ``n`` pending positions and forget the rest; 0 discards them all.
+
+        Raises NothingPending, or StateError when n is out of range or part of a forward wider than 16 rows.
+        """
+        self.check_open()
+        if not self.pending:
+            raise NothingPending(f"commit({n}) without a forward; nothing is pending")
+        if not 0 <= n <= self.pending:
+            raise StateError(f"commit({n}): {self.pending} positions are pending; n must lie in 0..{self.pending}")
+        if self._whole and n != self.pending:
+            raise StateError(
+                f"commit({n}): a forward of {self.pending} rows can only be committed whole; "
+                f"forward at most {EXACT_ROWS} tokens at a time to be able to keep a part"
+            )
+        self.length += n
+        self._replay = 0 if self._whole else n
+        self.pending, self._whole = 0, False
+
+    def prefill(self, tokens: Sequence[int]) -> Iterator[Output]:
+        """Read a prompt: forward and commit it, ``chunk`` tokens at a time, yielding the Output of each chunk.
+
+        The last one has the logits of the last token, those before it none; ``output.count`` tokens were committed.
+        Raises ShapeError for an empty prompt, ContextFull before the first chunk when it does not fit.
+        """
+        if not len(tokens):
+            raise ShapeError("the prompt is empty; give at least one token")
+        self.check_room(len(tokens))
+        for start in range(0, len(tokens), self.chunk):
+            piece = tokens[start : start + self.chunk]
+            output = self.forward(piece, "last" if start + len(piece) == len(tokens) else "none")
+            self.commit(len(piece))
+            yield output
+
+    @exclusive
+    def reset(self) -> None:
+        """Back to an empty sequence; the graphs are kept."""
+        self.check_open()
+        self.state.clear()
+        self.length = self.pending = self._replay = 0
+        self._whole = False
+        self._begin(_NOWHERE)
+
+    @closing
+    def close(self) -> None:
+        """Free the caches and the graphs, after the step that runs. Safe to call twice."""
+        if not self.closed:
+            self._runner.close()
+            self.state.close()
+            if self._features is not None:
+                self._features.close()
+            self.closed = True
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # --- snapshots --------------------------------------------------------------------------------------------------
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Everything that decides what the bytes of a snapshot mean. The first time, it reads a few MiB of the model's
+        file."""
+        return Fingerprint(FORMAT, self.model.digest, "", (), self.state.specs)
+
+    @exclusive
+    def snapshot(self) -> Snapshot:
+        """What the session remembers, copied to the host: K and V of the committed positions and the delta-net state.
+
+        It holds no logits, so that what is restored goes on with a forward; nor what is a sampler's or a draft's, see
+        ``Sampler.state`` and ``DraftSession.snapshot``. Raises StateError while rows are pending, SessionClosed.
+        """
+        self.check_open()
+        if self.pending:
+            raise StateError(f"snapshot: {self.pending} positions are pending; commit(n) or commit(0) them first")
+        fingerprint = self.fingerprint
+        arrays = host_arrays(fingerprint.layout(self.length, self._replay))
+        for name, values in arrays.items():
+            self.model.backend.read(self.state.tensor(name), values)
+        return Snapshot(fingerprint, self.sequence, self.length, self._replay, arrays)
+
+    @exclusive
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from ``snapshot``, of this or another session or process; the text so far and pending rows are gone.
+
+        What follows has the same bits as if the other session had gone on, on the same kind of device. ``max_context``,
+        ``chunk`` and ``capture`` may differ. A draft session beside this one needs its own snapshot restored next.
+        Raises SnapshotMismatch that names the first field of the fingerprint to differ, ContextFull, SessionClosed; the
+        session is then as it was.
+        """
+        self.check_open()
+        check_fingerprint(snapshot.fingerprint, self.fingerprint)
+        if snapshot.length > self.max_context:
+            raise ContextFull(
+                f"restore: the snapshot holds {snapshot.length:,} positions and this session {self.max_context:,} at "
+                f"most; open it with max_context >= {snapshot.length:,}"
+            )
+        for name, values in snapshot.arrays.items():
+            self.model.backend.write(self.state.tensor(name), values)
+        self.model.backend.synchronize()
+        self.length, self._replay = snapshot.length, snapshot.replay
+        self.pending, self._whole = 0, False
+        self._begin(snapshot.place)
+
+    def stands_at(self, place: Place) -> bool:
+        """Whether the committed text is the one that ``place`` names: reached here, or restored and not continued."""
+        return self.length == place.length and place in (Place(self.sequence, self.length), self.origin)
+
+    def _begin(self, origin: Place) -> None:
+        self.sequence, self.origin = uuid.uuid4().hex, origin
+
+    # --- checks -----------------------------------------------------------------------------------------------------
+
+    def check_open(self) -> None:
+        if self.closed:
+            raise SessionClosed("this session was closed; open a new one")
+        if self.model.weights.closed:
+            raise SessionClosed("the model of this session was closed; load it again and open a new session")
+
+    def _check(self, count: int, logits: Head) -> None:
+        self.check_open()
+        if self.pending:
+            raise StateError(
+                f"{self.pending} positions are pending; commit(n) or commit(0) them before the next forward"
+            )
+        if logits not in ("last", "all", "none"):
+            raise ConfigError(f"logits is {logits!r}; valid values are 'last', 'all', 'none'")
+        self.check_room(count)
+
+    def check_room(self, count: int) -> None:
+        """ContextFull unless ``count`` more positions fit."""
+        if self.length + count > self.max_context:
+            raise ContextFull(
+                f"{self.length:,} of {self.max_context:,} positions are used and {count:,} more were asked for; "
+                f"open the session with max_context >= {self.length + count:,}"
+            )
+
+    def _ids(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+            raise ShapeError(f"forward needs a non-empty list of token ids; found shape {ids.shape}, dtype {ids.dtype}")
+        vocab = self.model.config.vocab
+        if ids.min() < 0 or ids.max() >= vocab:
+            bad = int(ids[(ids < 0) | (ids >= vocab)][0])
+            raise ShapeError(f"token id {bad} is outside the vocabulary of {vocab} tokens")
+        return ids.astype(np.int32)
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def _chunks(self, ids: npt.NDArray[np.int32], logits: Head) -> Output:
+        """A wide forward: chunk after chunk, each applied to the state at once. All rows' logits come to the host."""
+        outputs: list[Output] = []
+        for done in range(0, len(ids), self.chunk):
+            piece = ids[done : done + self.chunk]
+            head = logits if logits == "all" or done + len(piece) == len(ids) else "none"
+            outputs.append(self._step(piece, done, head, keep=False))
+            if logits == "all":
+                outputs[-1].fetch()
+        return Output.joined(outputs) if logits == "all" else outputs[-1]
+
+    def _step(self, ids: npt.NDArray[np.int32] | DeviceProposal, offset: int, head: Head, *, keep: bool) -> Output:
+        """Run one graph for ``ids`` at position ``length + offset``."""
+        step = self._runner.run(Rows(ids, self.length + offset, self._replay, head, keep))
+        self._serial += 1
+        if not keep:
+            self._replay = 0
+        return Output(self.lock, step, len(ids), head, partial(self._check_current, self._serial))
+
+    def _check_current(self, serial: int) -> None:
+        self.check_open()
+        if serial != self._serial:
+            raise StateError("this output belongs to an earlier forward; read logits before the next one")
+
+
+def _features(model: Model, chunk: int, layers: int) -> Arena:
+    specs = {"features": ((chunk + 1, layers, model.config.hidden), GGMLType.F32)}
+    return Arena(model.backend, specs, "captured features")

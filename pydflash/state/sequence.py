@@ -1,0 +1,55 @@
+"""Everything that a model's layers remember of one sequence, on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+
+from pydflash.backend import Arena, Backend
+from pydflash.state.layer import LayerSpec, LayerState, Room
+from pydflash.tensor import Tensor
+
+__all__ = ["SequenceState"]
+
+State = TypeVar("State", bound=LayerState, covariant=True)
+
+
+class SequenceState(Generic[State]):
+    """The states of all layers, in ``layers``, a list parallel to those of the model. ``close()`` frees them."""
+
+    def __init__(self, backend: Backend, specs: Sequence[LayerSpec], room: Room) -> None:
+        """Raises ConfigError, OutOfMemory."""
+        self.specs = tuple(specs)
+        self.layers: list[State] = [spec.state(room) for spec in specs]  # type: ignore[misc]
+        parts = {f"{name}.{i}": part for i, state in enumerate(self.layers) for name, part in state.parts().items()}
+        self._cleared = {part.what for part in parts.values() if part.cleared}
+        self._arenas: dict[str, Arena] = {}
+        try:
+            for what in dict.fromkeys(part.what for part in parts.values()):
+                own = {name: (part.shape, part.dtype) for name, part in parts.items() if part.what == what}
+                self._arenas[what] = Arena(backend, own, f"the {what}, for {room.positions:,} positions")
+        except BaseException:
+            self.close()
+            raise
+        for i, state in enumerate(self.layers):
+            state.tensors = {name: self._arenas[part.what][f"{name}.{i}"] for name, part in state.parts().items()}
+            state.fill(backend.write)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor ``part.layer``, as layouts name it."""
+        part, _, layer = name.partition(".")
+        return self.layers[int(layer)].tensors[part]
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes on the device, by what they are for."""
+        return {what: arena.nbytes for what, arena in self._arenas.items()}
+
+    def clear(self) -> None:
+        """Forget the sequence."""
+        for what in self._cleared:
+            self._arenas[what].clear()
+
+    def close(self) -> None:
+        """Free the memory. Safe to call twice."""
+        for arena in self._arenas.values():
+            arena.close()
