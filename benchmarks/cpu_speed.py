@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.peer import tools
-from pydflash.bench import Report, Result, decode_speed, feed, prefill_speed, random_ids
+from pydflash.measure.bench import Report, Result, decode_speed, feed, prefill_speed, random_ids
 from pydflash.models import Model, load_model
 from pydflash.runtime import Session
 

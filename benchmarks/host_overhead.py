@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pydflash.bench import Report, Result, random_ids
+from pydflash.measure.bench import Report, Result, random_ids
 from pydflash.decode import autoregressive
 from pydflash.engine import Engine
-from pydflash.graph import Graph
+from pydflash.native import Graph
 from pydflash.models import load_model
 from pydflash.decode import Sampler, SamplingParams
 from pydflash.runtime import Session

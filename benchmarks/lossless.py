@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pydflash.atomic_file import replacing
+from pydflash.files import replacing
 from pydflash.decode import autoregressive, collect, speculative
 from pydflash.drafts import DraftSession, load_draft
 from pydflash.models import load_model

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.speed import numbers
-from pydflash.atomic_file import replacing
-from pydflash.bench import (
+from pydflash.files import replacing
+from pydflash.measure.bench import (
     CYCLE_PROMPT,
     CycleBench,
     Report,

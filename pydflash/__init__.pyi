@@ -1,3 +1,4 @@
+# ruff: noqa: F401
 from .decode import (
     Sampler,
     SamplingParams,

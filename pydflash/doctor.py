@@ -46,7 +46,7 @@ def examine() -> Report:
 
 
 def _devices(report: Report, built: bool) -> None:
-    from pydflash.backend import Backend, cuda_device_count, default_threads
+    from pydflash.native import Backend, cuda_device_count, default_threads
 
     with Backend("cpu", 1) as cpu:
         report.fact("CPU", f"{cpu.description}, {default_threads()} threads, {_memory(cpu.memory())}")

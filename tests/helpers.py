@@ -11,12 +11,12 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from pydflash.backend import Backend
+from pydflash.native import Backend
 from pydflash.ggml_types import GGMLType
-from pydflash.graph import Graph
+from pydflash.native import Graph
 from pydflash.models import Model
 from pydflash.runtime import Session
-from pydflash.tensor import Tensor
+from pydflash.native import Tensor
 from tests.reference.qwen35 import Array, Reference, Weights
 from tests.reference.qwen35moe import MoEReference
 from tools.synth.blocks import as_bytes, random_blocks

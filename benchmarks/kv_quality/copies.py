@@ -27,13 +27,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pydflash import ops
-from pydflash.atomic_file import check_output, replacing
-from pydflash.backend import Arena, Backend
+from pydflash.files import check_output, replacing
+from pydflash.native import Arena, Backend
 from pydflash.errors import ConfigError
 from pydflash.ggml_types import GGMLType
-from pydflash.gguf import GGUFFile
-from pydflash.gguf_writer import TensorSource, write_gguf
-from pydflash.graph import Graph
+from pydflash.files import GGUFFile
+from pydflash.files import TensorSource, write_gguf
+from pydflash.native import Graph
 from pydflash.models.qwen35 import Config
 
 __all__ = ["Outliers", "copy_model", "inject", "write_f32"]

@@ -17,15 +17,15 @@ import numpy.typing as npt
 from benchmarks.kv_quality.metrics import agreement, kl_divergence, percentile, perplexity, relative_error
 from benchmarks.kv_quality.texts import Needle, Text
 from pydflash import ops
-from pydflash.backend import Arena
-from pydflash.bench import feed
+from pydflash.native import Arena
+from pydflash.measure.bench import feed
 from pydflash.decode import speculative
 from pydflash.drafts import Draft, DraftSession
 from pydflash.ggml_types import GGMLType
 from pydflash.models import Model
 from pydflash.decode import Sampler, SamplingParams
 from pydflash.runtime import Session
-from pydflash.tensor import Tensor
+from pydflash.native import Tensor
 
 __all__ = ["REFERENCE", "AcceptancePlaces", "Caches", "Observed", "Quality", "Yardstick", "grid", "observe"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kv_quality.measure import Caches, Quality
-from pydflash.atomic_file import replacing
+from pydflash.files import replacing
 from pydflash.errors import ConfigError
 from pydflash.kv_format import CACHE_TYPES, K_BASES
 

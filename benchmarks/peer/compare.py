@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 from benchmarks.peer import tools
 from benchmarks.speed import numbers
-from pydflash.bench import Report, Result
+from pydflash.measure.bench import Report, Result
 
 T = TypeVar("T")
 PAIRS = ("f16-f16", "q4_0-q8_0", "q4_0-q4_0", "q8_0-q8_0")

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from pydflash.atomic_file import check_output
 from pydflash.cli.options import Draft, Model, engine_options
 from pydflash.cli.show import LINES, note, progress_bar
 from pydflash.config import Settings
 from pydflash.control_chars import escape_controls
+from pydflash.files import check_output
 
 __all__ = ["ab"]
 
@@ -43,8 +43,8 @@ def ab(
     """Compare two configurations: speed with intervals and a noise floor, outputs, acceptance. The settings that are
     options hold for both arms.
     """
-    from pydflash import ab as harness
-    from pydflash import ab_report
+    from pydflash.measure import ab as harness
+    from pydflash.measure import ab_report
 
     arms = [harness.parse_arm(n, t or (), settings, draft=draft is not None) for n, t in (("A", a), ("B", b))]
     protocol = ab_report.Protocol(repeats, prompt_tokens, max_tokens, prompts, within)

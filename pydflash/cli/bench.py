@@ -37,7 +37,7 @@ def bench(
     json: Annotated[Path | None, typer.Option(help="Append results to this file, one JSON object per line.")] = None,
 ) -> None:
     """Measure prefill, decode and, with a draft, its cycles, by llama-bench's definitions."""
-    from pydflash import bench as harness
+    from pydflash.measure import bench as harness
 
     plan = harness.Plan(tuple(prompt_tokens or (512,)), max_tokens, tuple(depth or (0,)), repeats)
     with progress_bar("loading") as progress:

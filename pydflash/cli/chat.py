@@ -27,7 +27,7 @@ def chat(
     stats: ShowStats = False,
 ) -> None:
     """Talk with a model. Ctrl-D or /quit ends the talk, Ctrl-C an answer. A pasted text is one message."""
-    from pydflash.chat_input import chat_input
+    from pydflash.cli.chat_input import chat_input
 
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     with chat_input() as ask, open_engine(model, draft, settings) as engine:  # what is typed during loading waits too

@@ -19,7 +19,7 @@ def convert_draft(
     type: Annotated[str, typer.Option(help="Type of the matrices: q8_0, q4_0, f16, bf16 or f32.")] = "q8_0",
 ) -> None:
     """Convert a DFlash draft from Hugging Face's files to GGUF."""
-    from pydflash.convert import convert_draft as convert
+    from pydflash.files.convert import convert_draft as convert
 
     with progress_bar("converting") as progress:
         size = convert(source, output, target=target, type=type, progress=progress)

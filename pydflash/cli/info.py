@@ -11,7 +11,7 @@ from pydflash.cli.show import LINES, columns, progress_bar
 from pydflash.control_chars import escape_controls
 
 if TYPE_CHECKING:
-    from pydflash.gguf import GGUFFile
+    from pydflash.files import GGUFFile
 
 __all__ = ["info"]
 
@@ -23,7 +23,7 @@ def info(
     ] = False,
 ) -> None:
     """Say what a GGUF file holds. Reads its header only, unless --check is given."""
-    from pydflash.gguf import GGUFFile
+    from pydflash.files import GGUFFile
 
     with GGUFFile.open(file) as opened:
         _print_contents(opened)
@@ -47,7 +47,7 @@ def _print_contents(opened: GGUFFile) -> None:
 
 def _print_damage(opened: GGUFFile) -> bool:
     """Print which tensors are damaged; True if none is."""
-    from pydflash.gguf_check import damaged_tensors
+    from pydflash.files.gguf_check import damaged_tensors
 
     with progress_bar("checking") as progress:
         damaged = list(damaged_tensors(opened, progress))

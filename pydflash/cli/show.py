@@ -15,8 +15,8 @@ from pydflash.control_chars import escape_controls
 if TYPE_CHECKING:
     from pydflash.decode import Stats
     from pydflash.engine import Chunk, Completion, Engine, Prompt
+    from pydflash.models import Progress
     from pydflash.sampling_params import SamplingParams
-    from pydflash.weights import Progress
 
 __all__ = ["LINES", "columns", "fail", "note", "print_stats", "print_stream", "progress_bar"]
 

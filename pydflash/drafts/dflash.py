@@ -11,15 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pydflash import ops
-from pydflash.backend import Arena
-from pydflash.device_lock import DeviceLock, closing, exclusive
 from pydflash.errors import ConfigError, DraftMismatch, SessionClosed, ShapeError, StateError
+from pydflash.files import GGUFFile
 from pydflash.ggml_types import GGMLType
-from pydflash.gguf import GGUFFile
 from pydflash.limits import EXACT_ROWS
-from pydflash.models import Model
+from pydflash.models import Model, Progress, Weights, find_tensors
 from pydflash.models.dflash import DFlash, DraftConfig, tensor_names
-from pydflash.replay import Replay, ReplayCache
+from pydflash.native import Arena, DeviceLock, Replay, ReplayCache, Shape, Tensor, closing, exclusive
 from pydflash.runtime import DeviceProposal, Session, width_for
 from pydflash.state import (
     FORMAT,
@@ -32,8 +30,6 @@ from pydflash.state import (
     check_fingerprint,
     host_arrays,
 )
-from pydflash.tensor import Shape, Tensor
-from pydflash.weights import Progress, Weights, find_tensors
 
 __all__ = ["Draft", "DraftSession", "load_draft"]
 
@@ -161,14 +157,14 @@ class DraftSession:
                 f"commit({n}): the target has the features of its last {self.target.chunk} rows only; forward at most "
                 "so many at a time, or open it with a larger chunk"
             )
-        if self._kept and n > ops.EXACT_ROWS:
+        if self._kept and n > EXACT_ROWS:
             raise StateError(
                 f"commit({n}): {self._kept} rows kept before still wait; call flush() before a forward of more than "
-                f"{ops.EXACT_ROWS} rows"
+                f"{EXACT_ROWS} rows"
             )
-        if self._kept + n > ops.EXACT_ROWS:
+        if self._kept + n > EXACT_ROWS:
             self.flush()
-        if n > ops.EXACT_ROWS:
+        if n > EXACT_ROWS:
             self._inject(n, self.length)
         else:
             self._kept += n

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from pydflash.backend import Backend
+from pydflash.native import Backend
 from pydflash.runtime import width_for
 
 __all__ = ["CycleCosts", "ProposalLength", "adapts"]

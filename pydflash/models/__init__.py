@@ -2,5 +2,6 @@
 
 from pydflash.models.base import ModelConfig, Network
 from pydflash.models.loading import ARCHITECTURES, Model, load_model
+from pydflash.models.weights import Progress, Weights, find_tensors
 
-__all__ = ["ARCHITECTURES", "Model", "ModelConfig", "Network", "load_model"]
+__all__ = ["ARCHITECTURES", "Model", "ModelConfig", "Network", "Progress", "Weights", "find_tensors", "load_model"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from pydflash.gguf import GGUFFile
+from pydflash.files import GGUFFile
+from pydflash.models.weights import Linear
+from pydflash.native import Shape, Tensor
 from pydflash.state import Batch, CacheFormat, LayerSpec, LayerState
-from pydflash.tensor import Shape, Tensor
-from pydflash.weights import Linear
 
 __all__ = ["Architecture", "ModelConfig", "Network"]
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 from pydflash import ops
 from pydflash.errors import BadMetadata, DraftMismatch, UnsupportedArchitecture
-from pydflash.gguf import GGUFFile
+from pydflash.files import GGUFFile
+from pydflash.limits import EXACT_ROWS
+from pydflash.models.weights import Linear, Weights
+from pydflash.native import Shape, Tensor
 from pydflash.ops import NormRope
 from pydflash.state import Ring, RingBatch, RingSpec
-from pydflash.tensor import Shape, Tensor
-from pydflash.weights import Linear, Weights
 
 __all__ = ["DFlash", "DraftConfig"]
 
@@ -110,8 +111,8 @@ class DraftConfig:
     def _check(self, file: GGUFFile) -> None:
         rules = [
             (
-                2 <= self.block_size <= ops.EXACT_ROWS,
-                f"block_size is {self.block_size}; 2 to {ops.EXACT_ROWS} are supported",
+                2 <= self.block_size <= EXACT_ROWS,
+                f"block_size is {self.block_size}; 2 to {EXACT_ROWS} are supported",
             ),
             (self.heads % self.kv_heads == 0, f"{self.heads} heads over {self.kv_heads} K/V heads"),
             (self.head_size in (64, 128, 256), f"heads of {self.head_size}; 64, 128 and 256 are supported"),

@@ -14,12 +14,12 @@ from typing import Any, ClassVar, TypeVar, cast
 
 from pydflash import ops
 from pydflash.errors import BadMetadata
-from pydflash.gguf import GGUFFile
+from pydflash.files import GGUFFile
 from pydflash.limits import MAX_TAPS
+from pydflash.models.weights import Weights
+from pydflash.native import Shape, Tensor
 from pydflash.ops import NormRope
 from pydflash.state import Batch, CacheFormat, DeltaSpec, DeltaState, KVCache, KVSpec, LayerSpec, LayerState
-from pydflash.tensor import Shape, Tensor
-from pydflash.weights import Weights
 
 __all__ = ["Hybrid", "HybridConfig", "Keys"]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pydflash import ops
-from pydflash.tensor import Shape, Tensor
-from pydflash.weights import Weights
+from pydflash.models.weights import Weights
+from pydflash.native import Shape, Tensor
 
 __all__ = ["SwiGLU"]
 

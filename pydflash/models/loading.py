@@ -5,14 +5,13 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-from pydflash.backend import Backend
-from pydflash.device_lock import DeviceLock, closing
 from pydflash.errors import UnsupportedArchitecture
-from pydflash.gguf import GGUFFile
+from pydflash.files import GGUFFile
 from pydflash.models import qwen35
 from pydflash.models.base import Architecture, ModelConfig, Network
-from pydflash.tokenizer import Tokenizer
-from pydflash.weights import Progress, Weights, find_tensors
+from pydflash.models.weights import Progress, Weights, find_tensors
+from pydflash.native import Backend, DeviceLock, closing
+from pydflash.text import Tokenizer
 
 __all__ = ["ARCHITECTURES", "Model", "load_model"]
 

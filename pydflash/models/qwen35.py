@@ -8,8 +8,8 @@ from typing import Any
 
 from pydflash.models.hybrid import Hybrid, HybridConfig, Keys
 from pydflash.models.layers import SwiGLU
-from pydflash.tensor import Shape
-from pydflash.weights import Weights
+from pydflash.models.weights import Weights
+from pydflash.native import Shape
 
 __all__ = ["Config", "Qwen35"]
 

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pydflash.device_lock import DeviceLock, exclusive
 from pydflash.errors import StateError
+from pydflash.native import DeviceLock, Tensor, exclusive
 from pydflash.runtime.runner import Head, StepReplay
-from pydflash.tensor import Tensor
 
 __all__ = ["Output"]
 

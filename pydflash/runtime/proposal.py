@@ -8,8 +8,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pydflash.backend import Arena
 from pydflash.errors import SessionClosed
+from pydflash.native import Arena
 
 __all__ = ["DeviceProposal", "HostProposal", "Proposal"]
 

@@ -8,15 +8,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pydflash.backend import Arena
 from pydflash.ggml_types import GGMLType
 from pydflash.limits import EXACT_ROWS, WIDTHS
 from pydflash.models import Model
+from pydflash.native import Arena, Replay, ReplayCache, Tensor
 from pydflash.ops import argmax, get_rows, set_rows
-from pydflash.replay import Replay, ReplayCache
 from pydflash.runtime.proposal import DeviceProposal
 from pydflash.state import Batch, LayerState, SequenceState
-from pydflash.tensor import Tensor
 
 __all__ = ["Head", "Rows", "Runner", "StepReplay", "width_for"]
 

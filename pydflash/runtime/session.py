@@ -10,14 +10,13 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from pydflash.backend import Arena
 from pydflash.config import SessionConfig
-from pydflash.device_lock import DeviceLock, closing, exclusive
 from pydflash.errors import ConfigError, ContextFull, NothingPending, SessionClosed, ShapeError, StateError
 from pydflash.ggml_types import GGMLType
 from pydflash.kv_format import CACHE_TYPES, k_basis, v_basis
 from pydflash.limits import EXACT_ROWS
 from pydflash.models import Model
+from pydflash.native import Arena, DeviceLock, Tensor, closing, exclusive
 from pydflash.runtime.output import Output
 from pydflash.runtime.proposal import DeviceProposal, HostProposal, Proposal
 from pydflash.runtime.runner import Head, Rows, Runner
@@ -34,7 +33,6 @@ from pydflash.state import (
     check_pair,
     host_arrays,
 )
-from pydflash.tensor import Tensor
 
 __all__ = ["Session"]
 

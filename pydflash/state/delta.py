@@ -12,8 +12,8 @@ from typing import Any
 
 from pydflash.ggml_types import GGMLType
 from pydflash.limits import TAPE_ROWS
+from pydflash.native import Shape, Tensor
 from pydflash.state.layer import Layout, Part, Room
-from pydflash.tensor import Shape, Tensor
 
 __all__ = ["DeltaSpec", "DeltaState"]
 

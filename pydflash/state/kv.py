@@ -13,9 +13,9 @@ from pydflash import ops
 from pydflash.errors import ConfigError
 from pydflash.ggml_types import GGMLType
 from pydflash.kv_format import CACHE_TYPES, K_BASES, V_BASES, Basis
+from pydflash.native import Tensor
 from pydflash.ops import NormRope
 from pydflash.state.layer import Batch, Layout, Part, Room
-from pydflash.tensor import Tensor
 
 __all__ = ["CacheFormat", "KVCache", "KVPath", "KVSpec", "check_pair", "packed_rows", "rotation_signs"]
 

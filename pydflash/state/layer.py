@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from pydflash.ggml_types import GGMLType
-from pydflash.graph import Graph
-from pydflash.tensor import Shape, Tensor
+from pydflash.native import Graph, Shape, Tensor
 
 __all__ = ["Batch", "LayerSpec", "LayerState", "Layout", "Part", "Room"]
 

@@ -9,12 +9,11 @@ from typing import Any
 from pydflash import ops
 from pydflash.errors import ShapeError
 from pydflash.ggml_types import GGMLType
-from pydflash.graph import Graph
 from pydflash.limits import SLOT_STEP, TAPE_ROWS
+from pydflash.native import Graph, Tensor
 from pydflash.ops import NormRope
 from pydflash.state.kv import KVPath, packed_rows
 from pydflash.state.layer import Layout, Part, Room
-from pydflash.tensor import Tensor
 
 __all__ = ["Ring", "RingBatch", "RingSpec"]
 

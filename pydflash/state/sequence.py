@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Generic, TypeVar
 
-from pydflash.backend import Arena, Backend
+from pydflash.native import Arena, Backend, Tensor
 from pydflash.state.layer import LayerSpec, LayerState, Room
-from pydflash.tensor import Tensor
 
 __all__ = ["SequenceState"]
 

@@ -22,12 +22,12 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from pydflash.atomic_file import replacing
 from pydflash.errors import LoadError, ShapeError
+from pydflash.files import replacing
 from pydflash.limits import MOST_POSITIONS, TAPE_ROWS
+from pydflash.native import Shape
 from pydflash.state.fingerprint import FORMAT, Fingerprint, checked
 from pydflash.state.layer import Layout
-from pydflash.tensor import Shape
 
 __all__ = ["Place", "Snapshot", "host_arrays"]
 

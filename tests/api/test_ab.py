@@ -13,16 +13,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pydflash import ab, ab_report, cli
-from pydflash.ab import compare, parse_arm
-from pydflash.ab_report import Arm, Outcome, Protocol, Report, Sample
-from pydflash.bench import WARM_UPS
+from pydflash import cli
+from pydflash.measure import ab, ab_report
+from pydflash.measure.ab import compare, parse_arm
+from pydflash.measure.ab_report import Arm, Outcome, Protocol, Report, Sample
+from pydflash.measure.bench import WARM_UPS
 from pydflash.config import EngineConfig
 from pydflash.decode import Stats, Step
 from pydflash.engine import Engine
 from pydflash.errors import ConfigError, OutOfMemory
 from pydflash.decode import Sampler, SamplingParams
-from pydflash.verdict import Estimate, fewest, median_interval, noise_floor, paired_ratios, verdict
+from pydflash.measure.verdict import Estimate, fewest, median_interval, noise_floor, paired_ratios, verdict
 from tests.shipped import DRAFT, TARGET, TEST_DATA, needs_pair
 
 OPTIONS = {"device": "cpu", "threads": 1, "max_context": 256}

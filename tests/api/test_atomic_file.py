@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pydflash.atomic_file import check_output, replacing
+from pydflash.files import check_output, replacing
 from pydflash.errors import PydflashError, WriteError
 
 
@@ -198,7 +198,7 @@ def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
 
 WRITER = """
 import sys, time
-from pydflash.atomic_file import replacing
+from pydflash.files import replacing
 with replacing(sys.argv[1]) as file:
     file.write(b"half")
     file.flush()
@@ -261,7 +261,7 @@ def test_litter_that_is_a_link_or_a_pipe_harms_nothing(good: Path) -> None:
 def test_many_writers_at_once_leave_one_whole_file(good: Path) -> None:
     program = """
 import sys
-from pydflash.atomic_file import replacing
+from pydflash.files import replacing
 for round in range(30):
     with replacing(sys.argv[1]) as file:
         for _ in range(10):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pydflash import bench, cli
-from pydflash.bench import Plan, Report, Result, decode_results, decode_speed, prefill_results, random_ids
+from pydflash.measure.bench import Plan, Report, Result, decode_results, decode_speed, prefill_results, random_ids
 from pydflash.config import EngineConfig
 from pydflash.engine import Engine
 from pydflash.errors import ConfigError

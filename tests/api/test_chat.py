@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pydflash import chat
-from pydflash.chat import ChatTemplate
+from pydflash.text.chat import ChatTemplate
 from pydflash.errors import BadMetadata, ConfigError, TemplateError
 
 USER = {"role": "user", "content": "hi"}

@@ -32,7 +32,7 @@ os.execvpe("sh", ["sh", "-i"], {**os.environ, "PS1": "shell$ ", "TERM": "xterm",
 # A chat whose answers repeat the message; some messages make it wait or fail.
 CHAT = """
 import time
-from pydflash.chat_input import chat_input
+from pydflash.cli.chat_input import chat_input
 with chat_input() as ask:
     while (message := ask()) is not None:
         print("answer", len(message), repr(message[:40]), repr(message[-20:]), flush=True)

@@ -17,8 +17,8 @@ from pydflash.cli.show import print_stream
 from pydflash.config import EngineConfig
 from pydflash.engine import Engine
 from pydflash.ggml_types import GGMLType
-from pydflash.gguf import GGUFFile
-from pydflash.gguf_writer import TensorSource, write_gguf
+from pydflash.files import GGUFFile
+from pydflash.files import TensorSource, write_gguf
 from pydflash.decode import SamplingParams
 
 COMMANDS = ("demo", "generate", "chat", "info", "doctor", "explain", "convert-draft", "bench", "ab")

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pydflash.errors import BadMetadata, LoadError, MissingTensor, StateError
-from pydflash.gguf import GGMLType, GGUFFile
+from pydflash.files import GGMLType, GGUFFile
 
 U8, U16, U32, I32, F32, BOOL, STR, ARR, U64 = 0, 2, 4, 5, 6, 7, 8, 9, 10
 

@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pydflash import gguf_check
+from pydflash.files import gguf_check
 from pydflash.ggml_types import GGMLType
-from pydflash.gguf import GGUFFile
-from pydflash.gguf_check import Damage, damaged_tensors
-from pydflash.gguf_writer import TensorSource, encode, write_gguf
+from pydflash.files import GGUFFile
+from pydflash.files.gguf_check import Damage, damaged_tensors
+from pydflash.files import TensorSource, encode, write_gguf
 
 INTEGERS = {GGMLType.I8, GGMLType.I16, GGMLType.I32, GGMLType.I64}
 BLOCKS = 6

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as Pipeline
 
 from pydflash import tokenizer as tokenizer_module
 from pydflash.errors import BadMetadata, ConfigError, ShapeError
-from pydflash.tokenizer import BYTE_OF, PRE_TOKENIZERS, Tokenizer, TokenType
+from pydflash.text import BYTE_OF, PRE_TOKENIZERS, Tokenizer, TokenType
 
 TEXT = (Path(__file__).parents[1] / "data" / "multilingual.txt").read_bytes().decode("utf-8")
 LINES = TEXT.removesuffix("\n").split("\n")

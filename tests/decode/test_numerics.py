@@ -11,7 +11,7 @@ import pytest
 from pydflash.decode import autoregressive, collect, speculative
 from pydflash.drafts import DraftSession, load_draft
 from pydflash.errors import ConfigError, NativeError
-from pydflash.gguf import GGUFFile
+from pydflash.files import GGUFFile
 from pydflash.models import load_model
 from pydflash.decode import Sampler, SamplingParams
 from pydflash.runtime import Session

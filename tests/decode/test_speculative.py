@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pydflash.backend import Arena
+from pydflash.native import Arena
 from pydflash.decode import Stats, Step, autoregressive, collect, speculative
 from pydflash.drafts import DraftSession
 from pydflash.errors import ConfigError, ContextFull, ShapeError

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from pydflash._ffi import build_info, check, cuda_library, ffi, last_log_line, lib, owned
-from pydflash.backend import Arena, Backend, cuda_device_count
+from pydflash.native import Arena, Backend, cuda_device_count
 from pydflash.errors import ConfigError, DeviceError, NativeError, NoDevice, OutOfMemory
 from pydflash.ggml_types import GGMLType
-from pydflash.graph import Graph
+from pydflash.native import Graph
 
 
 @pytest.mark.parametrize("failure", [ffi.NULL, False, 1, -1])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pydflash.backend import cuda_device_count
+from pydflash.native import cuda_device_count
 from pydflash.drafts import load_draft
 from pydflash.errors import (
     BadMetadata,

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pydflash.backend import cuda_device_count
+from pydflash.native import cuda_device_count
 from pydflash.decode import autoregressive, speculative
 from pydflash.drafts import Draft, DraftSession, load_draft
 from pydflash.errors import ConfigError, DeviceError

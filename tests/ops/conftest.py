@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pydflash.backend import Backend, cuda_device_count
+from pydflash.native import Backend, cuda_device_count
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pydflash import ops
-from pydflash.backend import Backend
+from pydflash.native import Backend
 from tests.helpers import compute
 
 

@@ -7,11 +7,11 @@ import pytest
 from scipy.linalg import hadamard
 
 from pydflash import ops
-from pydflash.backend import Backend
+from pydflash.native import Backend
 from pydflash.errors import ShapeError
 from pydflash.ggml_types import GGMLType
-from pydflash.graph import Graph
-from pydflash.tensor import Tensor
+from pydflash.native import Graph
+from pydflash.native import Tensor
 from tests.helpers import Array, compute, relative
 
 GROUPS = (64, 128, 256)

@@ -31,7 +31,7 @@ import pytest
 
 from pydflash.models import load_model
 from pydflash.runtime import Session
-from pydflash.tokenizer import Tokenizer
+from pydflash.text import Tokenizer
 from tests.helpers import Array, RoundedReference, nmse, run_chunks
 from tests.parity.peer import peer_logits, peer_logits_of_many, peer_tokens
 from tests.reference.qwen35 import Reference

@@ -12,7 +12,7 @@ from benchmarks.kv_quality.copies import Outliers, copy_model, inject, write_f32
 from benchmarks.kv_quality.measure import REFERENCE, Caches, Yardstick
 from benchmarks.kv_quality.texts import held_out_lines, texts
 from pydflash.errors import ConfigError
-from pydflash.gguf import GGUFFile
+from pydflash.files import GGUFFile
 from pydflash.models import load_model
 from pydflash.models.qwen35 import Config
 from pydflash.runtime import Session

@@ -9,7 +9,7 @@ from pathlib import Path
 import jinja2
 import pytest
 
-from pydflash.chat import ChatTemplate
+from pydflash.text.chat import ChatTemplate
 from pydflash.errors import TemplateError
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from pydflash._ffi import ffi
-from pydflash.backend import Arena, Backend
-from pydflash.device_lock import DeviceLock
+from pydflash.native import Arena, Backend
+from pydflash.native import DeviceLock
 from pydflash.errors import NativeError, PydflashError, SessionClosed, StateError
 from pydflash.ggml_types import GGMLType
 from pydflash.models import Model, load_model

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pydflash._ffi import ffi, lib
-from pydflash.backend import cuda_device_count
+from pydflash.native import cuda_device_count
 from pydflash.decode import collect, speculative
 from pydflash.drafts import Draft, DraftSession, load_draft
 from pydflash.models import Model, load_model

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pydflash.backend import Arena
+from pydflash.native import Arena
 from pydflash.errors import (
     ConfigError,
     ContextFull,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from pydflash.atomic_file import replacing
+from pydflash.files import replacing
 
 from .blocks import BlockType
 

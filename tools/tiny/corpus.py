@@ -21,7 +21,7 @@ from random import Random
 import numpy as np
 import numpy.typing as npt
 
-from pydflash.atomic_file import replacing
+from pydflash.files import replacing
 from tools.tiny import templates
 from tools.tiny.vocabulary import Vocabulary
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 
-from pydflash.gguf import GGUFFile
+from pydflash.files import GGUFFile
 from tools.synth.blocks import TYPES
 from tools.synth.writer import Tensor, Value, write_gguf
 from tools.tiny import kquants

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForCausalLM
 
-from pydflash.atomic_file import replacing
+from pydflash.files import replacing
 from tools.tiny.draft import Draft
 from tools.tiny.speculate import Run
 from tools.tiny.target import features, observe

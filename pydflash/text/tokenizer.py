@@ -14,7 +14,7 @@ from functools import cached_property
 from operator import index
 from typing import TYPE_CHECKING, Any
 
-from .errors import BadMetadata, ConfigError, ShapeError
+from pydflash.errors import BadMetadata, ConfigError, ShapeError
 
 if TYPE_CHECKING:
     import tokenizers

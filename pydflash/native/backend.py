@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pydflash._ffi import build_info, check, cuda_library, ffi, lib
-from pydflash.device_lock import DeviceLock, closing, exclusive
 from pydflash.errors import ConfigError, DeviceError, NoDevice, OutOfMemory, StateError
 from pydflash.ggml_types import GGMLType
-from pydflash.tensor import Shape, Tensor, new_tensor
+from pydflash.native.device_lock import DeviceLock, closing, exclusive
+from pydflash.native.tensor import Shape, Tensor, new_tensor
 
 __all__ = ["Arena", "Backend", "cuda_device_count", "default_threads"]
 

@@ -13,10 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from pydflash.atomic_file import replacing
 from pydflash.config import EngineConfig
 from pydflash.errors import ConfigError
-from pydflash.verdict import CONFIDENCE, Estimate, Verdict, fewest, median_interval, noise_floor, paired_ratios, verdict
+from pydflash.files import replacing
+from pydflash.measure.verdict import (
+    CONFIDENCE,
+    Estimate,
+    Verdict,
+    fewest,
+    median_interval,
+    noise_floor,
+    paired_ratios,
+    verdict,
+)
 
 __all__ = [
     "ARMS",

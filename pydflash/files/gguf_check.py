@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pydflash.files.gguf import GGUFFile, TensorInfo
 from pydflash.ggml_types import GGMLType
-from pydflash.gguf import GGUFFile, TensorInfo
 
 __all__ = ["Damage", "damaged_tensors"]
 

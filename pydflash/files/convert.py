@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pydflash.errors import BadMetadata, ConfigError, DraftMismatch, LoadError, MissingTensor
+from pydflash.files.gguf import GGUFFile
+from pydflash.files.gguf_writer import WRITABLE_TYPES, TensorSource, encode, write_gguf
 from pydflash.ggml_types import GGMLType
-from pydflash.gguf import GGUFFile
-from pydflash.gguf_writer import WRITABLE_TYPES, TensorSource, encode, write_gguf
 
 __all__ = ["convert_draft"]
 

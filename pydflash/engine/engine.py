@@ -15,15 +15,14 @@ from pydflash.config import EngineConfig, Setting, Settings, table
 from pydflash.decode import FinishReason, Sampler, SamplingParams, Stats, Step, autoregressive, speculative
 from pydflash.drafts import CycleCosts, Draft, DraftSession, ProposalLength, adapts, load_draft
 from pydflash.errors import ConfigError, SessionClosed, ShapeError, StateError
-from pydflash.models import Model, load_model
+from pydflash.models import Model, Progress, load_model
 from pydflash.runtime import Session
-from pydflash.tokenizer import Tokenizer
-from pydflash.weights import Progress
+from pydflash.text import Tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from pydflash.chat import ChatTemplate
+    from pydflash.text.chat import ChatTemplate
 
 __all__ = ["Chunk", "Completion", "Engine", "FinishReason", "Piece", "Prompt", "StopFilter", "Stream"]
 
@@ -229,7 +228,7 @@ class Engine:
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """The file's template; TemplateError when it has none or it does not compile."""
-        from pydflash.chat import ChatTemplate  # jinja2 is slow to import and raw prompts need none of it
+        from pydflash.text.chat import ChatTemplate  # jinja2 is slow to import and raw prompts need none of it
 
         return ChatTemplate.from_metadata(self.model.file.metadata)
 

@@ -21,8 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pydflash.errors import BadMetadata, LoadError, MissingTensor, StateError
-from pydflash.ggml_types import GGMLType
-from pydflash.gguf_format import (
+from pydflash.files.gguf_format import (
     Cursor,
     Metadata,
     TensorInfo,
@@ -32,6 +31,7 @@ from pydflash.gguf_format import (
     read_tensors,
     truncated,
 )
+from pydflash.ggml_types import GGMLType
 
 __all__ = ["GGMLType", "GGUFFile", "Metadata", "TensorInfo"]
 

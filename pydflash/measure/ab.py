@@ -32,19 +32,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from pydflash import ab_report
-from pydflash.ab_report import AGAIN, ARMS, A, Arm, B, Protocol, Report, Sample, runs_of
-from pydflash.bench import WARM_UPS, random_ids
 from pydflash.config import EngineConfig, Settings
 from pydflash.decode import Sampler, SamplingParams, Stats, Step
 from pydflash.doctor import examine
 from pydflash.drafts import Draft, load_draft
 from pydflash.engine import Engine
 from pydflash.errors import ConfigError, OutOfMemory
-from pydflash.models import Model, load_model
-from pydflash.ops import EXACT_ROWS
+from pydflash.limits import EXACT_ROWS
+from pydflash.measure import ab_report
+from pydflash.measure.ab_report import AGAIN, ARMS, A, Arm, B, Protocol, Report, Sample, runs_of
+from pydflash.measure.bench import WARM_UPS, random_ids
+from pydflash.models import Model, Progress, load_model
 from pydflash.settings import Declaration, Flag, declarations
-from pydflash.weights import Progress
 
 __all__ = ["ORDERS", "compare", "measure", "parse_arm", "turns"]
 

@@ -26,8 +26,8 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-from .errors import ConfigError, TemplateError
-from .tokenizer import named_token_id
+from pydflash.errors import ConfigError, TemplateError
+from pydflash.text.tokenizer import named_token_id
 
 __all__ = ["ChatTemplate"]
 

@@ -9,10 +9,10 @@ from typing import Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pydflash.backend import Backend
 from pydflash.ggml_types import GGMLType
-from pydflash.graph import Graph
-from pydflash.tensor import Shape, Tensor
+from pydflash.native.backend import Backend
+from pydflash.native.graph import Graph
+from pydflash.native.tensor import Shape, Tensor
 
 __all__ = ["Replay", "ReplayCache"]
 

@@ -11,10 +11,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from pydflash.atomic_file import replacing
 from pydflash.errors import ConfigError
+from pydflash.files.atomic_file import replacing
+from pydflash.files.gguf_format import ValueType
 from pydflash.ggml_types import GGMLType
-from pydflash.gguf_format import ValueType
 
 __all__ = ["WRITABLE_TYPES", "TensorSource", "encode", "write_gguf"]
 

@@ -15,7 +15,7 @@ from pydflash.errors import ShapeError
 from pydflash.ggml_types import GGMLType
 
 if TYPE_CHECKING:
-    from pydflash.graph import Graph
+    from pydflash.native.graph import Graph
 
 __all__ = ["Shape", "Tensor", "ggml_shape"]
 

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from pydflash import ops
-from pydflash.backend import Arena, Backend, MappedArena, Staging
 from pydflash.errors import LoadError, MissingTensor
+from pydflash.files import GGUFFile, TensorInfo
 from pydflash.ggml_types import GGMLType
-from pydflash.gguf import GGUFFile, TensorInfo
-from pydflash.tensor import Shape, Tensor
+from pydflash.native import Arena, Backend, MappedArena, Shape, Staging, Tensor
 
 __all__ = ["Linear", "Progress", "Weights", "find_tensors"]
 

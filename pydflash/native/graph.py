@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from pydflash._ffi import check, ffi, lib
-from pydflash.backend import Backend
-from pydflash.device_lock import DeviceLock, closing, exclusive
 from pydflash.errors import DeviceError, OutOfMemory
 from pydflash.ggml_types import GGMLType
-from pydflash.tensor import Shape, Tensor, new_tensor
+from pydflash.native.backend import Backend
+from pydflash.native.device_lock import DeviceLock, closing, exclusive
+from pydflash.native.tensor import Shape, Tensor, new_tensor
 
 __all__ = ["Graph"]
 

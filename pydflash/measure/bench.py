@@ -23,9 +23,8 @@ from pydflash.config import EngineConfig
 from pydflash.drafts import Draft, DraftSession, load_draft
 from pydflash.engine import Engine
 from pydflash.errors import ConfigError
-from pydflash.models import Model, load_model
+from pydflash.models import Model, Progress, load_model
 from pydflash.runtime import Session
-from pydflash.weights import Progress
 
 __all__ = [
     "CYCLE_PROMPT",

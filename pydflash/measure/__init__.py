@@ -1,0 +1,1 @@
+"""Measuring: speed by llama-bench's definitions, and one configuration against another."""
