@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydflash.errors import UnsupportedArchitecture
 from pydflash.files import GGUFFile
-from pydflash.models import qwen35
+from pydflash.models import qwen35, qwen35moe
 from pydflash.models.base import Architecture, ModelConfig, Network
 from pydflash.models.weights import Progress, Weights, find_tensors
 from pydflash.native import Backend, DeviceLock, closing
@@ -17,6 +17,7 @@ __all__ = ["ARCHITECTURES", "Model", "load_model"]
 
 ARCHITECTURES = {
     "qwen35": Architecture(qwen35.Config.read, qwen35.Qwen35),
+    "qwen35moe": Architecture(qwen35moe.Config.read, qwen35moe.Qwen35MoE),
 }
 """By a file's ``general.architecture``."""
 
