@@ -1,14 +1,17 @@
-"""Drafts: one module a kind of proposer, and how long proposals should be."""
+"""Drafts: one module a kind of proposer, which of them a file is, and how long proposals should be."""
 
-from pydflash.drafts.base import Proposer
-from pydflash.drafts.dflash import Draft, DraftSession, load_draft
+from pydflash.drafts.base import LoadedDraft, Proposer
+from pydflash.drafts.dflash import Draft, DraftSession
 from pydflash.drafts.length import CycleCosts, ProposalLength, adapts
-from pydflash.drafts.ngram import NGramProposer
+from pydflash.drafts.loading import load_draft
+from pydflash.drafts.ngram import NGramDraft, NGramProposer
 
 __all__ = [
     "CycleCosts",
     "Draft",
     "DraftSession",
+    "LoadedDraft",
+    "NGramDraft",
     "NGramProposer",
     "ProposalLength",
     "Proposer",

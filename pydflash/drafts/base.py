@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
-from pydflash.runtime import Proposal
+from pydflash.runtime import Proposal, Session
 
-__all__ = ["Proposer"]
+__all__ = ["LoadedDraft", "Proposer"]
 
 
 class Proposer(Protocol):
@@ -32,5 +33,32 @@ class Proposer(Protocol):
     def reset(self) -> None:
         """Forget the text, together with the target's reset."""
 
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes on the device, by what they are for."""
+
     def close(self) -> None:
         """Free what it has. Safe to call twice."""
+
+
+class LoadedDraft(Protocol):
+    """A draft of some kind for one model, from which every target session gets a proposer of its own.
+
+    ``path``: its file, or its name where it has none. ``limit``: the most tokens of a proposal. ``taps``: the target's
+    layers that a session must capture for it.
+    """
+
+    @property
+    def path(self) -> Path | str: ...
+    @property
+    def limit(self) -> int: ...
+    @property
+    def taps(self) -> tuple[int, ...]: ...
+
+    def open(self, session: Session) -> Proposer:
+        """A proposer beside ``session``, which was opened with ``capture=taps``."""
+
+    def describe(self) -> Sequence[tuple[str, str, str]]:
+        """(name, value, where it comes from) of what a user may want to know."""
+
+    def close(self) -> None:
+        """Free it. Safe to call twice."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -31,15 +30,39 @@ from pydflash.state import (
     host_arrays,
 )
 
-__all__ = ["Draft", "DraftSession", "load_draft"]
+__all__ = ["Draft", "DraftSession", "load_dflash"]
 
 
 class Draft:
-    """A loaded draft: immutable weights on its target's device. ``close()`` (or ``with``) frees them."""
+    """A loaded DFlash draft: immutable weights on its target's device. ``close()`` (or ``with``) frees them."""
 
     def __init__(self, file: GGUFFile, target: Model, config: DraftConfig, weights: Weights, network: DFlash) -> None:
         self.file, self.target, self.config, self.weights, self.network = file, target, config, weights, network
         self.path = file.path
+
+    @property
+    def limit(self) -> int:
+        """The most tokens of a proposal."""
+        return self.config.block_size - 1
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The target's layers that a session must capture."""
+        return self.config.taps
+
+    def open(self, session: Session) -> DraftSession:
+        """A draft session beside ``session``."""
+        return DraftSession(self, session)
+
+    def describe(self) -> list[tuple[str, str, str]]:
+        """(name, value, where it comes from), for ``explain``."""
+        config = self.config
+        return [
+            ("block size", str(config.block_size), "draft"),
+            ("tapped layers", ", ".join(map(str, config.taps)), "draft"),
+            ("windows", ", ".join(str(w) if w else "full" for w in config.windows), "draft"),
+            ("causal layers", ", ".join("yes" if c else "no" for c in config.causal), config.causal_source),
+        ]
 
     @cached_property
     def digest(self) -> str:
@@ -63,26 +86,19 @@ class Draft:
         self.close()
 
 
-def load_draft(
-    path: str | Path, target: Model, progress: Progress | None = None, *, causal: bool | None = None
-) -> Draft:
-    """Load a DFlash draft (GGUF) for ``target``, in llama.cpp's layout or the other one in the wild.
+def load_dflash(file: GGUFFile, target: Model, progress: Progress | None, causal: bool | None) -> Draft:
+    """A DFlash draft, in llama.cpp's layout or the other one in the wild; the draft owns ``file`` when this returns.
 
     ``causal`` overrides whether rows of a block see only earlier rows. Raises LoadError; DraftMismatch when it does not
     fit the target, naming both values.
     """
-    file = GGUFFile.open(path)
-    try:
-        config = DraftConfig.read(file, causal)
-        config.check_target(file.path, target.config.layers, target.config.hidden, target.config.vocab)
-        _check_vocabulary(file, target)
-        names = tensor_names(file, config.tensors())
-        infos = find_tensors(file, {names[name]: shape for name, shape in config.tensors().items()})
-        weights = Weights(file, infos, target.backend, progress)
-        return Draft(file, target, config, weights, DFlash(config, weights, names))
-    except BaseException:
-        file.close()
-        raise
+    config = DraftConfig.read(file, causal)
+    config.check_target(file.path, target.config.layers, target.config.hidden, target.config.vocab)
+    _check_vocabulary(file, target)
+    names = tensor_names(file, config.tensors())
+    infos = find_tensors(file, {names[name]: shape for name, shape in config.tensors().items()})
+    weights = Weights(file, infos, target.backend, progress)
+    return Draft(file, target, config, weights, DFlash(config, weights, names))
 
 
 def _check_vocabulary(file: GGUFFile, target: Model) -> None:
@@ -183,6 +199,10 @@ class DraftSession:
         """Back to an empty context, together with the target's reset."""
         self._check_open()
         self.length = self._kept = 0
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes on the device, by what they are for."""
+        return self.state.sizes()
 
     # --- snapshots --------------------------------------------------------------------------------------------------
 

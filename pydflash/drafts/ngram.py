@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pydflash.limits import EXACT_ROWS
-from pydflash.runtime import HostProposal
+from pydflash.runtime import HostProposal, Session
 
-__all__ = ["NGramProposer"]
+__all__ = ["NGramDraft", "NGramProposer"]
 
 LONGEST = 8  # tokens of an ending: longer ones hardly ever decide differently
 SHORTEST = 2  # one token occurs again by chance
@@ -55,11 +55,31 @@ class NGramProposer:
     def commit(self, n: int) -> None:
         pass
 
+    def sizes(self) -> dict[str, int]:
+        return {}
+
     def flush(self) -> None:
         pass
 
     def reset(self) -> None:
         self._text, self._ends = [], {}
+
+    def close(self) -> None:
+        pass
+
+
+class NGramDraft:
+    """The draft without a model, for any target."""
+
+    path = "ngram"
+    limit = NGramProposer.limit
+    taps: tuple[int, ...] = ()
+
+    def open(self, session: Session) -> NGramProposer:
+        return NGramProposer()
+
+    def describe(self) -> list[tuple[str, str, str]]:
+        return [("endings looked up", f"{SHORTEST} to {LONGEST} tokens", "draft")]
 
     def close(self) -> None:
         pass

@@ -1,5 +1,8 @@
 """The engine: a model, its draft and its sessions behind ``stream`` and ``generate``."""
 
-from pydflash.engine.engine import Chunk, Completion, Engine, FinishReason, Piece, Prompt, StopFilter, Stream
+from pydflash.decode import FinishReason
+from pydflash.engine.completion import Chunk, Completion, Piece
+from pydflash.engine.engine import Engine, Prompt
+from pydflash.engine.stream import Stream
 
-__all__ = ["Chunk", "Completion", "Engine", "FinishReason", "Piece", "Prompt", "StopFilter", "Stream"]
+__all__ = ["Chunk", "Completion", "Engine", "FinishReason", "Piece", "Prompt", "Stream"]

@@ -35,7 +35,7 @@ from typing import Any, TypeVar, cast
 from pydflash.config import EngineConfig, Settings
 from pydflash.decode import Sampler, SamplingParams, Stats, Step
 from pydflash.doctor import examine
-from pydflash.drafts import Draft, load_draft
+from pydflash.drafts import LoadedDraft, load_draft
 from pydflash.engine import Engine
 from pydflash.errors import ConfigError, OutOfMemory
 from pydflash.limits import EXACT_ROWS
@@ -128,7 +128,7 @@ class _Run:
     @staticmethod
     def _steps(engine: Engine, prompt: Sequence[int], enough: int) -> Generator[Step | None, None, None]:
         """None for each chunk of the prompt but the last, then steps."""
-        spare = engine.draft.config.block_size if engine.draft is not None else 0
+        spare = engine.draft.limit + 1 if engine.draft is not None else 0
         greedy = Sampler(SamplingParams(), engine.model.config.vocab)
         engine.reset()
         rest = yield from engine.read(prompt)
@@ -213,7 +213,7 @@ class _Pool:
         self._model, self._draft, self._progress = model, draft, progress
         self.warm: Callable[[Engine], None] = lambda engine: None
         self._models: dict[Any, Model] = {}
-        self._drafts: dict[Any, Draft] = {}
+        self._drafts: dict[Any, LoadedDraft] = {}
         self._engines: dict[str, Engine] = {}
         self.in_turn = False
 

@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 
 from pydflash import __version__
 from pydflash.config import EngineConfig
-from pydflash.drafts import Draft, DraftSession, load_draft
+from pydflash.drafts import LoadedDraft, Proposer, load_draft
 from pydflash.engine import Engine
 from pydflash.errors import ConfigError
 from pydflash.models import Model, Progress, load_model
@@ -98,7 +99,7 @@ def random_ids(vocab: int, count: int, seed: int | Sequence[int] = 0) -> list[in
     return ids
 
 
-def feed(session: Session, ids: Sequence[int], draft: DraftSession | None = None) -> int:
+def feed(session: Session, ids: Sequence[int], draft: Proposer | None = None) -> int:
     """Commit ``ids`` chunk by chunk, their features to ``draft`` as well; the next token, when the device is done."""
     for output in session.prefill(ids):
         if draft is not None:
@@ -154,7 +155,7 @@ class Cycles:
 class CycleBench:
     """A target and a draft session that run DFlash cycles with a given number of accepted tokens."""
 
-    def __init__(self, model: Model, draft: Draft, config: EngineConfig) -> None:
+    def __init__(self, model: Model, draft: LoadedDraft, config: EngineConfig) -> None:
         """``CYCLE_PROMPT`` of ``config.max_context`` positions are filled before each measurement."""
         self._engine = Engine.share(model, draft, config)
         assert self._engine.draft_session is not None, "an engine with a draft has a session for it"
@@ -194,6 +195,7 @@ class CycleBench:
         backend = self.session.model.backend
         begin = time.perf_counter()
         proposal = self.draft.propose([anchor], proposed)
+        assert proposal is not None, "cycles are those of a draft that always proposes"
         if synchronise:
             backend.synchronize()
         drafted = time.perf_counter()
@@ -239,11 +241,11 @@ def decode_results(
 
 
 def cycle_results(
-    model: Model, draft: Draft, config: EngineConfig, proposed: Sequence[int], cycles: int
+    model: Model, draft: LoadedDraft, config: EngineConfig, proposed: Sequence[int], cycles: int
 ) -> Iterator[Result]:
     """Milliseconds of cycles of each width in ``proposed``, with nothing accepted and with everything."""
-    longest = cycle_context(cycles, draft.config.block_size)
-    for count in (n for n in proposed if n < draft.config.block_size):
+    longest = cycle_context(cycles, draft.limit + 1)
+    for count in (n for n in proposed if n < draft.limit + 1):
         with CycleBench(model, draft, replace(config, max_context=longest)) as bench:
             for accepted in sorted({0, count}):
                 seconds = bench.run(count, accepted + 1, cycles)
@@ -299,8 +301,8 @@ def bench(
             results = decode_results(loaded, config, plan.steps, plan.depths, plan.repeats)
             found += [report.add(result) for result in results]
         if draft is not None:
-            with load_draft(draft, loaded, progress, causal=config.draft_causal) as proposer:
-                proposed = config.draft_max or proposer.config.block_size - 1
+            with closing(load_draft(draft, loaded, progress, causal=config.draft_causal)) as proposer:
+                proposed = config.draft_max or proposer.limit
                 results = cycle_results(loaded, proposer, config, [proposed], CYCLES)
                 found += [report.add(result) for result in results]
     return found

@@ -21,10 +21,12 @@ from pydflash.native import Shape, Tensor
 from pydflash.ops import NormRope
 from pydflash.state import Ring, RingBatch, RingSpec
 
-__all__ = ["DFlash", "DraftConfig"]
+__all__ = ["ARCHITECTURES", "DFlash", "DraftConfig"]
 
 _LIMIT = 1 << 20
-_FORK_ARCHITECTURES = ("dflash-draft", "qwen35-dflash-draft")
+ARCHITECTURES = ("dflash", "dflash-draft", "qwen35-dflash-draft")
+"""Names that files use as ``general.architecture``."""
+
 _UNSUPPORTED = {
     "selector_predecessor.weight": "a DFlash2 candidate selector",
     "blk.0.attn_conv_base": "DFlash2 convolutions",
@@ -39,7 +41,7 @@ class DraftConfig:
     order.
 
     ``windows``: per layer, the sliding window or 0 for full attention. ``causal``: per layer, whether block rows see
-    only earlier rows of the block.
+    only earlier rows of the block; ``causal_source``: who says so.
     """
 
     layers: int
@@ -55,6 +57,7 @@ class DraftConfig:
     taps: tuple[int, ...]
     windows: tuple[int, ...]
     causal: tuple[bool, ...]
+    causal_source: str
 
     @classmethod
     def read(cls, file: GGUFFile, causal: bool | None = None) -> DraftConfig:
@@ -65,11 +68,6 @@ class DraftConfig:
         Raises UnsupportedArchitecture or BadMetadata.
         """
         prefix = file.require("general.architecture", str)
-        if prefix != "dflash" and prefix not in _FORK_ARCHITECTURES:
-            known = ", ".join(("dflash", *_FORK_ARCHITECTURES))
-            raise UnsupportedArchitecture(
-                f"{file.path}: architecture {prefix!r} is not a DFlash draft; known are {known}"
-            )
         for name, what in _UNSUPPORTED.items():
             if name in file.tensors:
                 raise UnsupportedArchitecture(
@@ -104,6 +102,7 @@ class DraftConfig:
             taps=tuple(int(t) for t in taps),
             windows=windows,
             causal=tuple(bool(w) if said is None else said for w in windows),
+            causal_source=_causal_source(causal, said),
         )
         config._check(file)
         return config
@@ -172,6 +171,12 @@ def tensor_names(file: GGUFFile, expected: Mapping[str, Shape]) -> dict[str, str
             candidates = [f"dflash.{other[name]}", f"dflash_{other[name]}"]
         names[name] = next((c for c in candidates if c in file.tensors), candidates[0])
     return names
+
+
+def _causal_source(given: bool | None, said: bool | None) -> str:
+    if given is not None:
+        return "draft_causal"
+    return "the draft does not say: sliding layers are causal, full ones are not" if said is None else "draft"
 
 
 def _windows(file: GGUFFile, prefix: str, layers: int) -> tuple[int, ...]:

@@ -1,0 +1,48 @@
+"""Which draft a name or a file is: one row a kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from pydflash.drafts.base import LoadedDraft
+from pydflash.drafts.dflash import load_dflash
+from pydflash.drafts.ngram import NGramDraft
+from pydflash.errors import UnsupportedArchitecture
+from pydflash.files import GGUFFile
+from pydflash.models import Model, Progress
+from pydflash.models.dflash import ARCHITECTURES as DFLASH
+
+__all__ = ["FILES", "NAMES", "load_draft"]
+
+NAMES: Mapping[str, Callable[[], LoadedDraft]] = {"ngram": NGramDraft}
+"""Drafts that need no file, by the name given instead of one."""
+
+FILES: Mapping[str, Callable[[GGUFFile, Model, Progress | None, bool | None], LoadedDraft]] = {
+    **dict.fromkeys(DFLASH, load_dflash),
+}
+"""Loaders of drafts, by a file's ``general.architecture``: (file, target, progress, causal) to a draft that owns it."""
+
+
+def load_draft(
+    path: str | Path, target: Model, progress: Progress | None = None, *, causal: bool | None = None
+) -> LoadedDraft:
+    """Load a draft for ``target``: a GGUF file of one of ``FILES``, or one of ``NAMES``.
+
+    ``causal`` overrides whether rows of a DFlash block see only earlier rows. Raises LoadError; DraftMismatch when it
+    does not fit the target, naming both values.
+    """
+    if str(path) in NAMES:
+        return NAMES[str(path)]()
+    file = GGUFFile.open(path)
+    try:
+        architecture = file.require("general.architecture", str)
+        if architecture not in FILES:
+            known = ", ".join(FILES)
+            raise UnsupportedArchitecture(
+                f"{file.path}: architecture {architecture!r} is not a DFlash draft; known are {known}"
+            )
+        return FILES[architecture](file, target, progress, causal)
+    except BaseException:
+        file.close()
+        raise

@@ -1,0 +1,36 @@
+"""What follows from an engine's settings and its files, for ``settings`` and ``explain``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydflash.config import Setting
+from pydflash.drafts import LoadedDraft, Proposer
+from pydflash.runtime import Session
+
+__all__ = ["derived"]
+
+
+def derived(
+    session: Session, draft: LoadedDraft | None, proposer: Proposer | None, adaptive: bool
+) -> Iterator[Setting]:
+    """Effective values that are no settings themselves, each with what it comes from."""
+    model, backend = session.model, session.model.backend
+    yield Setting("model", str(model.path), "argument")
+    yield Setting("device in use", f"{backend.name} ({backend.description})", "device")
+    yield Setting("threads in use", backend.threads or None, "threads")
+    yield Setting("weights", f"{model.weights.nbytes:,} bytes", "model")
+    yield Setting("K basis", session.cache_format.k_basis, "k_rotation, cache_k, head size")
+    yield Setting("V basis", session.cache_format.v_basis, "v_rotation")
+    yield Setting("positions", f"{session.capacity:,}", "max_context")
+    for what, size in session.state.sizes().items():
+        yield Setting(what, f"{size:,} bytes", "model, max_context, cache_k, cache_v")
+    if draft is None or proposer is None:
+        return
+    yield Setting("draft", str(draft.path), "argument")
+    for name, value, source in draft.describe():
+        yield Setting(name, value, source)
+    for what, size in proposer.sizes().items():
+        yield Setting(what, f"{size:,} bytes", "draft, max_context")
+    most = "up to that many, as many as are expected to pay" if adaptive else "always as many as fit"
+    yield Setting("most tokens of a proposal", f"{draft.limit}, {most}", "draft_max, draft, adaptive, device")
