@@ -53,7 +53,8 @@ static inline struct pydflash_span pydflash_attention_span(int32_t qpos, int32_t
     return span;
 }
 
-void pydflash_attention_cpu(struct ggml_tensor * dst, int ith, int nth, void * op);
+void   pydflash_attention_cpu(struct ggml_tensor * dst, int ith, int nth, void * op);
+size_t pydflash_attention_scratch(const struct ggml_tensor * node);
 
 #ifdef __cplusplus
 }

@@ -16,10 +16,12 @@
 
 static const struct pydflash_op OPS[PYDFLASH_OP_COUNT] = {
     [PYDFLASH_OP_TURBO_WHT]  = { PYDFLASH_MAGIC, PYDFLASH_OP_TURBO_WHT,  "turbo_wht",  pydflash_turbo_wht_cpu  },
-    [PYDFLASH_OP_LINEAR]     = { PYDFLASH_MAGIC, PYDFLASH_OP_LINEAR,     "linear",     pydflash_linear_cpu     },
+    [PYDFLASH_OP_LINEAR]     = { PYDFLASH_MAGIC, PYDFLASH_OP_LINEAR,     "linear",     pydflash_linear_cpu,
+                                 pydflash_linear_scratch },
     [PYDFLASH_OP_DELTA_INPUTS] = { PYDFLASH_MAGIC, PYDFLASH_OP_DELTA_INPUTS, "delta_inputs", pydflash_delta_inputs_cpu },
     [PYDFLASH_OP_DELTA_RULE] = { PYDFLASH_MAGIC, PYDFLASH_OP_DELTA_RULE, "delta_rule", pydflash_delta_rule_cpu },
-    [PYDFLASH_OP_ATTENTION]  = { PYDFLASH_MAGIC, PYDFLASH_OP_ATTENTION,  "attention",  pydflash_attention_cpu  },
+    [PYDFLASH_OP_ATTENTION]  = { PYDFLASH_MAGIC, PYDFLASH_OP_ATTENTION,  "attention",  pydflash_attention_cpu,
+                                 pydflash_attention_scratch },
     [PYDFLASH_OP_ROPE]       = { PYDFLASH_MAGIC, PYDFLASH_OP_ROPE,       "rope",       pydflash_rope_cpu       },
     [PYDFLASH_OP_NORM_ROPE]  = { PYDFLASH_MAGIC, PYDFLASH_OP_NORM_ROPE,  "norm_rope",  pydflash_norm_rope_cpu  },
     [PYDFLASH_OP_STORE_KV]   = { PYDFLASH_MAGIC, PYDFLASH_OP_STORE_KV,   "store_kv",   pydflash_store_kv_cpu   },

@@ -11,6 +11,8 @@
 
 #include "ggml.h"
 
+#include <stdbool.h>
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -36,6 +38,7 @@ struct pydflash_op {
     enum pydflash_op_id id;
     const char *        name;
     ggml_custom_op_t    cpu;     // the reference: (dst, ith, nth, descriptor); threads never need a barrier
+    size_t           (* scratch)(const struct ggml_tensor * node);  // bytes that a thread of it needs, or NULL
 };
 
 #define PYDFLASH_MAGIC 0x70796466u  // "pydf"
@@ -62,6 +65,19 @@ const int32_t * pydflash_node_params(const struct ggml_tensor * node);
 // compares every node, name included, but no operand's type: a new graph in the memory of a freed one, with a bf16
 // cache where that had f16, would be taken for it.
 void pydflash_graph_set_uid(struct ggml_cgraph * cgraph);
+
+// Scratch memory of one back end, a piece for each of its threads; only the CPU references use it. NULL without memory.
+struct pydflash_scratch;
+struct pydflash_scratch * pydflash_scratch_new(int threads);
+void                      pydflash_scratch_free(struct pydflash_scratch * scratch);
+
+// Bytes that a thread needs for the most demanding node of a graph; and: let the nodes use `scratch`, which grows to
+// that. False without memory.
+size_t pydflash_graph_scratch_size(struct ggml_cgraph * cgraph);
+bool   pydflash_graph_set_scratch(struct ggml_cgraph * cgraph, struct pydflash_scratch * scratch);
+
+// The piece of thread `ith`, aligned to a page, while it works on this node.
+void * pydflash_node_scratch(const struct ggml_tensor * node, int ith);
 
 static inline float pydflash_node_param_f32(const struct ggml_tensor * node, int index) {
     union { int32_t i; float f; } bits = { pydflash_node_params(node)[index] };

@@ -4,7 +4,6 @@
 
 #include <math.h>
 #include <stdbool.h>
-#include <stdlib.h>
 #include <string.h>
 
 // A weight is unpacked once for all rows of x, and a result never depends on how many those are: the sums of integer
@@ -30,18 +29,10 @@
 
 #define MAX_ROWS PYDFLASH_LINEAR_MAX_ROWS
 
-// Custom ops have no barrier, so every thread converts x for itself into memory of its own, which grows to the largest
-// product the thread has seen and lives as long as the thread.
-static void * scratch(size_t needed) {
-    static _Thread_local void * buffer   = NULL;
-    static _Thread_local size_t capacity = 0;
-    if (needed > capacity) {
-        free(buffer);
-        buffer   = malloc(needed);
-        capacity = needed;
-        GGML_ASSERT(buffer != NULL);
-    }
-    return buffer;
+// Custom ops have no barrier, so every thread converts x for itself into scratch memory. Rows of f32 and one more are
+// enough for every format: round_floats takes just that, a row in any 8-bit format is smaller.
+size_t pydflash_linear_scratch(const struct ggml_tensor * node) {
+    return (size_t) (node->ne[1] + 1) * (size_t) node->src[0]->ne[0] * sizeof(float);
 }
 
 static const float * x_row(const struct ggml_tensor * dst, int64_t t) {
@@ -61,12 +52,11 @@ static float * result_row(const struct ggml_tensor * dst, int64_t t) {
 // Weight rows that one pass over the rows of x uses: they stay in the L2 cache while T rows stream past.
 #define PASS 16
 
-static void multiply_any(const struct ggml_tensor * dst, int64_t begin, int64_t end) {
+static void multiply_any(const struct ggml_tensor * dst, char * rows, int64_t begin, int64_t end) {
     const struct ggml_type_traits_cpu * traits     = ggml_get_type_traits_cpu(dst->src[1]->type);
     const ggml_from_float_t             from_float = ggml_get_type_traits_cpu(traits->vec_dot_type)->from_float;
     const int64_t K = dst->src[0]->ne[0], T = dst->ne[1];
     const size_t  row_size = ggml_row_size(traits->vec_dot_type, K);
-    char *        rows     = (char *) scratch(row_size * (size_t) T);
     for (int64_t t = 0; t < T; t++) {
         from_float(x_row(dst, t), rows + (size_t) t * row_size, K);
     }
@@ -198,9 +188,9 @@ static float round_q8_k(int8_t * q, int16_t * sums, int64_t sum_of, const float 
     return 1.0f / inverse;
 }
 
-INLINE struct activations round_rows(const struct ggml_tensor * dst, int64_t block, int64_t sum_of, int from) {
+INLINE struct activations round_rows(const struct ggml_tensor * dst, void * memory, int64_t block, int64_t sum_of,
+                                     int from) {
     const int64_t T = dst->ne[1], blocks = dst->src[0]->ne[0] / block, all = T * blocks;
-    char * memory = (char *) scratch((size_t) (all * (block + block / sum_of * 2 + 8)));
     struct activations x = { T, blocks, NULL, NULL, NULL, (float *) memory };
     x.start = (int32_t *) (x.scale + all);
     x.sums  = (int16_t *) (x.start + all);
@@ -387,12 +377,12 @@ INLINE void multiply_one(struct format f, const struct activations * x, const st
     }
 }
 
-INLINE void multiply(struct format f, const struct ggml_tensor * dst, int64_t begin, int64_t end) {
+INLINE void multiply(struct format f, const struct ggml_tensor * dst, void * memory, int64_t begin, int64_t end) {
     const bool is_single = f.dot && dst->ne[1] == 1;
     if (!is_single) {
         fetch_first(dst, begin, end);
     }
-    const struct activations x = round_rows(dst, 4 * f.steps, f.sum_of, f.from);
+    const struct activations x = round_rows(dst, memory, 4 * f.steps, f.sum_of, f.from);
     if (is_single) {
         multiply_one(f, &x, dst, begin, end);
         return;
@@ -432,9 +422,9 @@ INLINE void multiply(struct format f, const struct ggml_tensor * dst, int64_t be
 }
 
 // One copy of the code for each format, so that everything in it is a constant.
-#define FORMAT(name, ...)                                                                             \
-    static void multiply_##name(const struct ggml_tensor * dst, int64_t begin, int64_t end) {         \
-        multiply((struct format) __VA_ARGS__, dst, begin, end);                                       \
+#define FORMAT(name, ...)                                                                                     \
+    static void multiply_##name(const struct ggml_tensor * dst, void * memory, int64_t begin, int64_t end) {  \
+        multiply((struct format) __VA_ARGS__, dst, memory, begin, end);                                       \
     }
 FORMAT(q4_k, { unpack_q4_k, dot_q4_k, 64, 8, 8, 4, 32, 0, false, true,  true,  sizeof(block_q4_K), 0 })
 FORMAT(q5_k, { unpack_q5_k, dot_q5_k, 64, 4, 8, 4, 32, 0, false, true,  true,  sizeof(block_q5_K), 0 })
@@ -461,12 +451,12 @@ INLINE __m256 load_bf16(const char * at) {
 }
 
 // The rows of x, rounded as ggml does for this weight type, in f32.
-INLINE const float * round_floats(__m256 (*load)(const char *), const struct ggml_tensor * dst) {
+INLINE const float * round_floats(__m256 (*load)(const char *), const struct ggml_tensor * dst, void * memory) {
     const enum ggml_type    type       = dst->src[1]->type;
     const ggml_from_float_t from_float = ggml_get_type_traits_cpu(type)->from_float;
     const int64_t K = dst->src[0]->ne[0], T = dst->ne[1];
     const size_t  size = ggml_type_size(type);
-    float * rows    = (float *) scratch((size_t) (T + 1) * (size_t) K * sizeof(float));
+    float * rows    = (float *) memory;
     char *  rounded = (char *) (rows + T * K);
     for (int64_t t = 0; t < T; t++) {
         from_float(x_row(dst, t), rounded, K);
@@ -513,10 +503,11 @@ INLINE __m256 float_lane_sums(const __m256 in[GROUP]) {
     return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
 
-INLINE void multiply_floats(__m256 (*load)(const char *), const struct ggml_tensor * dst, int64_t begin, int64_t end) {
+INLINE void multiply_floats(__m256 (*load)(const char *), const struct ggml_tensor * dst, void * memory, int64_t begin,
+                            int64_t end) {
     const int64_t K = dst->src[0]->ne[0], T = dst->ne[1];
     const size_t  size = ggml_type_size(dst->src[1]->type);
-    const float * x    = round_floats(load, dst);
+    const float * x    = round_floats(load, dst, memory);
     for (int64_t m = begin; m < end; m += GROUP) {
         const char * row[GROUP];
         take_rows(row, GROUP, dst, m, end);
@@ -542,16 +533,16 @@ INLINE void multiply_floats(__m256 (*load)(const char *), const struct ggml_tens
     }
 }
 
-static void multiply_f32(const struct ggml_tensor * dst, int64_t begin, int64_t end) {
-    multiply_floats(load_f32, dst, begin, end);
+static void multiply_f32(const struct ggml_tensor * dst, void * memory, int64_t begin, int64_t end) {
+    multiply_floats(load_f32, dst, memory, begin, end);
 }
 
-static void multiply_f16(const struct ggml_tensor * dst, int64_t begin, int64_t end) {
-    multiply_floats(load_f16, dst, begin, end);
+static void multiply_f16(const struct ggml_tensor * dst, void * memory, int64_t begin, int64_t end) {
+    multiply_floats(load_f16, dst, memory, begin, end);
 }
 
-static void multiply_bf16(const struct ggml_tensor * dst, int64_t begin, int64_t end) {
-    multiply_floats(load_bf16, dst, begin, end);
+static void multiply_bf16(const struct ggml_tensor * dst, void * memory, int64_t begin, int64_t end) {
+    multiply_floats(load_bf16, dst, memory, begin, end);
 }
 
 #endif
@@ -563,17 +554,18 @@ void pydflash_linear_cpu(struct ggml_tensor * dst, int ith, int nth, void * op) 
     if (begin == end) {
         return;
     }
+    void * memory = pydflash_node_scratch(dst, ith);
     switch (dst->src[1]->type) {
 #ifdef FAST_PRODUCTS
-        case GGML_TYPE_Q4_K: multiply_q4_k(dst, begin, end); break;
-        case GGML_TYPE_Q5_K: multiply_q5_k(dst, begin, end); break;
-        case GGML_TYPE_Q6_K: multiply_q6_k(dst, begin, end); break;
-        case GGML_TYPE_Q8_0: multiply_q8_0(dst, begin, end); break;
-        case GGML_TYPE_Q4_0: multiply_q4_0(dst, begin, end); break;
-        case GGML_TYPE_F16: multiply_f16(dst, begin, end); break;
-        case GGML_TYPE_BF16: multiply_bf16(dst, begin, end); break;
-        case GGML_TYPE_F32: multiply_f32(dst, begin, end); break;
+        case GGML_TYPE_Q4_K: multiply_q4_k(dst, memory, begin, end); break;
+        case GGML_TYPE_Q5_K: multiply_q5_k(dst, memory, begin, end); break;
+        case GGML_TYPE_Q6_K: multiply_q6_k(dst, memory, begin, end); break;
+        case GGML_TYPE_Q8_0: multiply_q8_0(dst, memory, begin, end); break;
+        case GGML_TYPE_Q4_0: multiply_q4_0(dst, memory, begin, end); break;
+        case GGML_TYPE_F16: multiply_f16(dst, memory, begin, end); break;
+        case GGML_TYPE_BF16: multiply_bf16(dst, memory, begin, end); break;
+        case GGML_TYPE_F32: multiply_f32(dst, memory, begin, end); break;
 #endif
-        default: multiply_any(dst, begin, end);
+        default: multiply_any(dst, memory, begin, end);
     }
 }

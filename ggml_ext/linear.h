@@ -25,7 +25,8 @@ extern "C" {
 
 #define PYDFLASH_LINEAR_MAX_ROWS 16
 
-void pydflash_linear_cpu(struct ggml_tensor * dst, int ith, int nth, void * op);
+void   pydflash_linear_cpu(struct ggml_tensor * dst, int ith, int nth, void * op);
+size_t pydflash_linear_scratch(const struct ggml_tensor * node);
 
 #ifdef __cplusplus
 }

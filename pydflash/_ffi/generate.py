@@ -1,4 +1,7 @@
-"""Write the C source of the binding: ``python generate.py OUTPUT``. Run by CMake; needs cffi only."""
+"""Write the C source of a binding from NAME.cdef.h and NAME.csrc.c: ``python generate.py NAME OUTPUT``.
+
+Run by CMake; needs cffi only.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,12 @@ import cffi
 HERE = Path(__file__).parent
 
 
-def main() -> None:
+def main(name: str, output: str) -> None:
     builder = cffi.FFI()
-    builder.cdef((HERE / "ggml.cdef.h").read_text())
-    builder.set_source("pydflash._ffi._ggml", (HERE / "ggml.csrc.c").read_text())
-    builder.emit_c_code(sys.argv[1])
+    builder.cdef((HERE / f"{name}.cdef.h").read_text())
+    builder.set_source(f"pydflash._ffi._{name}", (HERE / f"{name}.csrc.c").read_text())
+    builder.emit_c_code(output)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

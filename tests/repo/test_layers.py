@@ -16,11 +16,11 @@ PACKAGE = ROOT / "pydflash"
 
 # A module may import those to its left (above it here), none of its own group. CONTRIBUTING.md shows the same order.
 LAYERS = (
-    ("errors", "ggml_types"),
+    ("errors", "ggml_types", "machine"),
     ("gguf_format",),
     ("gguf", "gguf_writer"),
     ("_ffi",),
-    ("tensor",),
+    ("limits", "tensor"),
     ("backend",),
     ("graph",),
     ("ops",),
@@ -41,7 +41,7 @@ LAYERS = (
     ("cli",),
 )
 RANK = {name: rank for rank, group in enumerate(LAYERS) for name in group}
-NATIVE = {"tensor", "backend", "graph", "ops", "doctor"}
+NATIVE = {"limits", "tensor", "backend", "graph", "ops", "doctor"}
 IMPORT_SECONDS = 0.3
 
 
