@@ -146,7 +146,7 @@ class GGUFFile:
         return value
 
     def require_within(self, key: str, low: int, high: int, *, default: int | None = None, because: str = "") -> int:
-        """The integer ``key``, or ``default`` where it is missing; BadMetadata outside ``low..high``, with the reason."""
+        """The integer ``key``, or ``default`` if it is missing; BadMetadata outside of ``low..high``."""
         value = self.require(key, int) if default is None else self.get(key, int, default=default)
         if not low <= value <= high:
             reason = f" ({because})" if because else ""

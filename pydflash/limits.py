@@ -38,7 +38,9 @@ def check_threads(count: int) -> None:
     """DeviceError unless ``count`` more threads can run at once, each with enough stack for a graph."""
     failure = lib.pydflash_threads_try(count, STACK, _MARGIN)
     if failure < 0:
-        raise DeviceError(f"new threads get less than the {STACK >> 10} KiB of stack that a graph needs; raise ulimit -s")
+        raise DeviceError(
+            f"new threads get less than the {STACK >> 10} KiB of stack that a graph needs; raise ulimit -s"
+        )
     if failure:
         raise DeviceError(
             f"{count} more threads were asked for, and cannot be started: {os.strerror(failure)}; "

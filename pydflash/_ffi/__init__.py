@@ -1,7 +1,7 @@
 """The native library: ``ffi``, ``lib``, ownership, status checks and ggml's log.
 
-Only limits, tensor, graph, backend, ops and doctor import this package. Importing it loads ggml's CPU libraries, unless they
-need instructions that this processor lacks: that is a NativeError. CUDA is loaded when a CUDA device is asked for.
+Only limits, tensor, graph, backend, ops and doctor import this package. Importing it loads ggml's CPU libraries, unless
+they need instructions that this processor lacks: that is a NativeError. CUDA is loaded when a CUDA device is asked for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 # ggml forks a debugger for a backtrace when it aborts, and reads this once when the library is loaded.
 os.environ.setdefault("GGML_NO_BACKTRACE", "1")
 
-from pydflash._ffi import _processor
+import pydflash._ffi._processor as _processor
 from pydflash.errors import NativeError
 
 __all__ = [
@@ -53,7 +53,7 @@ def check_instructions(missing: Sequence[str]) -> None:
 
 check_instructions(missing_instructions())
 
-from pydflash._ffi import _ggml  # noqa: E402  an illegal instruction could end the process here
+import pydflash._ffi._ggml as _ggml  # noqa: E402  an illegal instruction could end the process here
 from pydflash._ffi._ggml import ffi, lib  # noqa: E402
 
 lib.pydflash_log_start()
