@@ -194,7 +194,6 @@ class Tokenizer:
 
     @cached_property
     def _bpe(self) -> tokenizers.models.BPE:
-        _check_memory(self.vocab_size)
         from tokenizers.models import BPE
 
         pairs = []
@@ -218,6 +217,7 @@ class Tokenizer:
 
     def _pipeline(self, with_control: bool) -> tokenizers.Tokenizer:
         """Wrap the shared BPE. Two pipelines instead of one with a switch: flipping it would disturb other threads."""
+        _check_memory(self.vocab_size)
         from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
         from tokenizers import Tokenizer as Pipeline
 

@@ -1,0 +1,145 @@
+"""Where memory, threads or stack are short there is an error, never an abort: each case in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pydflash
+from pydflash.backend import Backend
+from pydflash.errors import DeviceError, OutOfMemory
+from pydflash.limits import check_allocation, check_stack, check_threads
+
+DATA = Path(pydflash.__file__).parent / "data"
+LOAD = f"""
+import sys, threading, resource
+import pydflash.engine
+from pydflash import Engine, PydflashError, SamplingParams
+def load(threads=2):
+    return Engine.load({str(DATA / "tiny-target.gguf")!r}, {str(DATA / "tiny-draft.gguf")!r}, device="cpu",
+                       threads=threads, environment={{}})
+def write(engine):
+    return engine.generate("class A:\\n    def f(self):\\n" * 40, SamplingParams(max_tokens=12))
+"""
+
+
+def run(program: str, prefix: str = "") -> str:
+    """What ``program`` printed; it must end by itself. ``prefix`` is shell that runs before Python."""
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # numpy's threads take address space, too
+    command = f'{prefix} exec "$0" -c "$1"'
+    ran = subprocess.run(
+        ["sh", "-c", command, sys.executable, LOAD + program], capture_output=True, text=True, env=environment
+    )
+    assert ran.returncode == 0, f"{ran.returncode}: {ran.stdout[-500:]}{ran.stderr[-1500:]}"
+    return ran.stdout
+
+
+LIMITED = """
+resource.setrlimit(resource.{which}, ({limit} << 20,) * 2)
+try:
+    with load() as engine:
+        print(len(write(engine).tokens), "tokens")
+except (PydflashError, MemoryError) as error:
+    print(type(error).__name__, error)
+"""
+# PYDFLASH_TEST_SWEEP, MiB from one limit to the next, tries more of them; those here met each kind of failure.
+STEP = int(os.environ.get("PYDFLASH_TEST_SWEEP", "0"))
+ADDRESS_SPACE = range(100, 401, STEP) if STEP else (100, 160, 178, 184, 200, 220, 400)
+DATA_SEGMENT = range(20, 161, STEP) if STEP else (40, 90, 110)
+
+
+@pytest.mark.parametrize(
+    ("which", "limit"),
+    [*(("RLIMIT_AS", mib) for mib in ADDRESS_SPACE), *(("RLIMIT_DATA", mib) for mib in DATA_SEGMENT)],
+)
+def test_a_limit_of_memory_is_met_with_an_error(which: str, limit: int) -> None:
+    out = run(LIMITED.replace("{which}", which).replace("{limit}", str(limit)))
+    assert "12 tokens" in out or "Error" in out or "OutOfMemory" in out
+
+
+def test_more_than_can_be_allocated_is_refused_by_name() -> None:
+    with pytest.raises(OutOfMemory, match=r"a moon needs 1,152,921,504,606,846,976 bytes of host memory"):
+        check_allocation(1 << 60, "a moon")
+    check_allocation(1 << 20, "a pebble")
+
+
+def test_threads_that_cannot_start_are_refused() -> None:
+    out = run(
+        "resource.setrlimit(resource.RLIMIT_AS, (1 << 30,) * 2)\n"
+        "try: load(threads=512)\n"
+        "except PydflashError as error: print(type(error).__name__, error)"
+    )
+    assert "DeviceError 511 more threads were asked for, and cannot be started" in out
+
+
+def test_small_stacks_of_the_process_are_refused() -> None:
+    """Those of new threads, and the main thread's own."""
+    program = """
+for threads in (2, 1):
+    try: write(load(threads))
+    except PydflashError as error: print(error)
+"""
+    lines = run(program, prefix="ulimit -S -s 100;").splitlines()
+    assert "new threads get less than the 128 KiB of stack" in lines[0]
+    assert "a graph needs 128 KiB of stack, and this thread has" in lines[1]
+
+
+def test_threads_with_a_stack_that_is_large_enough_start() -> None:
+    check_threads(0)
+    check_threads(3)
+
+
+def test_a_thread_with_a_small_stack_is_refused_and_others_are_not() -> None:
+    program = """
+engine = load(1)
+def work():
+    try: print(len(write(engine).tokens), "tokens")
+    except PydflashError as error: print(type(error).__name__, error)
+for kib in (32, 64, 100, 256, 1024):
+    threading.stack_size(kib << 10)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+work()
+"""
+    lines = run(program).splitlines()
+    assert [line.split()[0] for line in lines] == ["DeviceError"] * 3 + ["12"] * 3
+    assert "threading.stack_size" in lines[0]
+
+
+def test_the_stack_of_this_thread_is_large_enough() -> None:
+    check_stack()
+
+
+def test_threads_that_end_leave_nothing_behind() -> None:
+    """200 threads, each of which generated: what a product needs belongs to the back end."""
+    program = """
+import re
+def resident(): return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
+engine = load(1)
+def work(): engine.generate("def f", SamplingParams(max_tokens=2))
+def many(count):
+    for _ in range(count):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+many(20)
+before = resident()
+many(200)
+print(resident() - before)
+"""
+    grown = int(run(program)) << 10
+    assert grown < 200 * (16 << 10), f"{grown:,} bytes"  # scratch memory of its own would be 100 KiB for each thread
+
+
+def test_a_backend_without_its_threads_leaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(count: int) -> None:
+        raise DeviceError("none")
+
+    monkeypatch.setattr("pydflash.backend.check_threads", refuse)
+    with pytest.raises(DeviceError, match="none"):
+        Backend("cpu", threads=4)
