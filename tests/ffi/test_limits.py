@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 
 import pydflash
-from pydflash.backend import Backend
+from pydflash import Engine, doctor
+from pydflash.backend import Arena, Backend
 from pydflash.errors import DeviceError, OutOfMemory
+from pydflash.ggml_types import GGMLType
 from pydflash.limits import check_allocation, check_stack, check_threads
+from pydflash.machine import Memory, Processors
+from tests.tiny import Geometry, write_target
 
 DATA = Path(pydflash.__file__).parent / "data"
 LOAD = f"""
@@ -115,13 +119,19 @@ def test_the_stack_of_this_thread_is_large_enough() -> None:
     check_stack()
 
 
-def test_threads_that_end_leave_nothing_behind() -> None:
-    """200 threads, each of which generated: what a product needs belongs to the back end."""
-    program = """
+def test_threads_that_end_leave_nothing_behind(tmp_path: Path) -> None:
+    """What a product needs belongs to the back end; here, with 16,384 columns, it is 1.1 MB for each thread."""
+    geometry = Geometry(64, 1, 1, 2, 1, 64, 16, 2, 2, 32, 4, 16384, 320)
+    path = write_target(tmp_path / "wide.gguf", geometry, "f16")
+    program = f"""
 import re
-def resident(): return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
-engine = load(1)
-def work(): engine.generate("def f", SamplingParams(max_tokens=2))
+from pydflash import Session, load_model
+def resident(): return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
+model = load_model({str(path)!r}, "cpu", threads=1)
+session = Session(model, 64)
+def work():
+    session.forward(list(range(16)))
+    session.commit(0)
 def many(count):
     for _ in range(count):
         thread = threading.Thread(target=work)
@@ -132,8 +142,28 @@ before = resident()
 many(200)
 print(resident() - before)
 """
-    grown = int(run(program)) << 10
-    assert grown < 200 * (16 << 10), f"{grown:,} bytes"  # scratch memory of its own would be 100 KiB for each thread
+    grown = int(run(program))
+    assert grown < 8 << 20, f"{grown:,} bytes in 200 threads"
+
+
+def test_what_is_free_is_what_the_limits_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pydflash.machine.memory", lambda: Memory(1 << 20, 1 << 30))
+    with Backend("cpu", threads=1) as backend:
+        assert backend.memory() == (1 << 20, 1 << 30)
+        with pytest.raises(OutOfMemory, match=r"a cache needs 2,\d+,\d+ bytes on cpu .*, where 1,048,576 are free"):
+            Arena(backend, {"x": ((1 << 14, 32), GGMLType.F32)}, "a cache")
+
+
+def test_more_threads_than_can_run_are_explained(monkeypatch: pytest.MonkeyPatch, target_path: Path) -> None:
+    """They are allowed, and what they cost is said where settings are explained and in doctor."""
+    monkeypatch.setattr("pydflash.machine.processors", lambda: Processors(8, 1.0))
+    monkeypatch.setattr("pydflash.engine.processors", lambda: Processors(8, 1.0))
+    with Engine.load(target_path, device="cpu", threads=2, environment={}) as engine:
+        assert "2, of which 1 can run at once" in engine.explain()
+    with Engine.load(target_path, device="cpu", environment={}) as engine:
+        assert engine.model.backend.threads == 1
+    monkeypatch.setenv("PYDFLASH_THREADS", "2")
+    assert any("PYDFLASH_THREADS is 2, and 1 can run at once" in problem for problem in doctor.examine().problems)
 
 
 def test_a_backend_without_its_threads_leaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
