@@ -13,7 +13,7 @@ from pydflash import machine
 from pydflash._ffi import build_info, check, cuda_library, ffi, lib, owned
 from pydflash.errors import ConfigError, DeviceError, NoDevice, OutOfMemory
 from pydflash.ggml_types import GGMLType
-from pydflash.limits import check_allocation, check_threads
+from pydflash.headroom import check_allocation, check_threads
 from pydflash.tensor import Shape, Tensor, new_tensor
 
 __all__ = ["Arena", "Backend", "cuda_device_count", "default_threads"]

@@ -12,7 +12,7 @@ from pydflash._ffi import check, ffi, lib, owned
 from pydflash.backend import Backend, new_context
 from pydflash.errors import DeviceError, OutOfMemory
 from pydflash.ggml_types import GGMLType
-from pydflash.limits import check_allocation, check_stack
+from pydflash.headroom import check_allocation, check_stack
 from pydflash.tensor import Shape, Tensor, new_tensor
 
 __all__ = ["Graph"]

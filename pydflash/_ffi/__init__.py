@@ -1,6 +1,6 @@
 """The native library: ``ffi``, ``lib``, ownership, status checks and ggml's log.
 
-Only limits, tensor, graph, backend, ops and doctor import this package. Importing it loads ggml's CPU libraries, unless
+Only headroom, tensor, graph, backend, ops and doctor import this package. Importing it loads ggml's CPU libraries, unless
 they need instructions that this processor lacks: that is a NativeError. CUDA is loaded when a CUDA device is asked for.
 """
 

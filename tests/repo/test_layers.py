@@ -20,7 +20,7 @@ LAYERS = (
     ("gguf_format",),
     ("gguf", "gguf_writer"),
     ("_ffi",),
-    ("limits", "tensor"),
+    ("headroom", "tensor"),
     ("backend",),
     ("graph",),
     ("ops",),
@@ -41,7 +41,7 @@ LAYERS = (
     ("cli",),
 )
 RANK = {name: rank for rank, group in enumerate(LAYERS) for name in group}
-NATIVE = {"limits", "tensor", "backend", "graph", "ops", "doctor"}
+NATIVE = {"headroom", "tensor", "backend", "graph", "ops", "doctor"}
 IMPORT_SECONDS = 0.3
 
 

@@ -14,7 +14,7 @@ from pydflash import Engine, doctor
 from pydflash.backend import Arena, Backend
 from pydflash.errors import DeviceError, OutOfMemory
 from pydflash.ggml_types import GGMLType
-from pydflash.limits import check_allocation, check_stack, check_threads
+from pydflash.headroom import check_allocation, check_stack, check_threads
 from pydflash.machine import Memory, Processors
 from tests.tiny import Geometry, write_target
 
