@@ -1,7 +1,7 @@
 """The native library: ``ffi``, ``lib``, ownership, status checks and ggml's log.
 
-Only headroom, tensor, graph, backend, ops and doctor import this package. Importing it loads ggml's CPU libraries, unless
-they need instructions that this processor lacks: that is a NativeError. CUDA is loaded when a CUDA device is asked for.
+Only headroom, tensor, graph, backend, ops and doctor import this package. Importing it loads ggml's CPU libraries, and
+raises NativeError if this processor lacks instructions that they need. CUDA is loaded when a CUDA device is asked for.
 """
 
 from __future__ import annotations
