@@ -15,6 +15,7 @@ from pydflash.config import EngineConfig, Setting, Settings, table
 from pydflash.decode import FinishReason, Stats, Step, autoregressive, speculative
 from pydflash.draft import Draft, DraftSession, load_draft
 from pydflash.errors import ConfigError, SessionClosed, ShapeError, StateError
+from pydflash.machine import processors
 from pydflash.models import Model, load_model
 from pydflash.sampling import Sampler, SamplingParams
 from pydflash.session import Session
@@ -66,6 +67,14 @@ class Completion:
     tokens: tuple[int, ...]
     finish_reason: FinishReason
     stats: Stats
+
+
+def _threads(count: int) -> str | None:
+    """What to say of ``count`` threads: they wait for one another at every operation, so that none must be kept off."""
+    usable = processors().usable
+    if count > usable:
+        return f"{count}, of which {usable} can run at once; that is many times slower than {usable}"
+    return str(count) if count else None
 
 
 class StopFilter:
@@ -395,10 +404,10 @@ class Engine:
     def settings(self) -> tuple[Setting, ...]:
         """Every effective value and where it came from: the configuration, then what follows from it and the files."""
         model, session, backend = self.model, self.session, self.model.backend
-        derived = [
+        derived: list[tuple[str, Any, str]] = [
             ("model", str(model.path), "argument"),
             ("device in use", f"{backend.name} ({backend.description})", "device"),
-            ("threads in use", backend.threads or None, "threads"),
+            ("threads in use", _threads(backend.threads), "threads"),
             ("weights", f"{model.weights.nbytes:,} bytes", "model"),
             ("K basis", session.cache.basis.name, "k_rotation, cache_k, head size"),
             ("V basis", session.cache.v_basis.name, "v_rotation"),

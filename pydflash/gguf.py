@@ -145,6 +145,14 @@ class GGUFFile:
             raise BadMetadata(f"{wanted} and is {found}; convert the model again with a current converter")
         return value
 
+    def require_within(self, key: str, low: int, high: int, *, default: int | None = None, because: str = "") -> int:
+        """The integer ``key``, or ``default`` if it is missing; BadMetadata outside of ``low..high``."""
+        value = self.require(key, int) if default is None else self.get(key, int, default=default)
+        if not low <= value <= high:
+            reason = f" ({because})" if because else ""
+            raise BadMetadata(f"{self.path}: {key} is {value}; it must lie in {low}..{high}{reason}")
+        return value
+
     def data(self, name: str) -> npt.NDArray[np.uint8]:
         """The bytes of tensor ``name``, shape (nbytes,), as a read-only view of the file; MissingTensor if unknown."""
         if name not in self.tensors:

@@ -76,13 +76,10 @@ class DraftConfig:
                 )
 
         def number(key: str) -> int:
-            value = int(file.require(f"{prefix}.{key}", int))
-            if not 1 <= value <= _LIMIT:
-                raise BadMetadata(f"{file.path}: {prefix}.{key} is {value}; it must lie in 1..{_LIMIT}")
-            return value
+            return file.require_within(f"{prefix}.{key}", 1, _LIMIT)
 
-        fork = _is_fork(file)
-        layers = number("block_count")
+        fork, held = _is_fork(file), len(file.tensors)
+        layers = file.require_within(f"{prefix}.block_count", 1, held, because=f"the file holds {held} tensors")
         windows = _windows(file, prefix, layers)
         said = file.get(f"{prefix}.attention.causal", bool, default=None) if causal is None else causal
         if fork:
@@ -247,5 +244,5 @@ class DFlash:
     def propose(self, x: Tensor, inputs: DraftInputs, cache: DraftCache) -> Tensor:
         """(T, hidden) embeddings of [anchor, MASK, ...] to the hidden rows that the target's head reads."""
         for layer in self.layers:
-            x = layer(x, inputs, cache)
+            x = inputs.graph.effect(layer(x, inputs, cache))  # ggml walks back recursively, so no further than this
         return ops.rms_norm(x, self.output_norm, self.config.eps)

@@ -54,13 +54,9 @@ class Config:
             raise UnsupportedArchitecture(f"{file.path}: architecture {architecture!r}; this package runs 'qwen35'")
 
         def number(key: str, at_least: int = 1) -> int:
-            value = int(file.require(f"qwen35.{key}", int))
-            if not at_least <= value <= _LIMIT:
-                raise BadMetadata(f"{file.path}: qwen35.{key} is {value}; it must lie in {at_least}..{_LIMIT}")
-            return value
+            return file.require_within(f"qwen35.{key}", at_least, _LIMIT)
 
-        blocks = number("block_count")
-        layers = blocks - int(file.get("qwen35.nextn_predict_layers", int, default=0))  # MTP blocks come last; not run
+        layers = _layers(file)
         embedding = file.tensors.get("token_embd.weight")
         config = cls(
             layers=layers,
@@ -88,7 +84,6 @@ class Config:
         inner = int(file.require("qwen35.ssm.inner_size", int))
         sections = file.get("qwen35.rope.dimension_sections", list, default=None)
         rules = {
-            "block_count": (self.layers >= 1, f"{self.layers} layers besides the MTP blocks"),
             "attention.head_count": (
                 self.heads % self.kv_heads == 0,
                 f"{self.heads} heads over {self.kv_heads} K/V heads",
@@ -166,6 +161,15 @@ class Config:
                 }  # fmt: skip
             shapes |= {f"blk.{i}.{name}": shape for name, shape in block.items()}
         return shapes
+
+
+def _layers(file: GGUFFile) -> int:
+    """Blocks but for those of multi-token prediction, which come last and are not run."""
+    held = len(file.tensors)
+    blocks = file.require_within("qwen35.block_count", 1, held, because=f"the file holds {held} tensors")
+    return blocks - file.require_within(
+        "qwen35.nextn_predict_layers", 0, blocks - 1, default=0, because=f"of {blocks} blocks"
+    )
 
 
 def _recurrent_layers(file: GGUFFile, layers: int) -> tuple[bool, ...]:
@@ -273,7 +277,7 @@ class Qwen35:
         x = ops.get_rows(self.token_embd, tokens)
         captured: dict[int, Tensor] = {}
         for layer, block in enumerate(self.blocks):
-            x = block(x, step, cache, delta)
+            x = step.graph.effect(block(x, step, cache, delta))  # ggml walks back recursively, so no further than this
             captured[layer] = x
         return x, [captured[layer] for layer in capture]
 

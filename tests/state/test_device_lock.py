@@ -142,6 +142,17 @@ def test_the_thread_in_a_step_frees_at_once_and_so_does_anyone_after_the_last_on
     assert len(freed.log) == 2
 
 
+def test_what_is_released_is_not_freed_again_when_it_is_collected() -> None:
+    lock = DeviceLock("a device")
+    freed = Freed(lock)
+    thing = freed.new()
+    with lock.step():
+        ffi.release(thing)
+        del thing
+        gc.collect()
+    assert len(freed.log) == 1
+
+
 def test_a_null_pointer_is_an_error_that_names_what_was_asked() -> None:
     with pytest.raises(NativeError, match="a thing"):
         DeviceLock("a device").own(ffi.NULL, lambda native: None, "a thing")
