@@ -339,10 +339,22 @@ static void add_block(const struct attention * a, struct item * items, int64_t n
     }
 }
 
-// Items [begin, end) of one key/value head, counted by row and then by head; at most BATCH of them.
-static void attend(const struct attention * a, float * dst, int64_t kv_head, int64_t begin, int64_t end) {
+// What a thread works in, 300 KiB: too much for the stacks of some threads.
+struct desk {
     struct item  items[BATCH];
     struct block block;
+};
+
+size_t pydflash_attention_scratch(const struct ggml_tensor * node) {
+    (void) node;
+    return sizeof(struct desk);
+}
+
+// Items [begin, end) of one key/value head, counted by row and then by head; at most BATCH of them.
+static void attend(const struct attention * a, struct desk * desk, float * dst, int64_t kv_head, int64_t begin,
+                   int64_t end) {
+    struct item *  items = desk->items;
+    struct block * block = &desk->block;
     const int64_t slots = a->k->ne[1];
     int64_t first = slots, last = -1;  // slots that somebody may see
     for (int64_t i = begin; i < end; i++) {
@@ -359,10 +371,10 @@ static void attend(const struct attention * a, float * dst, int64_t kv_head, int
         last  = slots - 1;
     }
     for (int64_t slot = first / BLOCK * BLOCK; slot < slots && slot <= last; slot += BLOCK) {
-        begin_block(a, &block, kv_head, slot);
+        begin_block(a, block, kv_head, slot);
         for (int64_t i = 0; i < end - begin;) {
-            const int64_t n = count_alike(&block, &items[i], end - begin - i);
-            add_block(a, &items[i], n, &block);
+            const int64_t n = count_alike(block, &items[i], end - begin - i);
+            add_block(a, &items[i], n, block);
             i += n;
         }
     }
@@ -378,12 +390,13 @@ void pydflash_attention_cpu(struct ggml_tensor * dst, int ith, int nth, void * o
 
     int64_t begin, end;
     pydflash_share(a.q->ne[2] * a.q->ne[1], ith, nth, &begin, &end);
+    struct desk * desk = (struct desk *) pydflash_node_scratch(dst, ith);
     while (begin < end) {
         const int64_t kv_head = begin / per_head;
         const int64_t index   = begin % per_head;
         int64_t       count   = end - begin < BATCH ? end - begin : BATCH;
         count = count < per_head - index ? count : per_head - index;
-        attend(&a, (float *) dst->data, kv_head, index, index + count);
+        attend(&a, desk, (float *) dst->data, kv_head, index, index + count);
         begin += count;
     }
 }

@@ -1,7 +1,6 @@
 #include "experts.h"
 
 #include "linear.h"
-#include "scratch.h"
 
 #include <math.h>
 #include <string.h>
@@ -78,15 +77,19 @@ static void multiply_group(const struct work * work, int64_t expert, const int32
     }
 }
 
-static struct work prepare(struct ggml_tensor * dst) {
-    struct work work = { dst->src[0], dst->src[1], dst->src[2], dst->src[3], dst, NULL, NULL, NULL, NULL, NULL };
-    const size_t experts = (size_t) work.w->ne[2], M = (size_t) work.w->ne[1];
-    const size_t count   = (size_t) (work.ids->ne[0] * work.ids->ne[1]);
-    const size_t words   = experts + 2 + 2 * count + (work.logits ? PYDFLASH_EXACT_ROWS * M : 0);
-    const size_t product = pydflash_multiply_scratch(PYDFLASH_EXACT_ROWS, work.w->ne[0]);
-    work.memory     = pydflash_scratch(product + words * sizeof(int32_t));
-    work.first      = (int32_t *) ((char *) work.memory + product);
-    work.selections = work.first + experts + 2;
+size_t pydflash_experts_scratch(const struct ggml_tensor * node) {
+    const struct ggml_tensor * w = node->src[1], * ids = node->src[2], * logits = node->src[3];
+    const size_t experts = (size_t) w->ne[2], M = (size_t) w->ne[1], count = (size_t) (ids->ne[0] * ids->ne[1]);
+    const size_t words   = experts + 2 + 2 * count + (logits ? PYDFLASH_EXACT_ROWS * M : 0);
+    return pydflash_multiply_scratch(PYDFLASH_EXACT_ROWS, w->ne[0]) + words * sizeof(int32_t);
+}
+
+// The memory of a product comes first, since it must be aligned.
+static struct work prepare(struct ggml_tensor * dst, void * memory) {
+    struct work work = { dst->src[0], dst->src[1], dst->src[2], dst->src[3], dst, NULL, NULL, NULL, NULL, memory };
+    const int64_t count = work.ids->ne[0] * work.ids->ne[1];
+    work.first      = (int32_t *) ((char *) memory + pydflash_multiply_scratch(PYDFLASH_EXACT_ROWS, work.w->ne[0]));
+    work.selections = work.first + work.w->ne[2] + 2;
     work.weights    = (float *) (work.selections + count);
     work.products   = work.weights + count;
     return work;
@@ -99,7 +102,7 @@ void pydflash_experts_cpu(struct ggml_tensor * dst, int ith, int nth, void * op)
     if (begin == end) {
         return;
     }
-    const struct work work = prepare(dst);
+    const struct work work = prepare(dst, pydflash_node_scratch(dst, ith));
     sort_by_expert(&work);
     for (int64_t t = 0; work.logits && t < work.ids->ne[1]; t++) {
         weigh(&work, t);

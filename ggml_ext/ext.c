@@ -3,7 +3,10 @@
 #include <string.h>
 
 static const struct pydflash_op OPS[PYDFLASH_OP_COUNT] = {
-#define OP(ID, name, devices) [PYDFLASH_OP_##ID] = { PYDFLASH_MAGIC, PYDFLASH_OP_##ID, #name, pydflash_##name##_cpu },
+#define SCRATCH(name)    pydflash_##name##_scratch
+#define NO_SCRATCH(name) NULL
+#define OP(ID, name, devices, scratch) \
+    [PYDFLASH_OP_##ID] = { PYDFLASH_MAGIC, PYDFLASH_OP_##ID, #name, pydflash_##name##_cpu, scratch(name) },
 #include "ops.def"
 };
 

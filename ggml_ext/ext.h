@@ -6,26 +6,35 @@
 // ggml's `userdata` pointer; its static parameters follow ggml's own in `op_params`.
 //
 // One op is one row of ops.def and one stem: NAME.h states the contract (formula, shapes, dtypes), NAME.c is the CPU
-// reference, NAME.cu the CUDA kernel. Shapes in the contracts are row-major, as in Python: (rows, columns) means ne[1] rows of ne[0] floats.
+// reference, NAME.cu the CUDA kernel. Shapes in the contracts are row-major, as in Python: (rows, columns) means ne[1]
+// rows of ne[0] floats.
 #pragma once
 
 #include "contract.h"
 
 #include "ggml.h"
 
+#include <stdbool.h>
+
 #ifdef __cplusplus
 extern "C" {
 #endif
 
 enum pydflash_op_id {
-#define OP(ID, name, devices) PYDFLASH_OP_##ID,
+#define OP(ID, name, devices, scratch) PYDFLASH_OP_##ID,
 #include "ops.def"
     PYDFLASH_OP_COUNT,
 };
 
-// The CPU references; a descriptor's `cpu` is one of them.
-#define OP(ID, name, devices) void pydflash_##name##_cpu(struct ggml_tensor * dst, int ith, int nth, void * op);
+// The CPU references, and for those that need scratch memory its size; a descriptor's `cpu` and `scratch`.
+#define SCRATCH(name)    size_t pydflash_##name##_scratch(const struct ggml_tensor * node);
+#define NO_SCRATCH(name)
+#define OP(ID, name, devices, scratch)                                                 \
+    void pydflash_##name##_cpu(struct ggml_tensor * dst, int ith, int nth, void * op); \
+    scratch(name)
 #include "ops.def"
+#undef SCRATCH
+#undef NO_SCRATCH
 
 // Identifies a node as ours: ggml's userdata points to one of these descriptors.
 struct pydflash_op {
@@ -33,6 +42,7 @@ struct pydflash_op {
     enum pydflash_op_id id;
     const char *        name;
     ggml_custom_op_t    cpu;     // the reference: (dst, ith, nth, descriptor); threads never need a barrier
+    size_t           (* scratch)(const struct ggml_tensor * node);  // bytes that a thread needs, or NULL for none
 };
 
 #define PYDFLASH_MAGIC 0x70796466u  // "pydf"
@@ -58,6 +68,19 @@ const int32_t * pydflash_node_params(const struct ggml_tensor * node);
 // compares every node, name included, but no operand's type: a new graph in the memory of a freed one, with a bf16
 // cache where that had f16, would be taken for it.
 void pydflash_graph_set_uid(struct ggml_cgraph * cgraph);
+
+// Scratch memory of one back end, a piece for each of its threads; only the CPU references use it. NULL without memory.
+struct pydflash_scratch;
+struct pydflash_scratch * pydflash_scratch_new(int threads);
+void                      pydflash_scratch_free(struct pydflash_scratch * scratch);
+
+// Bytes that a thread needs for the most demanding node of a graph, in whole pages; and: let the nodes use `scratch`,
+// which grows to that. False without memory.
+size_t pydflash_graph_scratch_size(struct ggml_cgraph * cgraph);
+bool   pydflash_graph_set_scratch(struct ggml_cgraph * cgraph, struct pydflash_scratch * scratch);
+
+// The piece of thread `ith`, aligned to a page, while it works on this node.
+void * pydflash_node_scratch(const struct ggml_tensor * node, int ith);
 
 static inline float pydflash_node_param_f32(const struct ggml_tensor * node, int index) {
     union { int32_t i; float f; } bits = { pydflash_node_params(node)[index] };

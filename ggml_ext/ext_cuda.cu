@@ -15,7 +15,7 @@ const pydflash_cuda_op * kernels_of(const ggml_tensor * node) {
     switch (op ? op->id : PYDFLASH_OP_COUNT) {
 #define CUDA(ID, name) case PYDFLASH_OP_##ID: return &pydflash_cuda_##name;
 #define CPU_ONLY(ID, name)
-#define OP(ID, name, devices) devices(ID, name)
+#define OP(ID, name, devices, scratch) devices(ID, name)
 #include "ops.def"
 #undef CUDA
 #undef CPU_ONLY

@@ -65,7 +65,7 @@ __device__ __forceinline__ void wait_for_predecessor() {
 // Each NAME.cu defines one of these.
 #define CUDA(name) extern const pydflash_cuda_op pydflash_cuda_##name;
 #define CPU_ONLY(name)
-#define OP(ID, name, devices) devices(name)
+#define OP(ID, name, devices, scratch) devices(name)
 #include "ops.def"
 #undef CUDA
 #undef CPU_ONLY

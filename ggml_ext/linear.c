@@ -1,7 +1,5 @@
 #include "linear.h"
 
-#include "scratch.h"
-
 #include "ggml-cpu.h"
 
 #include <math.h>
@@ -560,6 +558,10 @@ void pydflash_multiply(const struct pydflash_product * p, void * memory, int64_t
     }
 }
 
+size_t pydflash_linear_scratch(const struct ggml_tensor * node) {
+    return pydflash_multiply_scratch(node->ne[1], node->src[1]->ne[0]);
+}
+
 void pydflash_linear_cpu(struct ggml_tensor * dst, int ith, int nth, void * op) {
     (void) op;
     const struct ggml_tensor * x = dst->src[0];
@@ -571,5 +573,5 @@ void pydflash_linear_cpu(struct ggml_tensor * dst, int ith, int nth, void * op) 
     }
     int64_t begin, end;
     pydflash_share(w->ne[1], ith, nth, &begin, &end);
-    pydflash_multiply(&product, pydflash_scratch(pydflash_multiply_scratch(product.T, product.K)), begin, end);
+    pydflash_multiply(&product, pydflash_node_scratch(dst, ith), begin, end);
 }

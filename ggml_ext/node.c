@@ -5,10 +5,10 @@
 
 #include <string.h>
 
-// Our parameters follow ggml's own in op_params; both fit.
+// Our parameters follow ggml's own in op_params, and a pointer to scratch memory follows them (scratch.c); all fit.
 #define PARAMS_OFFSET ((sizeof(struct ggml_custom_op_params) + sizeof(int32_t) - 1) / sizeof(int32_t))
 
-_Static_assert((PARAMS_OFFSET + PYDFLASH_MAX_PARAMS) * sizeof(int32_t) <= GGML_MAX_OP_PARAMS,
+_Static_assert((PARAMS_OFFSET + PYDFLASH_MAX_PARAMS) * sizeof(int32_t) + sizeof(void *) <= GGML_MAX_OP_PARAMS,
                "our parameters do not fit behind ggml's");
 
 const struct pydflash_op * pydflash_node_op(const struct ggml_tensor * node) {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydflash import __version__
+from pydflash import __version__, machine
 from pydflash.errors import PydflashError
 
 __all__ = ["Report", "examine"]
@@ -29,10 +30,14 @@ def examine() -> Report:
     report = Report()
     report.fact("pydflash", __version__)
     report.fact("Python", f"{platform.python_version()} on {platform.platform()}")
+    _machine(report)
     try:
         from pydflash._ffi import build_info
     except ImportError as error:
         report.problems.append(f"the native extension does not load: {error}; install the package again with pip")
+        return report
+    except PydflashError as error:
+        report.problems.append(str(error))
         return report
     info = build_info()
     report.fact("ggml", info["ggml"])
@@ -45,12 +50,32 @@ def examine() -> Report:
     return report
 
 
-def _devices(report: Report, built: bool) -> None:
-    from pydflash.native import Backend, cuda_device_count, default_threads
+def _machine(report: Report) -> None:
+    """What the system lets this process use, known without native code."""
+    found = machine.processors()
+    quota = "" if found.quota is None else f", a cgroup's quota of {found.quota:.2g}"
+    report.fact("processors", f"{found.allowed} by affinity{quota}: {found.usable} threads unless told otherwise")
+    memory = machine.memory()
+    if memory is not None:
+        report.fact("memory", _memory(memory))
+    asked = os.environ.get("PYDFLASH_THREADS", "")
+    if asked.isdecimal() and int(asked) > found.usable:
+        report.problems.append(
+            f"PYDFLASH_THREADS is {asked}, and {found.usable} can run at once; they wait for one another at every "
+            f"operation, so that more are many times slower: set it to {found.usable} or less"
+        )
 
-    with Backend("cpu", 1) as cpu:
-        report.fact("CPU", f"{cpu.description}, {default_threads()} threads, {_memory(cpu.memory())}")
-    count = cuda_device_count()
+
+def _devices(report: Report, built: bool) -> None:
+    from pydflash.native import Backend, cuda_device_count
+
+    try:
+        with Backend("cpu", 1) as cpu:
+            report.fact("CPU", cpu.description)
+        count = cuda_device_count()
+    except PydflashError as error:
+        report.problems.append(str(error))
+        return
     report.fact("CUDA devices", count)
     for index in range(count):
         try:

@@ -11,12 +11,10 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from pydflash.native import Backend
 from pydflash.ggml_types import GGMLType
-from pydflash.native import Graph
 from pydflash.models import Model
+from pydflash.native import Backend, Graph, Tensor
 from pydflash.runtime import Session
-from pydflash.native import Tensor
 from tests.reference.qwen35 import Array, Reference, Weights
 from tests.reference.qwen35moe import MoEReference
 from tools.synth.blocks import as_bytes, random_blocks

@@ -1,6 +1,6 @@
 # ggml as pinned in ggml.toml, with our hooks in its CUDA back end.
 #
-# Sets GGML_SOURCE, PYDFLASH_CUDA_ENABLED, PYDFLASH_BUILD_INFO and PYDFLASH_NATIVE_FLAGS; defines the targets ggml-base,
+# Sets GGML_SOURCE, PYDFLASH_CUDA_ENABLED, PYDFLASH_BUILD_INFO and PYDFLASH_ARCH_FLAGS; defines the targets ggml-base,
 # ggml-cpu and (when enabled) ggml-cuda.
 
 if(PYDFLASH_GGML_SOURCE)
@@ -66,10 +66,9 @@ foreach(library ggml-base ggml-cpu ggml-cuda)
     set_property(TARGET ${library} PROPERTY SOVERSION)
   endif()
 endforeach()
-set(PYDFLASH_NATIVE_FLAGS "")
-if(GGML_NATIVE)
-  set(PYDFLASH_NATIVE_FLAGS -march=native)
-endif()
+# The instruction sets of ggml's CPU back end (-march=native unless GGML_NATIVE is OFF), for our own code too.
+get_target_property(PYDFLASH_ARCH_FLAGS ggml-cpu COMPILE_OPTIONS)
+list(FILTER PYDFLASH_ARCH_FLAGS INCLUDE REGEX "^(-m|-[DU]__ARM_)")
 
 # --- Our hooks and kernels ----------------------------------------------------------------------------------------
 if(PYDFLASH_CUDA_ENABLED)

@@ -1,8 +1,9 @@
-"""Write what the build makes from ggml_ext: the C source of the binding, and the contracts' limits for Python.
+"""Write what the build makes: the C sources of the bindings, and the contracts' limits for Python.
 
-    python generate.py OPS_DEF CONTRACT_H OUTPUT_C OUTPUT_PY
+    python generate.py EXT OUTPUT
 
-Run by CMake; needs cffi only.
+EXT is the folder of ops.def and contract.h; _NAME.c for each NAME.cdef.h and NAME.csrc.c beside this file, and
+_contract.py, go to the folder OUTPUT. Run by CMake; needs cffi only.
 """
 
 from __future__ import annotations
@@ -28,13 +29,19 @@ def limits(header: str) -> str:
     return "# Made from ggml_ext/contract.h.\n" + "".join(f"{name} = {value}\n" for name, value in rows)
 
 
-def main() -> None:
-    ops, contract, output_c, output_py = map(Path, sys.argv[1:])
+def write_binding(name: str, output: Path, more: str = "") -> None:
+    """_NAME.c in the folder ``output``; ``more`` lines follow those of NAME.cdef.h."""
     builder = cffi.FFI()
-    builder.cdef((HERE / "ggml.cdef.h").read_text() + op_ids(ops.read_text()))
-    builder.set_source("pydflash._ffi._ggml", (HERE / "ggml.csrc.c").read_text())
-    builder.emit_c_code(str(output_c))
-    output_py.write_text(limits(contract.read_text()))
+    builder.cdef((HERE / f"{name}.cdef.h").read_text() + more)
+    builder.set_source(f"pydflash._ffi._{name}", (HERE / f"{name}.csrc.c").read_text())
+    builder.emit_c_code(str(output / f"_{name}.c"))
+
+
+def main() -> None:
+    ext, output = map(Path, sys.argv[1:])
+    write_binding("processor", output)
+    write_binding("ggml", output, more=op_ids((ext / "ops.def").read_text()))
+    (output / "_contract.py").write_text(limits((ext / "contract.h").read_text()))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ struct ggml_init_params { size_t mem_size; void * mem_buffer; bool no_alloc; };
 struct ggml_context * ggml_init(struct ggml_init_params params);
 void ggml_free(struct ggml_context * ctx);
 size_t ggml_tensor_overhead(void);
+size_t ggml_used_mem(const struct ggml_context * ctx);
 size_t ggml_graph_overhead_custom(size_t size, bool grads);
 struct ggml_tensor * ggml_new_tensor(struct ggml_context * ctx, int type, int n_dims, const int64_t * ne);
 void ggml_set_input(struct ggml_tensor * tensor);
@@ -95,6 +96,11 @@ void ggml_backend_cpu_set_threadpool(ggml_backend_t backend, struct ggml_threadp
 void ggml_threadpool_free(struct ggml_threadpool * threadpool);
 
 /* our ops (ggml_ext/ext.h); generate.py adds PYDFLASH_OP_<ID> for each row of ops.def */
+struct pydflash_scratch;
+struct pydflash_scratch * pydflash_scratch_new(int threads);
+void pydflash_scratch_free(struct pydflash_scratch * scratch);
+size_t pydflash_graph_scratch_size(struct ggml_cgraph * cgraph);
+bool pydflash_graph_set_scratch(struct ggml_cgraph * cgraph, struct pydflash_scratch * scratch);
 struct pydflash_op { const char * name; ...; };
 const struct pydflash_op * pydflash_node_op(const struct ggml_tensor * node);
 int ggml_n_dims(const struct ggml_tensor * tensor);
@@ -108,6 +114,11 @@ bool pydflash_cuda_forked(void);
 int pydflash_cuda_device_count(void);
 ggml_backend_t pydflash_cuda_init(int device);
 struct ggml_threadpool * pydflash_threadpool_new(int n_threads);
+int pydflash_threads_try(int count, size_t stack, size_t left);
+bool pydflash_can_allocate(size_t size);
+int64_t pydflash_stack_left(void);
+size_t pydflash_graph_work_size(struct ggml_cgraph * cgraph, int n_threads);
+size_t pydflash_context_operands(const struct ggml_context * ctx);
 void pydflash_graph_set_uid(struct ggml_cgraph * cgraph);
 void pydflash_log_start(void);
 int pydflash_log_last(char * line, int size);

@@ -6,9 +6,13 @@
 #include "ext.h"
 
 #include <dlfcn.h>
+#include <errno.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 static const char * pydflash_build_info(void) {
@@ -46,10 +50,94 @@ static ggml_backend_t pydflash_cuda_init(int device) {
     return cuda_init ? cuda_init(device) : NULL;
 }
 
+/* Can `size` bytes be allocated now? ggml asserts that its allocations succeed. */
+static bool pydflash_can_allocate(size_t size) {
+    void * memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return memory != MAP_FAILED && munmap(memory, size) == 0;
+}
+
+/* The stack of the calling thread: its lowest address, which does not change, and its size. */
+static char * stack_end(size_t * size) {
+    pthread_attr_t attributes;
+    void * lowest = NULL;
+    *size = 0;
+    if (pthread_getattr_np(pthread_self(), &attributes) == 0) {
+        pthread_attr_getstack(&attributes, &lowest, size);
+        pthread_attr_destroy(&attributes);
+    }
+    return (char *) lowest;
+}
+
+static int64_t pydflash_stack_left(void) {
+    static _Thread_local char * lowest;  /* the main thread's is found by reading /proc/self/maps */
+    char   here;
+    size_t size;
+    if (!lowest) {
+        lowest = stack_end(&size);
+    }
+    return lowest ? &here - lowest : INT64_MAX;
+}
+
+/* Threads that do nothing but exist together, as those of a pool will: ggml asserts that each of them starts. Returns 0;
+ * an errno when one does not start, or when `left` bytes cannot be allocated beside them; -1 when the stack of one is
+ * smaller than `stack` bytes. */
+struct rehearsal {
+    pthread_mutex_t all_started;
+    size_t          stack;
+    atomic_bool     is_small;
+};
+
+static void * rehearse(void * data) {
+    struct rehearsal * r = (struct rehearsal *) data;
+    size_t size;
+    if (stack_end(&size) && size < r->stack) {
+        r->is_small = true;
+    }
+    pthread_mutex_lock(&r->all_started);
+    pthread_mutex_unlock(&r->all_started);
+    return NULL;
+}
+
+static int pydflash_threads_try(int count, size_t stack, size_t left) {
+    struct rehearsal r = { PTHREAD_MUTEX_INITIALIZER, stack, false };
+    pthread_t * threads = calloc((size_t) count + 1, sizeof(threads[0]));
+    int started = 0, error = threads ? 0 : ENOMEM;
+    pthread_mutex_lock(&r.all_started);
+    while (!error && started < count) {
+        error = pthread_create(&threads[started], NULL, rehearse, &r);
+        started += !error;
+    }
+    if (!error && !pydflash_can_allocate(left)) {
+        error = ENOMEM;
+    }
+    pthread_mutex_unlock(&r.all_started);
+    while (started > 0) {
+        pthread_join(threads[--started], NULL);
+    }
+    free(threads);
+    return error ? error : r.is_small ? -1 : 0;
+}
+
 /* A thread pool that lives as long as its back end; polling keeps the gaps between nodes short. */
 static struct ggml_threadpool * pydflash_threadpool_new(int n_threads) {
     struct ggml_threadpool_params params = ggml_threadpool_params_default(n_threads);
     return ggml_threadpool_new(&params);
+}
+
+/* An upper bound of the leaves of a graph of the tensors in a context, whose operands may lie elsewhere. */
+static size_t pydflash_context_operands(const struct ggml_context * ctx) {
+    size_t count = 0;
+    for (struct ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        for (int i = 0; i < GGML_MAX_SRC && t->src[i]; i++) {
+            count++;
+        }
+    }
+    return count;
+}
+
+/* Bytes that the CPU back end will allocate for a graph when it first runs it. */
+static size_t pydflash_graph_work_size(struct ggml_cgraph * cgraph, int n_threads) {
+    return ggml_graph_plan(cgraph, n_threads, NULL).work_size;
 }
 
 /* ggml's log lines: only the last complete warning or error is kept, for the message of a NativeError. */

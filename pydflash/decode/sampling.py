@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from numpy.random import PCG64, Generator
 
 from pydflash.errors import ConfigError, NativeError, ShapeError, SnapshotMismatch
 from pydflash.sampling_params import SamplingParams
@@ -46,7 +47,7 @@ class Sampler:
         self.params = params
         self.vocab_size = vocab_size
         self._mask_fn = mask_fn
-        self._generator = np.random.Generator(np.random.PCG64(params.seed))
+        self._generator = Generator(PCG64(params.seed))
         bias = params.logit_bias or {}
         self._bias_ids = np.fromiter(bias.keys(), np.int64, len(bias))
         self._all_ids = np.arange(vocab_size)

@@ -6,9 +6,18 @@ from collections.abc import Iterator
 
 from pydflash.config import Setting
 from pydflash.drafts import LoadedDraft, Proposer
+from pydflash.machine import processors
 from pydflash.runtime import Session
 
 __all__ = ["derived"]
+
+
+def _threads(count: int) -> str | None:
+    """What to say of ``count`` threads: they wait for one another at every operation, so that none must be kept off."""
+    usable = processors().usable
+    if count > usable:
+        return f"{count}, of which {usable} can run at once; that is many times slower than {usable}"
+    return str(count) if count else None
 
 
 def derived(
@@ -18,7 +27,7 @@ def derived(
     model, backend = session.model, session.model.backend
     yield Setting("model", str(model.path), "argument")
     yield Setting("device in use", f"{backend.name} ({backend.description})", "device")
-    yield Setting("threads in use", backend.threads or None, "threads")
+    yield Setting("threads in use", _threads(backend.threads), "threads")
     yield Setting("weights", f"{model.weights.nbytes:,} bytes", "model")
     yield Setting("K basis", session.cache_format.k_basis, "k_rotation, cache_k, head size")
     yield Setting("V basis", session.cache_format.v_basis, "v_rotation")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import weakref
 from collections.abc import Mapping
@@ -11,10 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pydflash import machine
 from pydflash._ffi import build_info, check, cuda_library, ffi, lib
 from pydflash.errors import ConfigError, DeviceError, NoDevice, OutOfMemory, StateError
 from pydflash.ggml_types import GGMLType
 from pydflash.native.device_lock import DeviceLock, closing, exclusive
+from pydflash.native.headroom import check_allocation, check_threads
 from pydflash.native.tensor import Shape, Tensor, new_tensor
 
 __all__ = ["Arena", "Backend", "cuda_device_count", "default_threads"]
@@ -23,8 +24,8 @@ _USAGE_WEIGHTS = 1
 
 
 def default_threads() -> int:
-    """The processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The processors this process may use, by its affinity and the quotas of its cgroups."""
+    return machine.processors().usable
 
 
 def cuda_device_count() -> int:
@@ -89,9 +90,12 @@ class Backend:
         self.lock = DeviceLock(f"device {self.name!r}")
         own = self.lock.own
         self._pool: Any = None
+        self._scratch: Any = None
         if self.is_cuda:
             self.c = own(_open_cuda(index), lib.ggml_backend_free, "opening the CUDA device")
         else:
+            check_threads(self.threads - 1)
+            self._scratch = own(lib.pydflash_scratch_new(self.threads), lib.pydflash_scratch_free, "scratch memory")
             self.c = own(lib.ggml_backend_cpu_init(), lib.ggml_backend_free, "opening the CPU back end")
             self._pool = own(lib.pydflash_threadpool_new(self.threads), lib.ggml_threadpool_free, "starting threads")
             lib.ggml_backend_cpu_set_n_threads(self.c, self.threads)
@@ -109,7 +113,8 @@ class Backend:
             ffi.release(self.c)
             if self._pool is not None:
                 ffi.release(self._pool)
-            self.c = self._pool = None
+                ffi.release(self._scratch)
+            self.c = self._pool = self._scratch = None
 
     def __enter__(self) -> Backend:
         return self
@@ -118,7 +123,10 @@ class Backend:
         self.close()
 
     def memory(self) -> tuple[int, int]:
-        """Bytes free and bytes in all on the device."""
+        """Bytes free and bytes in all on the device; on the CPU, those that this process can have."""
+        host = None if self.is_cuda else machine.memory()
+        if host is not None:
+            return host
         free, total = ffi.new("size_t *"), ffi.new("size_t *")
         lib.ggml_backend_dev_memory(self.device, free, total)
         return int(free[0]), int(total[0])
@@ -132,6 +140,18 @@ class Backend:
                 f"{what} needs {size:,} bytes on {self.name} ({self.description}), where {free:,} are free; "
                 "use a smaller max_context, smaller cache types, or a smaller model"
             )
+        if not self.is_cuda:
+            check_allocation(size, what)
+
+    @exclusive
+    def reserve_for(self, graph: Any) -> None:
+        """Have ready on the host what running ``graph``, a ggml_cgraph, takes; OutOfMemory when there is too little."""
+        if self.is_cuda:
+            return
+        scratch = int(lib.pydflash_graph_scratch_size(graph)) * self.threads
+        check_allocation(scratch, "a graph's scratch memory")
+        check(lib.pydflash_graph_set_scratch(graph, self._scratch), "allocating scratch memory")
+        check_allocation(int(lib.pydflash_graph_work_size(graph, self.threads)), "a graph's work buffer")
 
     @exclusive
     def synchronize(self) -> None:
@@ -295,8 +315,9 @@ class Staging:
         ffi.release(self._buffer)
 
 
-def new_context(lock: DeviceLock, tensors: int, what: str) -> Any:
-    """A ggml context for the descriptions of ``tensors`` tensors, without their data."""
-    size = lib.ggml_tensor_overhead() * (tensors + 1)
+def new_context(lock: DeviceLock, tensors: int, what: str, besides: int = 0) -> Any:
+    """A ggml context for the descriptions of ``tensors`` tensors, without their data, and ``besides`` more bytes."""
+    size = lib.ggml_tensor_overhead() * (tensors + 1) + besides
+    check_allocation(size, f"a context for {what}")
     params = ffi.new("struct ggml_init_params *", {"mem_size": size, "mem_buffer": ffi.NULL, "no_alloc": True})
     return lock.own(lib.ggml_init(params[0]), lib.ggml_free, f"a context for {what}")

@@ -11,28 +11,37 @@ from typing import Any
 from pydflash._ffi import check, ffi, lib
 from pydflash.errors import DeviceError, OutOfMemory
 from pydflash.ggml_types import GGMLType
-from pydflash.native.backend import Backend
+from pydflash.native.backend import Backend, new_context
 from pydflash.native.device_lock import DeviceLock, closing, exclusive
+from pydflash.native.headroom import check_allocation, check_stack
 from pydflash.native.tensor import Shape, Tensor, new_tensor
 
 __all__ = ["Graph"]
 
+_ALLOCATOR_BYTES = 1024  # a node, at most: what ggml keeps to place it and its operands
+
 
 class Graph:
-    """Nodes in the order in which they were asked for. ``context`` is what the operations are built in."""
+    """Nodes in the order in which they were asked for."""
 
-    def __init__(self, backend: Backend, capacity: int = 8192) -> None:
-        """``capacity``: the most nodes and leaves together."""
-        self.backend = backend
-        size = lib.ggml_tensor_overhead() * capacity + lib.ggml_graph_overhead_custom(capacity, False)
-        params = ffi.new("struct ggml_init_params *", {"mem_size": size, "mem_buffer": ffi.NULL, "no_alloc": True})
-        self.context = self.lock.own(lib.ggml_init(params[0]), lib.ggml_free, "a graph's context")
-        self.c = lib.ggml_new_graph_custom(self.context, capacity, False)
+    def __init__(self, backend: Backend, piece: int = 1024) -> None:
+        """``piece``: tensors whose descriptions are allocated together; a graph may have any number of them."""
+        self.backend, self._piece = backend, piece
+        self._contexts = [new_context(self.lock, piece, "a graph's tensors")]
+        self._effects: list[Any] = []  # as ggml's pointers: a Tensor would refer back to this graph
+        self.c: Any = None  # made by finish, when its size is known
         self._allocator: Any = None
 
     @property
     def lock(self) -> DeviceLock:
         return self.backend.lock
+
+    @property
+    def context(self) -> Any:
+        """What the next operation is built in: a ggml context with room for it."""
+        if lib.ggml_used_mem(self._contexts[-1]) >= lib.ggml_tensor_overhead() * self._piece:
+            self._contexts.append(new_context(self.lock, self._piece, "a graph's tensors"))
+        return self._contexts[-1]
 
     def input(self, shape: Shape, dtype: GGMLType) -> Tensor:
         """A tensor to be written before each run; its memory is never reused within the graph."""
@@ -47,15 +56,28 @@ class Graph:
 
     def effect(self, tensor: Tensor) -> Tensor:
         """Compute ``tensor`` at this place, for what its computation writes elsewhere (a cache, a ring)."""
-        lib.ggml_build_forward_expand(self.c, tensor.c)
+        self._effects.append(tensor.c)
         return tensor
+
+    def _collect(self) -> None:
+        """Make the ggml graph of all effects and what they need, which ggml finds recursively."""
+        check_stack()
+        tensors = sum(int(lib.ggml_used_mem(c) // lib.ggml_tensor_overhead()) for c in self._contexts)
+        size = 1 + max(tensors, sum(int(lib.pydflash_context_operands(c)) for c in self._contexts))
+        overhead = int(lib.ggml_graph_overhead_custom(size, False))
+        self._contexts.append(new_context(self.lock, 1, "a graph", overhead))
+        self.c = lib.ggml_new_graph_custom(self._contexts[-1], size, False)
+        for tensor in self._effects:
+            lib.ggml_build_forward_expand(self.c, tensor)
 
     @exclusive
     def finish(self) -> None:
         """Check that the device runs every node, and allocate. The graph is constant from here on.
 
-        Raises DeviceError naming an operation that the device lacks, OutOfMemory with bytes asked for and free.
+        Raises DeviceError naming an operation that the device lacks, or when the calling thread has too little stack;
+        OutOfMemory with bytes asked for and free.
         """
+        self._collect()
         for i in range(lib.ggml_graph_n_nodes(self.c)):
             node = lib.ggml_graph_node(self.c, i)
             if not lib.ggml_backend_supports_op(self.backend.c, node):
@@ -65,6 +87,7 @@ class Graph:
                 raise DeviceError(
                     f"{self.backend.name} cannot run {name} with a result of shape {shape} and its operands' types"
                 )
+        check_allocation(_ALLOCATOR_BYTES * int(lib.ggml_graph_n_nodes(self.c)), "a graph allocator")
         self._allocator = self.lock.own(
             lib.ggml_gallocr_new(self.backend.buffer_type), lib.ggml_gallocr_free, "a graph allocator"
         )
@@ -78,18 +101,24 @@ class Graph:
                 f"a graph's working memory of {int(size[0]):,} bytes could not be had on {self.backend.name}"
             )
         self.nbytes = int(lib.ggml_gallocr_get_buffer_size(self._allocator, 0))
+        self.backend.reserve_for(self.c)
         lib.pydflash_graph_set_uid(self.c)
 
     @exclusive
     def run(self) -> None:
-        """Enqueue one run. Write the inputs first; read the outputs after."""
+        """Enqueue one run. Write the inputs first; read the outputs after.
+
+        Raises DeviceError when the calling thread has too little stack.
+        """
+        check_stack()
         check(lib.ggml_backend_graph_compute_async(self.backend.c, self.c), "running a graph")
 
     @closing
     def close(self) -> None:
         """Free the working memory. Safe to call twice."""
-        if self.context is not None:
-            if self._allocator is not None:
-                ffi.release(self._allocator)
-            ffi.release(self.context)
-            self.context = self._allocator = None
+        if self._allocator is not None:
+            ffi.release(self._allocator)
+            self._allocator = None
+        for context in self._contexts:
+            ffi.release(context)
+        self._contexts, self.c = [], None

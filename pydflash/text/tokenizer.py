@@ -14,7 +14,8 @@ from functools import cached_property
 from operator import index
 from typing import TYPE_CHECKING, Any
 
-from pydflash.errors import BadMetadata, ConfigError, ShapeError
+from pydflash import machine
+from pydflash.errors import BadMetadata, ConfigError, OutOfMemory, ShapeError
 
 if TYPE_CHECKING:
     import tokenizers
@@ -216,6 +217,7 @@ class Tokenizer:
 
     def _pipeline(self, with_control: bool) -> tokenizers.Tokenizer:
         """Wrap the shared BPE. Two pipelines instead of one with a switch: flipping it would disturb other threads."""
+        _check_memory(self.vocab_size)
         from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
         from tokenizers import Tokenizer as Pipeline
 
@@ -251,6 +253,20 @@ class Decoder:
     def flush(self) -> str:
         """End the text: return U+FFFD for a character left incomplete, else nothing. The decoder can be used again."""
         return self._utf8.decode(b"", final=True)
+
+
+# What the tokenizers library takes at most, measured with 1,000 and 248,320 tokens: for itself, and for each of them.
+_LIBRARY_BYTES, _TOKEN_BYTES = 16 << 20, 512
+
+
+def _check_memory(tokens: int) -> None:
+    """OutOfMemory unless the tokenizers library has enough: it ends the process where an allocation fails."""
+    needed, left = _LIBRARY_BYTES + _TOKEN_BYTES * tokens, machine.memory()
+    if left is not None and left.free < needed:
+        raise OutOfMemory(
+            f"a tokenizer of {tokens:,} tokens needs {needed:,} bytes of host memory, where {left.free:,} are free; "
+            "free some, or raise the limits of this process (ulimit -v and -d, those of its cgroup)"
+        )
 
 
 def named_token_id(metadata: Mapping[str, Any], name: str) -> int | None:

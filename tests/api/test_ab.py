@@ -14,15 +14,14 @@ import numpy as np
 import pytest
 
 from pydflash import cli
+from pydflash.config import EngineConfig
+from pydflash.decode import Sampler, SamplingParams, Stats, Step
+from pydflash.engine import Engine
+from pydflash.errors import ConfigError, OutOfMemory
 from pydflash.measure import ab, ab_report
 from pydflash.measure.ab import compare, parse_arm
 from pydflash.measure.ab_report import Arm, Outcome, Protocol, Report, Sample
 from pydflash.measure.bench import WARM_UPS
-from pydflash.config import EngineConfig
-from pydflash.decode import Stats, Step
-from pydflash.engine import Engine
-from pydflash.errors import ConfigError, OutOfMemory
-from pydflash.decode import Sampler, SamplingParams
 from pydflash.measure.verdict import Estimate, fewest, median_interval, noise_floor, paired_ratios, verdict
 from tests.shipped import DRAFT, TARGET, TEST_DATA, needs_pair
 

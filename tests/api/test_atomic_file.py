@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from pydflash.files import check_output, replacing
 from pydflash.errors import PydflashError, WriteError
+from pydflash.files import check_output, replacing
 
 
 @pytest.fixture

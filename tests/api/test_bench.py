@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from pydflash import bench, cli
-from pydflash.measure.bench import Plan, Report, Result, decode_results, decode_speed, prefill_results, random_ids
 from pydflash.config import EngineConfig
 from pydflash.engine import Engine
 from pydflash.errors import ConfigError
+from pydflash.measure.bench import Plan, Report, Result, decode_results, decode_speed, prefill_results, random_ids
 from pydflash.models import load_model
 from pydflash.runtime import Session
 

@@ -15,11 +15,10 @@ import pytest
 from pydflash import cli, doctor
 from pydflash.cli.show import print_stream
 from pydflash.config import EngineConfig
-from pydflash.engine import Engine
-from pydflash.ggml_types import GGMLType
-from pydflash.files import GGUFFile
-from pydflash.files import TensorSource, write_gguf
 from pydflash.decode import SamplingParams
+from pydflash.engine import Engine
+from pydflash.files import GGUFFile, TensorSource, write_gguf
+from pydflash.ggml_types import GGMLType
 
 COMMANDS = ("demo", "generate", "chat", "info", "doctor", "explain", "convert-draft", "bench", "ab")
 PROMPT = "the cat sat on"

@@ -14,9 +14,9 @@ import typer
 
 from pydflash import cli
 from pydflash.config import EngineConfig, SessionConfig, Settings, table
+from pydflash.decode import SamplingParams
 from pydflash.engine import Engine
 from pydflash.errors import ConfigError, LoadError
-from pydflash.decode import SamplingParams
 from pydflash.runtime import Session
 from pydflash.settings import Choice, Declaration, Flag, Pattern, Range, Texts, declarations
 

@@ -14,12 +14,11 @@ import numpy.typing as npt
 import pytest
 import safetensors
 
-from pydflash.files.convert import convert_draft
 from pydflash.drafts import DraftSession, load_draft
 from pydflash.errors import BadMetadata, ConfigError, DraftMismatch, LoadError, MissingTensor, WriteError
+from pydflash.files import GGUFFile, encode
+from pydflash.files.convert import convert_draft
 from pydflash.ggml_types import GGMLType
-from pydflash.files import GGUFFile
-from pydflash.files import encode
 from pydflash.models import load_model
 from pydflash.runtime import Session
 from tests.tiny import GEOMETRIES, write_draft

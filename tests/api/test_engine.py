@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import pydflash
+from pydflash.decode import Sampler, SamplingParams
 from pydflash.engine import Engine, StopFilter
 from pydflash.errors import (
     ConfigError,
@@ -22,7 +23,6 @@ from pydflash.errors import (
     StateError,
     UnsupportedArchitecture,
 )
-from pydflash.decode import Sampler, SamplingParams
 from tests.tiny import GEOMETRIES, write_draft, write_target
 
 PROMPT = "the cat sat on"

@@ -10,11 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pydflash.files import gguf_check
-from pydflash.ggml_types import GGMLType
-from pydflash.files import GGUFFile
+from pydflash.files import GGUFFile, TensorSource, encode, gguf_check, write_gguf
 from pydflash.files.gguf_check import Damage, damaged_tensors
-from pydflash.files import TensorSource, encode, write_gguf
+from pydflash.ggml_types import GGMLType
 
 INTEGERS = {GGMLType.I8, GGMLType.I16, GGMLType.I32, GGMLType.I64}
 BLOCKS = 6

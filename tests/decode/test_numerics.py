@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pydflash.decode import autoregressive, collect, speculative
+from pydflash.decode import Sampler, SamplingParams, autoregressive, collect, speculative
 from pydflash.drafts import DraftSession, load_draft
 from pydflash.errors import ConfigError, NativeError
 from pydflash.files import GGUFFile
 from pydflash.models import load_model
-from pydflash.decode import Sampler, SamplingParams
 from pydflash.runtime import Session
 from tests.tiny import GEOMETRIES, write_draft, write_target
 

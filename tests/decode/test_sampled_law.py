@@ -17,8 +17,7 @@ import pytest
 from scipy.stats import chisquare
 
 from pydflash import decode
-from pydflash.decode import Stats, autoregressive, collect, speculative
-from pydflash.decode import Law, Sampler, SamplingParams
+from pydflash.decode import Law, Sampler, SamplingParams, Stats, autoregressive, collect, speculative
 from tests.reference.qwen35 import Array
 
 VOCAB, DEPTH, SEQUENCES = 6, 4, 26_000  # 104,000 draws

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pydflash.errors import ConfigError, NativeError, ShapeError, SnapshotMismatch
 from pydflash.decode import Sampler, SamplingParams
+from pydflash.errors import ConfigError, NativeError, ShapeError, SnapshotMismatch
 
 QWEN_VOCAB = 248_320
 

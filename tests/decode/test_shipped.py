@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pydflash.decode import Stats, autoregressive, collect, speculative
+from pydflash.decode import Sampler, SamplingParams, Stats, autoregressive, collect, speculative
 from pydflash.drafts import DraftSession, load_draft
 from pydflash.models import load_model
-from pydflash.decode import Sampler, SamplingParams
 from pydflash.runtime import Session
 from tests.decode.conftest import Pair
 from tests.helpers import cosine, dequantised

@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pydflash.native import Arena
-from pydflash.decode import Stats, Step, autoregressive, collect, speculative
-from pydflash.drafts import DraftSession
+from pydflash.decode import Sampler, SamplingParams, Stats, Step, autoregressive, collect, speculative
+from pydflash.drafts import Costs, DraftSession
 from pydflash.errors import ConfigError, ContextFull, ShapeError
 from pydflash.ggml_types import GGMLType
-from pydflash.decode import Sampler, SamplingParams
+from pydflash.native import Arena
 from pydflash.runtime import Output, Proposal, Session
-from pydflash.drafts import Costs
 from tests.decode.conftest import Pair
 from tests.helpers import run_chunks
 from tests.reference.dflash import DraftReference, speculative_reference

@@ -1,15 +1,14 @@
-"""The binding turns native failures into errors, frees what it owns once, and says what was built."""
+"""The binding turns native failures into errors and says what was built."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from pydflash._ffi import build_info, check, cuda_library, ffi, last_log_line, lib, owned
-from pydflash.native import Arena, Backend, cuda_device_count
+from pydflash._ffi import build_info, check, cuda_library, ffi, last_log_line, lib
 from pydflash.errors import ConfigError, DeviceError, NativeError, NoDevice, OutOfMemory
 from pydflash.ggml_types import GGMLType
-from pydflash.native import Graph
+from pydflash.native import Arena, Backend, Graph, cuda_device_count
 
 
 @pytest.mark.parametrize("failure", [ffi.NULL, False, 1, -1])
@@ -22,20 +21,6 @@ def test_null_false_and_a_status_become_errors(failure: object) -> None:
 @pytest.mark.parametrize("success", [True, 0])
 def test_success_passes_through(success: object) -> None:
     assert check(success, "trying it") is success
-
-
-def test_what_is_owned_is_freed_once() -> None:
-    freed = []
-    memory = ffi.new("int[1]")
-    pointer = owned(ffi.cast("void *", memory), freed.append, "a thing")
-    ffi.release(pointer)
-    del pointer
-    assert len(freed) == 1
-
-
-def test_owning_null_is_an_error() -> None:
-    with pytest.raises(NativeError, match=r"a thing failed"):
-        owned(ffi.NULL, print, "a thing")
 
 
 def test_the_build_says_what_it_holds() -> None:

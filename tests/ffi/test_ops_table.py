@@ -12,8 +12,8 @@ from pydflash._ffi import lib
 
 ROOT = Path(__file__).parents[2]
 EXT = ROOT / "ggml_ext"
-ROWS = re.findall(r"^OP\((\w+), *(\w+), *(\w+)\)", (EXT / "ops.def").read_text(), re.MULTILINE)
-NAMES = [name for _, name, _ in ROWS]
+ROWS = re.findall(r"^OP\((\w+), *(\w+), *(\w+), *(\w+)\)", (EXT / "ops.def").read_text(), re.MULTILINE)
+NAMES = [name for _, name, _, _ in ROWS]
 
 
 def test_the_table_has_rows_and_none_twice() -> None:
@@ -21,12 +21,16 @@ def test_the_table_has_rows_and_none_twice() -> None:
     assert len(set(NAMES)) == len(ROWS)
 
 
-@pytest.mark.parametrize(("id_", "name", "devices"), ROWS, ids=NAMES)
-def test_a_row_has_its_files(id_: str, name: str, devices: str) -> None:
+@pytest.mark.parametrize(("id_", "name", "devices", "scratch"), ROWS, ids=NAMES)
+def test_a_row_has_its_files(id_: str, name: str, devices: str, scratch: str) -> None:
     assert id_ == name.upper()
     assert devices in ("CUDA", "CPU_ONLY")
     assert (EXT / f"{name}.h").read_text().startswith(f"// {name}: "), "a contract opens with the operation's name"
-    assert f"void pydflash_{name}_cpu(" in (EXT / f"{name}.c").read_text()
+    reference = (EXT / f"{name}.c").read_text()
+    assert f"void pydflash_{name}_cpu(" in reference
+    assert scratch in ("SCRATCH", "NO_SCRATCH")
+    assert (f"size_t pydflash_{name}_scratch(" in reference) == (scratch == "SCRATCH")
+    assert ("pydflash_node_scratch(" in reference) == (scratch == "SCRATCH")
     kernel = EXT / f"{name}.cu"
     assert kernel.exists() == (devices == "CUDA")
     assert devices != "CUDA" or f"const pydflash_cuda_op pydflash_cuda_{name} = " in kernel.read_text()
@@ -41,7 +45,7 @@ def test_a_row_has_its_function_and_its_row_in_the_docs(name: str) -> None:
 
 
 def test_the_binding_knows_each_row_by_a_number_of_its_own() -> None:
-    numbers = [getattr(lib, f"PYDFLASH_OP_{id_}") for id_, _, _ in ROWS]
+    numbers = [getattr(lib, f"PYDFLASH_OP_{id_}") for id_, _, _, _ in ROWS]
     assert sorted(numbers) == list(range(len(ROWS)))
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from pydflash.native import cuda_device_count
 from pydflash.drafts import load_draft
 from pydflash.errors import (
     BadMetadata,
@@ -21,6 +20,7 @@ from pydflash.errors import (
     UnsupportedArchitecture,
 )  # fmt: skip
 from pydflash.models import Model, load_model
+from pydflash.native import cuda_device_count
 from tests import tiny
 from tools.synth.layout import Slot
 
@@ -67,7 +67,9 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Any:
         ("attention.head_count_kv", 0), ("attention.head_count_kv", 8), ("attention.key_length", 0),
         ("attention.key_length", 80), ("attention.key_length", 2**30), ("attention.value_length", 32),
         ("embedding_length", 0), ("embedding_length", 2**31), ("feed_forward_length", 0), ("block_count", 0),
-        ("block_count", 2**31), ("nextn_predict_layers", 4), ("nextn_predict_layers", 2**31),
+        ("block_count", 2**20), ("block_count", 2**31), ("block_count", 2**32 - 1),
+        ("nextn_predict_layers", 4), ("nextn_predict_layers", 2**31),
+        ("nextn_predict_layers", -1), ("nextn_predict_layers", -1_000_000), ("nextn_predict_layers", -(2**31)),
         ("rope.dimension_count", 0), ("rope.dimension_count", 17), ("rope.dimension_count", 66),
         ("rope.dimension_sections", [11, 11, 10, 0]), ("rope.freq_base", 0.0), ("rope.freq_base", -1.0),
         ("rope.freq_base", float("nan")), ("rope.freq_base", float("inf")),
@@ -194,7 +196,8 @@ def test_a_mask_token_outside_the_vocabulary_names_both(tmp_path: Path, target: 
         ("block_size", None, "block_size"),
         ("target_layers", None, "target_layers"), ("attention.head_count", 0, "head_count"),
         ("attention.head_count", 3, "3 heads over 2"), ("attention.key_length", 96, "heads of 96"),
-        ("block_count", 0, "block_count"), ("rope.freq_base", float("nan"), "freq_base"),
+        ("block_count", 0, "block_count"), ("block_count", 2**20, "block_count"),
+        ("rope.freq_base", float("nan"), "freq_base"),
         ("attention.layer_norm_rms_epsilon", -1.0, "epsilon"),
         ("attention.sliding_window_pattern", [True], "sliding_window"),
     ],

@@ -14,12 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pydflash.native import cuda_device_count
-from pydflash.decode import autoregressive, speculative
+from pydflash.decode import Sampler, SamplingParams, autoregressive, speculative
 from pydflash.drafts import Draft, DraftSession, load_draft
 from pydflash.errors import ConfigError, DeviceError
 from pydflash.models import Model, load_model
-from pydflash.decode import Sampler, SamplingParams
+from pydflash.native import cuda_device_count
 from pydflash.runtime import Session
 from tests.helpers import Array, nmse, run_chunks
 from tests.reference.qwen35 import Reference

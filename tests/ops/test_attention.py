@@ -9,11 +9,9 @@ import pytest
 
 from pydflash import ops
 from pydflash._ffi import ffi, lib
-from pydflash.native import Backend
 from pydflash.errors import ShapeError
 from pydflash.ggml_types import GGMLType
-from pydflash.native import Graph
-from pydflash.native import Tensor
+from pydflash.native import Backend, Graph, Tensor
 from tests.helpers import Array, Packed, compute, packed, relative, rounded
 
 SLOTS, KV_HEADS, GROUP = 160, 2, 3

@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 
 from pydflash import ops
-from pydflash.native import Backend
 from pydflash.errors import ShapeError
 from pydflash.ggml_types import GGMLType
-from pydflash.native import Graph
-from pydflash.native import Tensor
+from pydflash.native import Backend, Graph, Tensor
 from tests.helpers import Array, Packed, compute, nmse, packed, relative, rounded
 from tests.reference.qwen35 import silu
 from tests.reference.qwen35moe import route

@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 
 from pydflash import ops
-from pydflash.native import Backend
 from pydflash.errors import ShapeError
 from pydflash.ggml_types import GGMLType
-from pydflash.native import Graph
+from pydflash.native import Backend, Graph, Tensor
 from pydflash.ops import NormRope
-from pydflash.native import Tensor
 from tests.helpers import Array, Packed, compute, packed, relative
 from tests.ops.test_turbo_wht import rotated, signs_of
 from tests.reference import qwen35 as oracle

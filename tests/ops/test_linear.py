@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from pydflash import ops
-from pydflash.native import Backend
 from pydflash.errors import ShapeError
 from pydflash.ggml_types import GGMLType
-from pydflash.native import Graph
+from pydflash.native import Backend, Graph
 from tests.helpers import Array, Packed, compute, nmse, packed, relative, rounded
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k", "q5_k", "q6_k")

@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 
 from pydflash import ops
-from pydflash.native import Backend
 from pydflash.errors import DeviceError, ShapeError
 from pydflash.ggml_types import GGMLType
-from pydflash.native import Graph
-from pydflash.native import Tensor
+from pydflash.native import Backend, Graph, Tensor
 from tests.helpers import Array, Packed, compute, packed, relative
 from tests.reference import qwen35 as oracle
 

@@ -7,11 +7,9 @@ import pytest
 from scipy.linalg import hadamard
 
 from pydflash import ops
-from pydflash.native import Backend
 from pydflash.errors import ShapeError
 from pydflash.ggml_types import GGMLType
-from pydflash.native import Graph
-from pydflash.native import Tensor
+from pydflash.native import Backend, Graph, Tensor
 from tests.helpers import Array, compute, relative
 
 GROUPS = (64, 128, 256)

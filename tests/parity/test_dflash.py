@@ -26,11 +26,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pydflash.decode import Stats, collect, speculative
+from pydflash.decode import Sampler, SamplingParams, Stats, collect, speculative
 from pydflash.drafts import DraftSession, load_draft
 from pydflash.ggml_types import GGMLType
 from pydflash.models import load_model
-from pydflash.decode import Sampler, SamplingParams
 from pydflash.runtime import Proposal, Session
 from pydflash.state import DraftCache
 from tests.helpers import Array, dequantised, run_chunks

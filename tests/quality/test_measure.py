@@ -9,10 +9,9 @@ import pytest
 
 from benchmarks.kv_quality.measure import REFERENCE, AcceptancePlaces, Caches, observe
 from benchmarks.kv_quality.texts import Needle, Text
-from pydflash.decode import autoregressive, collect, speculative
+from pydflash.decode import Sampler, SamplingParams, autoregressive, collect, speculative
 from pydflash.drafts import DraftSession, load_draft
 from pydflash.models import Model, load_model
-from pydflash.decode import Sampler, SamplingParams
 from pydflash.runtime import Session
 from tests.helpers import run_chunks
 from tests.shipped import DRAFT, TARGET, held_out_prompts, needs_pair

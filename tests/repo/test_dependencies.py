@@ -9,8 +9,8 @@ from pathlib import Path
 import jinja2
 import pytest
 
-from pydflash.text.chat import ChatTemplate
 from pydflash.errors import TemplateError
+from pydflash.text.chat import ChatTemplate
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 # In jinja2 3.1.5 the attr filter handed out str.format itself, with which a template of a model file read the process's

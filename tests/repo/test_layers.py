@@ -16,14 +16,14 @@ PACKAGE = ROOT / "pydflash"
 
 # A module may import those to its left (above it here), none of its own group. CONTRIBUTING.md shows the same order.
 LAYERS = (
-    ("control_chars", "limits"),
+    ("control_chars", "limits", "machine"),
     ("errors", "ggml_types"),
     ("settings", "kv_format"),
     ("config", "sampling_params"),
     ("gguf_format", "atomic_file"),
     ("gguf", "gguf_writer"),
     ("_ffi",),
-    ("device_lock",),
+    ("device_lock", "headroom"),
     ("tensor",),
     ("backend",),
     ("graph",),
@@ -48,7 +48,7 @@ LAYERS = (
     ("cli",),
 )
 RANK = {name: rank for rank, group in enumerate(LAYERS) for name in group}
-NATIVE = {"device_lock", "tensor", "backend", "graph", "ops", "doctor"}
+NATIVE = {"device_lock", "headroom", "tensor", "backend", "graph", "ops", "doctor"}
 IMPORT_SECONDS = 0.3
 
 

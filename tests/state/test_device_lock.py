@@ -16,11 +16,10 @@ import numpy as np
 import pytest
 
 from pydflash._ffi import ffi
-from pydflash.native import Arena, Backend
-from pydflash.native import DeviceLock
 from pydflash.errors import NativeError, PydflashError, SessionClosed, StateError
 from pydflash.ggml_types import GGMLType
 from pydflash.models import Model, load_model
+from pydflash.native import Arena, Backend, DeviceLock
 from pydflash.runtime import Session
 from tests.tiny import GEOMETRIES, write_target
 
@@ -140,6 +139,17 @@ def test_the_thread_in_a_step_frees_at_once_and_so_does_anyone_after_the_last_on
     lock.close()
     del later
     assert len(freed.log) == 2
+
+
+def test_what_is_released_is_not_freed_again_when_it_is_collected() -> None:
+    lock = DeviceLock("a device")
+    freed = Freed(lock)
+    thing = freed.new()
+    with lock.step():
+        ffi.release(thing)
+        del thing
+        gc.collect()
+    assert len(freed.log) == 1
 
 
 def test_a_null_pointer_is_an_error_that_names_what_was_asked() -> None:

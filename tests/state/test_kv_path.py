@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 
 from pydflash._ffi import ffi, lib
-from pydflash.native import cuda_device_count
-from pydflash.decode import collect, speculative
+from pydflash.decode import Sampler, SamplingParams, collect, speculative
 from pydflash.drafts import Draft, DraftSession, load_draft
 from pydflash.models import Model, load_model
-from pydflash.decode import Sampler, SamplingParams
+from pydflash.native import cuda_device_count
 from pydflash.runtime import Session
 from tests.helpers import state_of
 from tests.tiny import GEOMETRIES, write_draft, write_target

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pydflash.native import Arena
 from pydflash.errors import (
     ConfigError,
     ContextFull,
@@ -21,6 +20,7 @@ from pydflash.errors import (
 )  # fmt: skip
 from pydflash.ggml_types import GGMLType
 from pydflash.models import Model
+from pydflash.native import Arena
 from pydflash.runtime import Proposal, Session
 from pydflash.state import tape_shape
 

@@ -1,0 +1,58 @@
+/* Instruction sets that a compiler may use without being asked: the macro by which it says so and where the processor
+ * says that it has them. What only intrinsics use and ggml checks at run time (AMX) or nobody here uses (AES, SHA) is
+ * left out. Included with INSTRUCTIONS defined, once where the macros are those of the libraries' flags and once where
+ * they are not (processor.csrc.c). */
+
+#if defined(__x86_64__) || defined(__i386__)
+/* macro, cpuid leaf, subleaf, register, bit, the registers that the system must save (bits of XCR0) */
+#define YMM 0x06
+#define ZMM 0xe6
+INSTRUCTIONS(__SSE3__, 1, 0, ECX, 0, 0)
+INSTRUCTIONS(__SSSE3__, 1, 0, ECX, 9, 0)
+INSTRUCTIONS(__FMA__, 1, 0, ECX, 12, YMM)
+INSTRUCTIONS(__SSE4_1__, 1, 0, ECX, 19, 0)
+INSTRUCTIONS(__SSE4_2__, 1, 0, ECX, 20, 0)
+INSTRUCTIONS(__MOVBE__, 1, 0, ECX, 22, 0)
+INSTRUCTIONS(__POPCNT__, 1, 0, ECX, 23, 0)
+INSTRUCTIONS(__AVX__, 1, 0, ECX, 28, YMM)
+INSTRUCTIONS(__F16C__, 1, 0, ECX, 29, YMM)
+INSTRUCTIONS(__BMI__, 7, 0, EBX, 3, 0)
+INSTRUCTIONS(__AVX2__, 7, 0, EBX, 5, YMM)
+INSTRUCTIONS(__BMI2__, 7, 0, EBX, 8, 0)
+INSTRUCTIONS(__AVX512F__, 7, 0, EBX, 16, ZMM)
+INSTRUCTIONS(__AVX512DQ__, 7, 0, EBX, 17, ZMM)
+INSTRUCTIONS(__ADX__, 7, 0, EBX, 19, 0)
+INSTRUCTIONS(__AVX512IFMA__, 7, 0, EBX, 21, ZMM)
+INSTRUCTIONS(__AVX512CD__, 7, 0, EBX, 28, ZMM)
+INSTRUCTIONS(__AVX512BW__, 7, 0, EBX, 30, ZMM)
+INSTRUCTIONS(__AVX512VL__, 7, 0, EBX, 31, ZMM)
+INSTRUCTIONS(__AVX512VBMI__, 7, 0, ECX, 1, ZMM)
+INSTRUCTIONS(__AVX512VBMI2__, 7, 0, ECX, 6, ZMM)
+INSTRUCTIONS(__GFNI__, 7, 0, ECX, 8, 0)
+INSTRUCTIONS(__AVX512VNNI__, 7, 0, ECX, 11, ZMM)
+INSTRUCTIONS(__AVX512BITALG__, 7, 0, ECX, 12, ZMM)
+INSTRUCTIONS(__AVX512VPOPCNTDQ__, 7, 0, ECX, 14, ZMM)
+INSTRUCTIONS(__AVX512FP16__, 7, 0, EDX, 23, ZMM)
+INSTRUCTIONS(__AVXVNNI__, 7, 1, EAX, 4, YMM)
+INSTRUCTIONS(__AVX512BF16__, 7, 1, EAX, 5, ZMM)
+INSTRUCTIONS(__AVXIFMA__, 7, 1, EAX, 23, YMM)
+INSTRUCTIONS(__AVXVNNIINT8__, 7, 1, EDX, 4, YMM)
+INSTRUCTIONS(__AVXNECONVERT__, 7, 1, EDX, 5, YMM)
+INSTRUCTIONS(__AVXVNNIINT16__, 7, 1, EDX, 10, YMM)
+INSTRUCTIONS(__LZCNT__, 0x80000001, 0, ECX, 5, 0)
+INSTRUCTIONS(__SSE4A__, 0x80000001, 0, ECX, 6, 0)
+INSTRUCTIONS(__XOP__, 0x80000001, 0, ECX, 11, YMM)
+INSTRUCTIONS(__FMA4__, 0x80000001, 0, ECX, 16, YMM)
+INSTRUCTIONS(__TBM__, 0x80000001, 0, ECX, 21, 0)
+#elif defined(__aarch64__) && defined(__linux__)
+/* macro, word of the auxiliary vector (AT_HWCAP is 16, AT_HWCAP2 26), bit (arch/arm64/include/uapi/asm/hwcap.h) */
+INSTRUCTIONS(__ARM_FEATURE_ATOMICS, 16, 8)
+INSTRUCTIONS(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC, 16, 10)
+INSTRUCTIONS(__ARM_FEATURE_QRDMX, 16, 12)
+INSTRUCTIONS(__ARM_FEATURE_DOTPROD, 16, 20)
+INSTRUCTIONS(__ARM_FEATURE_SVE, 16, 22)
+INSTRUCTIONS(__ARM_FEATURE_FP16_FML, 16, 23)
+INSTRUCTIONS(__ARM_FEATURE_SVE2, 26, 1)
+INSTRUCTIONS(__ARM_FEATURE_MATMUL_INT8, 26, 13)
+INSTRUCTIONS(__ARM_FEATURE_BF16, 26, 14)
+#endif
