@@ -141,6 +141,15 @@ static __device__ __forceinline__ void fetch_values(const job & j, const share<D
     end_copy_group();
 }
 
+// V of the first tile was asked for with K, that of the others is asked for after it.
+static __device__ __forceinline__ void wait_for_keys(bool first) {
+    if (first) {
+        wait_for_copies<1>();
+    } else {
+        wait_for_copies<0>();
+    }
+}
+
 // ---- what the block leaves ----
 
 // Of a chunk that no row sees anything of: no partial result is read where the maximum is -infinity.
@@ -225,11 +234,7 @@ __global__ void __launch_bounds__(tiling<D, NT>::THREADS, tiling<D, NT>::BLOCKS)
     sums<D, NT>   sum = {};
     int parity = 0;
     for (bool first = true; tile < own.tiles; first = false) {
-        if (first) {
-            wait_for_copies<1>();
-        } else {
-            wait_for_copies<0>();
-        }
+        wait_for_keys(first);
         __syncthreads();  // K is here; nobody reads V or P of the previous tile
         if (!first) {
             fetch_values<D, NT>(j, own, in.v, tile);

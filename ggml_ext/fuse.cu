@@ -183,7 +183,8 @@ bool fuse_gated_norm(pydflash_cuda * cuda, cursor c, products & p) {
     const ggml_tensor * o      = norm->src[0];
     const ggml_tensor * weight = norm_weight(c);
     const ggml_tensor * scaled = c.node();
-    if (!weight || norm->ne[0] != 128 || !ggml_is_contiguous(o) || !read_only_by(c.graph, scaled, scaled, 1)) {
+    if (!weight || norm->ne[0] != PYDFLASH_LINEAR_GATED_NORM_HEAD || !ggml_is_contiguous(o) ||
+        !read_only_by(c.graph, scaled, scaled, 1)) {
         return false;
     }
     const ggml_tensor * silu = c.next();
