@@ -174,7 +174,8 @@ bool fuse_rms_norm(pydflash_cuda * cuda, cursor c, products & p) {
     }
     const buffers b(cuda, p);
     const float   eps = ggml_get_op_params_f32(norm, 0);
-    return pydflash_linear_pack_rms_norm(cuda, f32(x), row_stride(x), f32(weight), eps, p.rows(), p.columns(), b.packed) &&
+    return pydflash_linear_pack_rms_norm(cuda, f32(x), row_stride(x), f32(weight), eps, p.rows(), p.columns(),
+                                         b.packed) &&
            multiply(cuda, p, b);
 }
 
