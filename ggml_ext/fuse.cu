@@ -174,7 +174,8 @@ bool fuse_rms_norm(pydflash_cuda * cuda, cursor c, products & p) {
     }
     const buffers b(cuda, p);
     const float   eps = ggml_get_op_params_f32(norm, 0);
-    return pydflash_linear_pack_rms_norm(cuda, f32(x), row_stride(x), f32(weight), eps, p.rows(), p.columns(), b.packed) &&
+    return pydflash_linear_pack_rms_norm(cuda, f32(x), row_stride(x), f32(weight), eps, p.rows(), p.columns(),
+                                         b.packed) &&
            multiply(cuda, p, b);
 }
 
@@ -183,7 +184,8 @@ bool fuse_gated_norm(pydflash_cuda * cuda, cursor c, products & p) {
     const ggml_tensor * o      = norm->src[0];
     const ggml_tensor * weight = norm_weight(c);
     const ggml_tensor * scaled = c.node();
-    if (!weight || norm->ne[0] != 128 || !ggml_is_contiguous(o) || !read_only_by(c.graph, scaled, scaled, 1)) {
+    if (!weight || norm->ne[0] != PYDFLASH_LINEAR_GATED_NORM_HEAD || !ggml_is_contiguous(o) ||
+        !read_only_by(c.graph, scaled, scaled, 1)) {
         return false;
     }
     const ggml_tensor * silu = c.next();

@@ -22,7 +22,8 @@ struct pydflash_linear_weight {
     int64_t       residual_stride;
 };
 
-#define PYDFLASH_LINEAR_MAX_WEIGHTS 4
+#define PYDFLASH_LINEAR_MAX_WEIGHTS     4
+#define PYDFLASH_LINEAR_GATED_NORM_HEAD 128  // the head size that pydflash_linear_pack_gated_norm takes
 
 // Whether a weight of this type, row distance and number of columns can be multiplied.
 bool pydflash_linear_supports(int type, int64_t row_bytes, int64_t K);
@@ -41,10 +42,10 @@ bool pydflash_linear_pack_rms_norm(struct pydflash_cuda * cuda, const float * x,
 bool pydflash_linear_pack_swiglu(struct pydflash_cuda * cuda, const float * gate, int64_t gate_stride, const float * up,
                                  int64_t up_stride, int64_t T, int64_t K, void * packed);
 
-// silu(z) * weight * (o / rms of each head of 128), K % 256 == 0; o * sigmoid(gate), the gate of head h of row t at
-// gate + t * row_stride + h * head_stride, heads of `head` values.
-bool pydflash_linear_pack_gated_norm(struct pydflash_cuda * cuda, const float * o, const float * z, const float * weight,
-                                     float eps, int64_t T, int64_t K, void * packed);
+// silu(z) * weight * (o / rms of each head of PYDFLASH_LINEAR_GATED_NORM_HEAD values), K % 256 == 0; o * sigmoid(gate),
+// the gate of head h of row t at gate + t * row_stride + h * head_stride, heads of `head` values.
+bool pydflash_linear_pack_gated_norm(struct pydflash_cuda * cuda, const float * o, const float * z,
+                                     const float * weight, float eps, int64_t T, int64_t K, void * packed);
 bool pydflash_linear_pack_sigmoid_gate(struct pydflash_cuda * cuda, const float * o, const float * gate,
                                        int64_t row_stride, int64_t head_stride, int head, int64_t T, int64_t K,
                                        void * packed);

@@ -12,9 +12,10 @@
 // Unpacking works on 4 bytes at once: OR-ing 0x6400 over a byte makes the half 1024 + byte (over a byte shifted left by
 // 4, 1024 + 16 byte), and one fused multiply-add removes the offset and applies the scale.
 //
-// Members: BYTES of a chunk; STRIDE(row) its place in shared memory, chosen so that the 32 lanes of a load spread over
-// the banks; ALIGNED, whether rows start on 16 bytes; M_TILES of 16 rows that a warp holds; WARPS of the block that
-// compute; FLOAT_SCALE and MINIMUM, whether a row has scale() and minimum() for the chunk.
+// Members: BLOCK, the weights of a block (K is a multiple of it); BYTES of a chunk; STRIDE and skew(row), its place in
+// shared memory, chosen so that the 32 lanes of a load spread over the banks; ALIGNED, whether rows start on 16 bytes;
+// M_TILES of 16 rows that a warp holds; WARPS of the block that compute; FLOAT_SCALE and MINIMUM, whether a row has
+// scale() and minimum() for the chunk.
 #pragma once
 
 #include "pack.cuh"
@@ -94,7 +95,7 @@ __device__ __forceinline__ void load_vectors(const uint8_t * p, uint32_t (&words
 
 // Steps 2 i and 2 i + 1 of a panel for this lane.
 struct common {
-    static constexpr bool TF32        = false;
+    static constexpr int  BLOCK       = 32;
     static constexpr bool ALIGNED     = true;
     static constexpr bool MINIMUM     = false;
     static constexpr bool FLOAT_SCALE = false;
@@ -129,7 +130,7 @@ struct k_scales {
 // ---- the formats
 
 struct q4_k : common {
-    static constexpr int  BYTES = 144, STRIDE = 144, M_TILES = 1;
+    static constexpr int  BLOCK = 256, BYTES = 144, STRIDE = 144, M_TILES = 1;
     static constexpr bool FLOAT_SCALE = true, MINIMUM = true;
 
     struct row {
@@ -161,7 +162,7 @@ struct q4_k : common {
 };
 
 struct q5_k : common {
-    static constexpr int  BYTES = 176, STRIDE = 176, M_TILES = 1;
+    static constexpr int  BLOCK = 256, BYTES = 176, STRIDE = 176, M_TILES = 1;
     static constexpr bool FLOAT_SCALE = true, MINIMUM = true;
 
     struct row {
@@ -204,7 +205,7 @@ struct q5_k : common {
 // 8 j + 0..7 of lanes 2 n and 2 n + 1; the padding between the halves of a panel keeps j = 0 and j = 1 on other banks.
 // Chunks are 210 bytes, so rows start on any even byte.
 struct q6_k : common {
-    static constexpr int  BYTES = 210, STRIDE = 224, M_TILES = 1;
+    static constexpr int  BLOCK = 256, BYTES = 210, STRIDE = 224, M_TILES = 1;
     static constexpr bool FLOAT_SCALE = true, ALIGNED = false;
 
     // Rows 224 bytes apart would share 8 banks; every second one moves on by 16 bytes.
@@ -328,8 +329,6 @@ struct f16 : common {
 
 // bf16 has the range of f32, so it takes the tf32 tensor cores, which hold its values exactly.
 struct bf16 : f16 {
-    static constexpr bool TF32 = true;
-
     struct row {
         const uint2 * w;
 
@@ -344,8 +343,7 @@ struct bf16 : f16 {
 // Rounded to tf32, whose 11 bits are what the activations have. Half the warps compute, so that two stages fit into the
 // shared memory of any device; the f32 weights of our models are small.
 struct f32 : common {
-    static constexpr int  BYTES = 1024, STRIDE = 1088, M_TILES = 1, WARPS = 2;
-    static constexpr bool TF32 = true;
+    static constexpr int BYTES = 1024, STRIDE = 1088, M_TILES = 1, WARPS = 2;
 
     __host__ __device__ static constexpr int piece_offset(int piece) { return piece * 16 + piece / 16 * 16; }
 
@@ -365,5 +363,23 @@ struct f32 : common {
         }
     };
 };
+
+// ---- choosing one at run time
+
+// Calls `visit` with a value of the format of a ggml type; false when the type has none.
+template <typename Visitor>
+__host__ __device__ __forceinline__ bool with_format(int type, Visitor && visit) {
+    switch (type) {
+        case GGML_TYPE_Q4_K: visit(q4_k()); return true;
+        case GGML_TYPE_Q5_K: visit(q5_k()); return true;
+        case GGML_TYPE_Q6_K: visit(q6_k()); return true;
+        case GGML_TYPE_Q8_0: visit(q8_0()); return true;
+        case GGML_TYPE_Q4_0: visit(q4_0()); return true;
+        case GGML_TYPE_F16:  visit(f16());  return true;
+        case GGML_TYPE_BF16: visit(bf16()); return true;
+        case GGML_TYPE_F32:  visit(f32());  return true;
+        default: return false;
+    }
+}
 
 }  // namespace pydflash_linear

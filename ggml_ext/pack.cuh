@@ -1,4 +1,4 @@
-// Packed activations: the layout that the product kernel of linear.cu reads, and the kernels that write it.
+// Packed activations: the layout that the product kernel (linear_kernel.cuh) reads, and the kernels that write it.
 //
 // The K axis is cut into chunks of 256 values and a chunk into 64 units of 4 consecutive values. The rows of x are the
 // columns of the tensor cores' B operand; 8 of them make a panel. A panel of one chunk holds
@@ -14,7 +14,7 @@
 // and a scale of the whole row, which would cost a pass of its own, is not needed.
 #pragma once
 
-#include "ext_cuda.cuh"
+#include "linear.cuh"
 
 #include <cuda_fp16.h>
 
@@ -81,10 +81,10 @@ struct rms_norm {
     }
 };
 
-// The gated norm of a delta-net's output: RMS norm of each head of 128, times weight, times silu(z). The 16 lanes that
-// share a head add up its squares; K must be whole chunks, so that no lane is missing.
+// The gated norm of a delta-net's output: RMS norm of each head, times weight, times silu(z). The 16 lanes that share a
+// head add up its squares; K must be whole chunks, so that no lane is missing.
 struct gated_norm {
-    static constexpr int HEAD = 128;
+    static constexpr int HEAD = PYDFLASH_LINEAR_GATED_NORM_HEAD;
 
     plain o, z, weight;
     float eps;

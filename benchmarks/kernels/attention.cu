@@ -5,8 +5,7 @@
 // Every case is compared with a float64 computation over the same cached bytes, and bit for bit with itself: row by
 // row, under other splits over the device, and over longer caches. Slots that no row sees hold NaN and infinities.
 // Prints one line per case, then the timings; exits with the number of failed cases.
-#define PYDFLASH_STANDALONE
-#include <attention.cu>
+#include <attention_launch.cuh>
 
 #include <algorithm>
 #include <cmath>
@@ -26,10 +25,14 @@
         }                                                                                           \
     } while (0)
 
+using namespace pydflash_attention;
+
 static const char * const NAMES[] = { "f16", "bf16", "q8_0", "q4_0" };
 static const format FORMATS[] = { format::F16, format::BF16, format::Q8_0, format::Q4_0 };
 
-static int block_bytes(format f) { return f == format::Q8_0 ? 34 : f == format::Q4_0 ? 18 : 64; }
+__host__ __device__ static int block_bytes(format f) {
+    return of_format(f, [](auto F) { return decltype(F)::BLOCK; });
+}
 
 // ---- the cache on the host: 32 values at a time ----
 
