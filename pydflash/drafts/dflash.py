@@ -289,10 +289,10 @@ class DraftSession:
         return DeviceProposal(self._proposal, count + 1)
 
     def _rows_for(self, count: int) -> int:
-        """Rows of a block that is meant to propose ``count`` tokens: the whole block, but on a CPU, where every row
-        costs time, no more than hold them. Masks behind a token hardly change its proposal (docs/log.md, "Short blocks
-        of the draft")."""
-        return self.block if self.draft.target.backend.is_cuda else min(self.block, width_for(count + 1))
+        """Rows of a block that is meant to propose ``count`` tokens: all, or where every row costs time no more than
+        hold them. Masks behind a token hardly change its proposal (docs/log.md, "Short blocks of the draft")."""
+        cheap = self.draft.target.backend.traits.cheap_rows
+        return self.block if cheap else min(self.block, width_for(count + 1))
 
     @exclusive
     def logits(self) -> npt.NDArray[np.float32]:

@@ -21,8 +21,8 @@ _BEFORE = (1.8, 2.0)  # accepted tokens, of tokens examined, that are assumed be
 
 
 def adapts(asked: bool | None, backend: Backend) -> bool:
-    """Whether proposals are of adaptive length: as asked, else on the CPU only, where every verified row costs time."""
-    return not backend.is_cuda if asked is None else asked
+    """Whether proposals are of adaptive length: as asked, else only where every verified row costs time (on a CPU)."""
+    return not backend.traits.cheap_rows if asked is None else asked
 
 
 class CycleCosts:

@@ -69,7 +69,7 @@ class Weights:
         self._file = file  # CPU tensors lie in its mapping
         self._arenas: list[Any] = []
         self._tensors: dict[str, Tensor] = {}
-        load = self._upload if backend.is_cuda else self._map
+        load = self._map if backend.traits.host_memory else self._upload
         load(infos, progress or (lambda done, total: None))
 
     def _map(self, infos: Mapping[str, TensorInfo], progress: Progress) -> None:

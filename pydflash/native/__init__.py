@@ -1,10 +1,12 @@
 """ggml seen from Python: devices, memory, tensors and graphs. It knows no model."""
 
-from pydflash.native.backend import Arena, Backend, MappedArena, Staging, cuda_device_count, default_threads
+from pydflash.native.backend import Backend, cuda_device_count, default_threads
 from pydflash.native.device_lock import DeviceLock, closing, exclusive
 from pydflash.native.graph import Graph
+from pydflash.native.memory import Arena, MappedArena, Staging
 from pydflash.native.replay import Replay, ReplayCache
 from pydflash.native.tensor import Shape, Tensor, ggml_shape
+from pydflash.native.traits import Traits
 
 __all__ = [
     "Arena",
@@ -17,6 +19,7 @@ __all__ = [
     "Shape",
     "Staging",
     "Tensor",
+    "Traits",
     "closing",
     "cuda_device_count",
     "default_threads",

@@ -11,10 +11,12 @@ from typing import Any
 from pydflash._ffi import check, ffi, lib
 from pydflash.errors import DeviceError, OutOfMemory
 from pydflash.ggml_types import GGMLType
-from pydflash.native.backend import Backend, new_context
+from pydflash.native.backend import Backend
 from pydflash.native.device_lock import DeviceLock, closing, exclusive
 from pydflash.native.headroom import check_allocation, check_stack
+from pydflash.native.memory import new_context
 from pydflash.native.tensor import Shape, Tensor, new_tensor
+from pydflash.native.traits import Traits
 
 __all__ = ["Graph"]
 
@@ -35,6 +37,10 @@ class Graph:
     @property
     def lock(self) -> DeviceLock:
         return self.backend.lock
+
+    @property
+    def traits(self) -> Traits:
+        return self.backend.traits
 
     @property
     def context(self) -> Any:

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from pydflash._ffi import ffi, lib
 from pydflash.errors import ShapeError
 from pydflash.ggml_types import GGMLType
+from pydflash.native.traits import Traits
 
-if TYPE_CHECKING:
-    from pydflash.native.graph import Graph
-
-__all__ = ["Shape", "Tensor", "ggml_shape"]
+__all__ = ["Home", "Shape", "Tensor", "ggml_shape"]
 
 Shape = tuple[int, ...]
 
@@ -27,13 +25,26 @@ def ggml_shape(shape: Sequence[int]) -> list[int]:
     return [*reversed(shape), *[1] * (4 - len(shape))]
 
 
+class Home(Protocol):
+    """What computes tensors: a graph. ``context``: what the next operation is built in."""
+
+    @property
+    def context(self) -> Any: ...
+    @property
+    def traits(self) -> Traits:
+        """Those of the device that it runs on."""
+
+    def effect(self, tensor: Tensor) -> Tensor:
+        """Compute ``tensor`` at this place, and return it."""
+
+
 class Tensor:
     """A ggml tensor. ``graph`` is the graph that computes it, or None for weights and state, which any graph may
     read."""
 
     __slots__ = ("c", "dtype", "graph", "shape")
 
-    def __init__(self, c: Any, shape: Shape, dtype: GGMLType, graph: Graph | None) -> None:
+    def __init__(self, c: Any, shape: Shape, dtype: GGMLType, graph: Home | None) -> None:
         self.c = c
         self.shape = shape
         self.dtype = dtype
@@ -50,7 +61,7 @@ class Tensor:
     def is_contiguous(self) -> bool:
         return bool(lib.ggml_is_contiguous(self.c))
 
-    def within(self, graph: Graph) -> Tensor:
+    def within(self, graph: Home) -> Tensor:
         """The same tensor as an operand of ``graph``: how weights and state enter an expression."""
         return Tensor(self.c, self.shape, self.dtype, graph)
 
@@ -59,7 +70,7 @@ class Tensor:
         return Tensor(c, shape, self.dtype if dtype is None else dtype, self.graph)
 
     @property
-    def home(self) -> Graph:
+    def home(self) -> Home:
         """The graph that computes it; ShapeError for weights and state, which belong to none."""
         if self.graph is None:
             raise ShapeError(f"{self!r} belongs to no graph; use tensor.within(graph) to compute with it")

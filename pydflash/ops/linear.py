@@ -22,5 +22,5 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if x.shape[0] <= EXACT_ROWS:
         product = custom(lib.PYDFLASH_OP_LINEAR, [x.contiguous(), weight], shape)
         # In program order, so that projections of one input stand side by side and CUDA launches them as one.
-        return product if product.graph is None else product.graph.effect(product)
+        return product.home.effect(product)
     return x.derive(lib.ggml_mul_mat(x.context, weight.c, x.c), shape)

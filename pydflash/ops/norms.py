@@ -15,7 +15,7 @@ def _own_norms(x: Tensor) -> bool:
 
     There ggml runs each node alone, some of them value by value. On CUDA ggml and ggml_ext/fuse.cu fuse ggml's nodes.
     """
-    return x.graph is not None and not x.graph.backend.is_cuda
+    return x.home.traits.own_norms
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

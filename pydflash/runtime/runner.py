@@ -111,8 +111,8 @@ class Runner:
 
     def _span(self, width: int, needed: int) -> int:
         """Cache rows that the graph for ``needed`` positions spans: few distinct values, so that graphs are reused."""
-        if width <= EXACT_ROWS and not self._model.backend.is_cuda:
-            return self._capacity  # the CPU's exact attention stops at the row's own position
+        if width <= EXACT_ROWS and self._model.backend.traits.bounded_spans:
+            return self._capacity
         unit = max(256, 1 << max(0, needed.bit_length() - 3))
         return min(-(-needed // unit) * unit, self._capacity)
 

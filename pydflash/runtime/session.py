@@ -70,7 +70,7 @@ class Session:
         if not all(0 <= layer < config.layers for layer in capture):
             raise ConfigError(f"capture is {tuple(capture)}; the model has layers 0..{config.layers - 1}")
         k_type, v_type = CACHE_TYPES[settings.cache_k], CACHE_TYPES[settings.cache_v]
-        check_pair(k_type, v_type, backend.is_cuda)
+        check_pair(k_type, v_type, backend.traits.cache_types)
         self.cache_format = CacheFormat(
             settings.cache_k,
             settings.cache_v,

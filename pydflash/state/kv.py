@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,16 +29,15 @@ class CacheFormat(NamedTuple):
     v_basis: str
 
 
-def check_pair(k_type: GGMLType, v_type: GGMLType, cuda: bool) -> None:
-    """ConfigError unless the device's attention, exact and prefill, takes a cache of these types; the CPU takes any.
+def check_pair(k_type: GGMLType, v_type: GGMLType, valid: Sequence[GGMLType]) -> None:
+    """ConfigError unless the device's attention, exact and prefill, takes a cache of these types; ``valid`` are those.
 
     ggml's CUDA prefill converts every type to f16, built in as a pair or not; our CUDA kernel reads all but f32.
     """
-    valid = [name for name, dtype in CACHE_TYPES.items() if dtype != GGMLType.F32]
-    if cuda and GGMLType.F32 in (k_type, v_type):
+    if k_type not in valid or v_type not in valid:
         raise ConfigError(
-            f"cache_k {k_type.name.lower()} with cache_v {v_type.name.lower()}: attention on CUDA reads no f32 cache; "
-            f"valid for either are {', '.join(valid)}"
+            f"cache_k {k_type.name.lower()} with cache_v {v_type.name.lower()}: attention on this device reads "
+            f"{', '.join(t.name.lower() for t in valid)} only"
         )
 
 
