@@ -44,7 +44,7 @@ def ab(
     options hold for both arms.
     """
     from pydflash.measure import ab as harness
-    from pydflash.measure import ab_report
+    from pydflash.measure import ab_plot, ab_report
 
     arms = [harness.parse_arm(n, t or (), settings, draft=draft is not None) for n, t in (("A", a), ("B", b))]
     protocol = ab_report.Protocol(repeats, prompt_tokens, max_tokens, prompts, within)
@@ -52,11 +52,11 @@ def ab(
         if path is not None:
             check_output(path, [source for source in (model, draft, prompts) if source is not None])
     if plot is not None:
-        ab_report.pyplot()
+        ab_plot.pyplot()
     with progress_bar("loading") as progress:
         report = harness.compare(model, draft, arms[0], arms[1], protocol, progress=progress, note=note)
     print(escape_controls(str(report), keep=LINES))
     if json is not None:
         report.write_json(json)
     if plot is not None:
-        ab_report.plot(report, plot)
+        ab_plot.plot(report, plot)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from pydflash import ops
+from pydflash.drafts.windows import Windows
 from pydflash.errors import ConfigError, DraftMismatch, SessionClosed, ShapeError, StateError
 from pydflash.files import GGUFFile
 from pydflash.ggml_types import GGMLType
 from pydflash.limits import EXACT_ROWS
 from pydflash.models import Model, Progress, Weights, find_tensors
 from pydflash.models.dflash import DFlash, DraftConfig, tensor_names
-from pydflash.native import Arena, DeviceLock, Replay, ReplayCache, Shape, Tensor, closing, exclusive
+from pydflash.native import Arena, DeviceLock, Replay, ReplayCache, Tensor, closing, exclusive
 from pydflash.runtime import DeviceProposal, Session, width_for
 from pydflash.state import (
     FORMAT,
@@ -136,7 +136,7 @@ class DraftSession:
         backend = draft.target.backend
         room = Room(target.max_context + self.block, target.fused)
         self.state: SequenceState[Ring] = SequenceState(backend, draft.network.remembers(), room)
-        self._windows = _Windows(self.state.layers)
+        self._windows = Windows(self.state.layers)
         self._proposal = Arena(backend, {"tokens": ((EXACT_ROWS,), GGMLType.I32)}, "a proposal")
         self._injections: ReplayCache[int, Replay] = ReplayCache(self._build_injection)
         self._blocks: ReplayCache[tuple[int, int], _BlockReplay] = ReplayCache(self._build_block)
@@ -406,61 +406,3 @@ class _BlockReplay(Replay):
     """Injects what waits and fills a block; ``logits`` (rows, vocab) f32."""
 
     logits: Tensor
-
-
-T = TypeVar("T")
-
-
-class _Windows:
-    """The distinct windows of a draft's layers: layers of one window share the numbers of their rows and slots.
-
-    A field "context ..." has a value for each injected row, the other fields one for each row of a block; "rows" have a
-    line a window. "held N": the position that each slot of the ring of window N holds.
-    """
-
-    def __init__(self, rings: Sequence[Ring]) -> None:
-        self.windows = sorted({ring.spec.window for ring in rings})
-        self._of_layer = [self.windows.index(ring.spec.window) for ring in rings]
-        self.capacities = [rings[self._of_layer.index(i)].capacity for i in range(len(self.windows))]
-
-    def parallel(self, by_window: Sequence[T]) -> list[T]:
-        """For each layer, the entry of its window."""
-        return [by_window[i] for i in self._of_layer]
-
-    def injection_fields(self, width: int) -> dict[str, Shape]:
-        rows = (len(self.windows), width)
-        return {"context positions": (width,), "context features": (width,), "context rows": rows}
-
-    def block_fields(self, T: int) -> dict[str, Shape]:
-        held = {f"held {window}": (capacity,) for window, capacity in zip(self.windows, self.capacities) if window}
-        return {"tokens": (T,), "positions": (T,), "ends": (T,), "rows": (len(self.windows), T), **held}
-
-    def write_injection(self, values: Mapping[str, npt.NDArray[np.int32]], count: int, start: int, chunk: int) -> None:
-        """Inject ``count`` positions from ``start``, whose features lie in a ring of ``chunk`` rows.
-
-        Padding falls into padding rows, and so do positions that later ones of the injection overwrite.
-        """
-        positions, features = values["context positions"], values["context features"]
-        positions[:count] = np.arange(start, start + count)
-        positions[count:] = -1
-        np.remainder(positions, chunk, out=features)
-        features[count:] = chunk
-        for rows, capacity in zip(values["context rows"], self.capacities):
-            np.remainder(positions, capacity, out=rows)
-            rows[count:] = rows[: max(count - capacity, 0)] = capacity
-
-    def write_block(self, values: Mapping[str, npt.NDArray[np.int32]], anchor: int, start: int) -> None:
-        """The block [anchor, MASK, ...] that begins at position ``start``."""
-        positions = values["positions"]
-        last = start + len(positions) - 1
-        values["tokens"][0] = anchor
-        positions[:] = np.arange(start, last + 1)
-        values["ends"].fill(last)
-        for window, capacity, rows in zip(self.windows, self.capacities, values["rows"]):
-            np.remainder(positions, capacity, out=rows)
-            if window:
-                # A slot holds the last position up to the block's end that falls into it; negative: none yet.
-                held = values[f"held {window}"]
-                np.subtract(last, np.arange(capacity), out=held)
-                held %= capacity
-                np.subtract(last, held, out=held)
