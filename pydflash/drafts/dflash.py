@@ -153,7 +153,6 @@ class DraftSession:
 
     # --- the context ------------------------------------------------------------------------------------------------
 
-    @exclusive
     def commit(self, n: int) -> None:
         """The first ``n`` rows of the target's last forward were committed: their features become context.
 
@@ -186,7 +185,6 @@ class DraftSession:
             self._kept += n
         self.length += n
 
-    @exclusive
     def flush(self) -> None:
         """Inject rows that wait, without proposing: before a target forward of more than 16 rows."""
         self._check_open()
@@ -353,6 +351,7 @@ class DraftSession:
 
     # --- graphs -----------------------------------------------------------------------------------------------------
 
+    @exclusive
     def _inject(self, count: int, start: int) -> None:
         injection = self._injections[width_for(count)]
         self._windows.write_injection(injection.values, count, start, self.target.chunk)

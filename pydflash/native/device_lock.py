@@ -32,7 +32,7 @@ class DeviceLock:
         """``device``: its name, for messages."""
         self._device = device
         self._process = os.getpid()
-        self._lock = threading.RLock()
+        self.mutex = threading.RLock()
         self._holder = 0  # the thread in a step
         self._abandoned: deque[Callable[[], None]] = deque()
         self._closed = False
@@ -43,6 +43,11 @@ class DeviceLock:
         """Whether this is a child of the process that opened the device."""
         return os.getpid() != self._process
 
+    @property
+    def held(self) -> bool:
+        """Whether this thread is in a step."""
+        return self._holder == threading.get_ident()
+
     @contextmanager
     def step(self, *, to_free: bool = False) -> Iterator[None]:
         """The device for this thread alone; waits for the thread that has it. Steps nest.
@@ -50,22 +55,37 @@ class DeviceLock:
         Raises StateError in a child of ``fork``, SessionClosed after ``close``. A step ``to_free`` something raises
         neither; in a child it has no effect.
         """
-        if self.forked:
-            if not to_free:
-                self._refuse_child()
-            yield  # finalisers free nothing here
+        if not self.admit(to_free):
+            yield
             return
-        if self._exiting and threading.get_ident() not in (self._exiting, self._holder):
-            threading.Event().wait()  # a daemon thread, which ends here together with the process
-        with self._lock:
-            if self._closed and not to_free:
-                raise SessionClosed(f"{self._device} was closed together with its model; load the model again")
-            outer, self._holder = self._holder, threading.get_ident()
+        with self.mutex:
+            outer = self.take(to_free)
             try:
-                self._free_abandoned()
                 yield
             finally:
-                self._holder = outer
+                self.give_back(outer)
+
+    def admit(self, to_free: bool = False) -> bool:
+        """Before a step: False in a child of ``fork``, where finalisers free nothing; else see ``step``."""
+        if os.getpid() != self._process:
+            if not to_free:
+                self._refuse_child()
+            return False
+        if self._exiting and threading.get_ident() not in (self._exiting, self._holder):
+            threading.Event().wait()  # a daemon thread, which ends here together with the process
+        return True
+
+    def take(self, to_free: bool = False) -> int:
+        """With ``mutex`` acquired: begin a step. Returns what ``give_back`` needs."""
+        if self._closed and not to_free:
+            raise SessionClosed(f"{self._device} was closed together with its model; load the model again")
+        outer, self._holder = self._holder, threading.get_ident()
+        while self._abandoned:
+            self._abandoned.popleft()()
+        return outer
+
+    def give_back(self, outer: int) -> None:
+        self._holder = outer
 
     def close(self) -> None:
         """Let no further step begin, and wait for the one that runs. Safe to call twice."""
@@ -80,8 +100,9 @@ class DeviceLock:
         """
         if not self.forked:
             self._exiting = threading.get_ident()
-            self._lock.acquire()
-            self._free_abandoned()
+            self.mutex.acquire()
+            while self._abandoned:
+                self._abandoned.popleft()()
 
     def own(self, pointer: Any, free: Callable[[Any], None], what: str) -> Any:
         """``pointer``, a native object freed with ``free`` when it is released (``ffi.release``) or collected.
@@ -93,16 +114,12 @@ class DeviceLock:
         def finalise(native: Any) -> None:
             if self.forked:
                 return
-            if self._holder == threading.get_ident() or self._closed or self._exiting:
+            if self.held or self._closed or self._exiting:
                 free(native)
             else:
                 self._abandoned.append(partial(free, native))
 
         return ffi.gc(check(pointer, what), finalise)
-
-    def _free_abandoned(self) -> None:
-        while self._abandoned:
-            self._abandoned.popleft()()
 
     def _refuse_child(self) -> NoReturn:
         raise StateError(
@@ -129,8 +146,16 @@ def exclusive(method: Callable[Concatenate[Owner, P], T]) -> Callable[Concatenat
 
     @wraps(method)
     def step(self: Owner, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with self.lock.step():
+        lock = self.lock
+        if lock._holder == threading.get_ident():
             return method(self, *args, **kwargs)
+        lock.admit()
+        with lock.mutex:  # as ``step`` does, without the microseconds of its generator: there are many steps a token
+            outer = lock.take()
+            try:
+                return method(self, *args, **kwargs)
+            finally:
+                lock.give_back(outer)
 
     return step
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -26,7 +27,7 @@ _WIDE_GRAPHS_KEPT = 8  # prefill graphs are large; a long prompt uses them in or
 
 def width_for(rows: int) -> int:
     """The graph width that holds ``rows``: few distinct ones, so that graphs are reused."""
-    return next(w for w in WIDTHS if w >= rows)
+    return WIDTHS[bisect_left(WIDTHS, rows)]
 
 
 class Rows(NamedTuple):

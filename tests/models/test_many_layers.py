@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pydflash.draft import DraftSession, load_draft
-from pydflash.session import Session
 
+from pydflash.drafts import DraftSession, load_draft
 from pydflash.ggml_types import GGMLType
 from pydflash.models import load_model
 from pydflash.native import Backend, Graph
+from pydflash.runtime import Session
 from tests import tiny
 
 # Narrow, so that hundreds of layers are a small file: 64 columns, 2 heads of 64, a delta-net of 2 heads of 32.
