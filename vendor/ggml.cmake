@@ -70,6 +70,12 @@ endforeach()
 get_target_property(PYDFLASH_ARCH_FLAGS ggml-cpu COMPILE_OPTIONS)
 list(FILTER PYDFLASH_ARCH_FLAGS INCLUDE REGEX "^(-m|-[DU]__ARM_)")
 
+# --- Our operations: one folder for each module of pydflash/ops, which include one another by name ---------------
+set(PYDFLASH_EXT "${CMAKE_CURRENT_SOURCE_DIR}/ggml_ext")
+file(GLOB PYDFLASH_EXT_FOLDERS CONFIGURE_DEPENDS LIST_DIRECTORIES true "${PYDFLASH_EXT}/*")
+list(FILTER PYDFLASH_EXT_FOLDERS EXCLUDE REGEX "\\.[a-z]+$")
+list(PREPEND PYDFLASH_EXT_FOLDERS "${PYDFLASH_EXT}")
+
 # --- Our hooks and kernels ----------------------------------------------------------------------------------------
 if(PYDFLASH_CUDA_ENABLED)
   set(CUDA_SOURCE "${GGML_SOURCE}/src/ggml-cuda/ggml-cuda.cu")
@@ -81,11 +87,11 @@ if(PYDFLASH_CUDA_ENABLED)
   get_target_property(CUDA_SOURCES ggml-cuda SOURCES)
   list(FILTER CUDA_SOURCES EXCLUDE REGEX "/ggml-cuda\\.cu$")
   set_property(TARGET ggml-cuda PROPERTY SOURCES "${CUDA_SOURCES}")
-  file(GLOB OUR_CUDA CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/ggml_ext/*.cu")
-  target_sources(ggml-cuda PRIVATE "${CUDA_HOOKED}" ${OUR_CUDA} "${CMAKE_CURRENT_SOURCE_DIR}/ggml_ext/node.c")
-  set_source_files_properties("${CUDA_HOOKED}" ${OUR_CUDA} "${CMAKE_CURRENT_SOURCE_DIR}/ggml_ext/node.c"
+  file(GLOB OUR_CUDA CONFIGURE_DEPENDS "${PYDFLASH_EXT}/*.cu" "${PYDFLASH_EXT}/*/*.cu")
+  target_sources(ggml-cuda PRIVATE "${CUDA_HOOKED}" ${OUR_CUDA} "${PYDFLASH_EXT}/node.c")
+  set_source_files_properties("${CUDA_HOOKED}" ${OUR_CUDA} "${PYDFLASH_EXT}/node.c"
     TARGET_DIRECTORY ggml-cuda PROPERTIES
-    INCLUDE_DIRECTORIES "${CMAKE_CURRENT_SOURCE_DIR}/ggml_ext;${GGML_SOURCE}/src;${GGML_SOURCE}/src/ggml-cuda")
+    INCLUDE_DIRECTORIES "${PYDFLASH_EXT_FOLDERS};${GGML_SOURCE}/src;${GGML_SOURCE}/src/ggml-cuda")
 endif()
 
 file(STRINGS "${CMAKE_CURRENT_LIST_DIR}/ggml.toml" GGML_PIN REGEX "^ggml ")

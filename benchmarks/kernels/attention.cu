@@ -1,6 +1,6 @@
 // Checks and times the attention kernel on its own, without ggml's libraries.
 //
-//   nvcc -std=c++17 -arch=sm_90 -O3 -I ggml_ext -I GGML/include benchmarks/kernels/attention.cu -o attention
+//   nvcc -std=c++17 -arch=sm_90 -O3 -I ggml_ext -I ggml_ext/attention -I GGML/include benchmarks/kernels/attention.cu -o attention
 //
 // Every case is compared with a float64 computation over the same cached bytes, and bit for bit with itself: row by
 // row, under other splits over the device, and over longer caches. Slots that no row sees hold NaN and infinities.

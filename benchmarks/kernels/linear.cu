@@ -1,12 +1,12 @@
 // Does the linear kernel compute the right thing, does a row's result depend on T, and how near is it to memory speed?
 //
-//   nvcc -std=c++17 -arch=sm_90 -O3 -I GGML/include benchmarks/kernels/linear.cu -o linear && ./linear
+//   nvcc -std=c++17 -arch=sm_90 -O3 -I ggml_ext -I ggml_ext/linear -I GGML/include benchmarks/kernels/linear.cu -o linear && ./linear
 //
 // (GGML is a source tree of ggml; only its headers are used.) Checks: every weight format, several shapes and widths,
 // against a float64 product with the weights dequantised here. Times: the products of a 27B step at T = 1 and 16, each
 // in a CUDA graph that rotates among copies of the weights so that no cache holds them; the unit is GB/s of weight
 // bytes, and the share of what a large device-to-device copy moves (bytes read and written). Exits 1 on any FAIL.
-#include "../../ggml_ext/linear.cu"
+#include "../../ggml_ext/linear/linear.cu"
 
 #include <chrono>
 #include <cmath>

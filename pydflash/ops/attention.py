@@ -25,7 +25,7 @@ def attention(
     window: int = 0,
     slot_positions: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention of at most 16 rows over a cache (ggml_ext/attention.h): q (T, H, D) to (T, H, D).
+    """Softmax attention of at most 16 rows over a cache (ggml_ext/attention/attention.h): q (T, H, D) to (T, H, D).
 
     ``k_cache``, ``v_cache``: (P, Hkv*D), each of its own dtype. A row at position p sees slots with position <= p (all
     when not

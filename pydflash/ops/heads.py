@@ -16,7 +16,7 @@ __all__ = ["NormRope", "norm_rope", "rope", "store_kv", "turbo_wht"]
 
 
 def rope(x: Tensor, positions: Tensor, dims: int, base: float) -> Tensor:
-    """Rotary embedding of the first ``dims`` values of each head, by the reference's angles (ggml_ext/rope.h).
+    """Rotary embedding of the first ``dims`` values of each head, by the reference's angles (ggml_ext/heads/rope.h).
 
     (T, H, D), strided or not, D at most 256, and positions (T,) int32 to (T, H, D); NEOX pairs (i, i + dims/2). For
     text, Qwen's interleaved multi-axis RoPE has the same position on every axis and equals this.
@@ -30,7 +30,7 @@ def rope(x: Tensor, positions: Tensor, dims: int, base: float) -> Tensor:
 
 
 def turbo_wht(x: Tensor, group: int, signs: Tensor | None = None, inverse: bool = False) -> Tensor:
-    """Walsh-Hadamard rotation of each group of ``group`` values of the last axis (ggml_ext/turbo_wht.h).
+    """Walsh-Hadamard rotation of each group of ``group`` values of the last axis (ggml_ext/heads/turbo_wht.h).
 
     ``signs`` (2, group) f32 holds the sign vectors D1 and D2 of the signed form. Orthonormal; ``inverse`` undoes it.
     """
@@ -57,7 +57,7 @@ class NormRope:
 
 
 def norm_rope(x: Tensor, norm: NormRope, positions: Tensor, group: int = 0, signs: Tensor | None = None) -> Tensor:
-    """``norm``, then ``turbo_wht`` unless ``group`` is 0, in one kernel with the same bits (ggml_ext/norm_rope.h).
+    """``norm``, then ``turbo_wht`` unless ``group`` is 0, in one kernel with the same bits (ggml_ext/heads/norm_rope.h).
 
     (T, H, D), strided or not, to (T, H, D). D is 64, 128 or 256; the rest as in ``rope`` and ``turbo_wht``.
     """
@@ -79,7 +79,7 @@ def store_kv(
     signs: Tensor | None = None,
     v_group: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """K through ``norm`` and rotated, and V rotated, into rows of their tables, in one kernel (ggml_ext/store_kv.h).
+    """K through ``norm`` and rotated, and V rotated, into rows of their tables, in one kernel (ggml_ext/heads/store_kv.h).
 
     k and v (T, Hkv, D), strided or not; rows (T,) int32; tables (P, Hkv*D) of f32, f16, bf16, q8_0 or q4_0 each.
     ``signs`` are K's; a group of 0 does not rotate. Returns both tables after it, with ``set_rows``'s bytes.

@@ -1,7 +1,7 @@
 """The state of a gated delta-net layer: S of the last committed token, and the window of raw rows (the tape).
 
 Rolling back costs the window, not copies of S: the rows that were kept are replayed at the start of the next step
-(ggml_ext/delta_inputs.h, delta_rule.h).
+(ggml_ext/delta/delta_inputs.h, delta_rule.h).
 """
 
 from __future__ import annotations

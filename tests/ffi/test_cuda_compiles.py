@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-SOURCES = sorted((ROOT / "ggml_ext").glob("*.cu"))
+EXT = ROOT / "ggml_ext"
+SOURCES = sorted(EXT.rglob("*.cu"))
 FLAGS = ["-std=c++17", "-arch=sm_90", "-use_fast_math", "-extended-lambda", "-DGGML_CUDA_USE_GRAPHS"]
 
 
@@ -20,7 +21,8 @@ def test_a_cuda_source_compiles(source: Path, tmp_path: Path) -> None:
     trees = sorted((ROOT / ".cache").glob("ggml-*"))
     if not trees:
         pytest.skip("this build took ggml from elsewhere (PYDFLASH_GGML_SOURCE)")
-    folders = [ROOT / "ggml_ext", *(trees[-1] / name for name in ("include", "src", "src/ggml-cuda"))]
+    ours = [EXT, *(path for path in EXT.iterdir() if path.is_dir())]
+    folders = [*ours, *(trees[-1] / name for name in ("include", "src", "src/ggml-cuda"))]
     command = [
         str(NVCC),
         *FLAGS,

@@ -16,6 +16,11 @@ ROWS = re.findall(r"^OP\((\w+), *(\w+), *(\w+), *(\w+)\)", (EXT / "ops.def").rea
 NAMES = [name for _, name, _, _ in ROWS]
 
 
+def _source(name: str) -> Path:
+    (path,) = EXT.glob(f"*/{name}")
+    return path
+
+
 def test_the_table_has_rows_and_none_twice() -> None:
     assert len(ROWS) >= 11
     assert len(set(NAMES)) == len(ROWS)
@@ -25,15 +30,20 @@ def test_the_table_has_rows_and_none_twice() -> None:
 def test_a_row_has_its_files(id_: str, name: str, devices: str, scratch: str) -> None:
     assert id_ == name.upper()
     assert devices in ("CUDA", "CPU_ONLY")
-    assert (EXT / f"{name}.h").read_text().startswith(f"// {name}: "), "a contract opens with the operation's name"
-    reference = (EXT / f"{name}.c").read_text()
+    assert _source(f"{name}.h").read_text().startswith(f"// {name}: "), "a contract opens with the operation's name"
+    reference = _source(f"{name}.c").read_text()
     assert f"void pydflash_{name}_cpu(" in reference
     assert scratch in ("SCRATCH", "NO_SCRATCH")
     assert (f"size_t pydflash_{name}_scratch(" in reference) == (scratch == "SCRATCH")
     assert ("pydflash_node_scratch(" in reference) == (scratch == "SCRATCH")
-    kernel = EXT / f"{name}.cu"
-    assert kernel.exists() == (devices == "CUDA")
-    assert devices != "CUDA" or f"const pydflash_cuda_op pydflash_cuda_{name} = " in kernel.read_text()
+    kernels = list(EXT.glob(f"*/{name}.cu"))
+    assert len(kernels) == (devices == "CUDA")
+    assert all(f"const pydflash_cuda_op pydflash_cuda_{name} = " in kernel.read_text() for kernel in kernels)
+
+
+def test_the_folders_are_the_modules_of_ops() -> None:
+    modules = {path.stem for path in (ROOT / "pydflash" / "ops").glob("*.py")} - {"__init__", "node", "rows"}
+    assert {path.name for path in EXT.iterdir() if path.is_dir()} == modules
 
 
 @pytest.mark.parametrize("name", NAMES)
