@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pydflash.draft import DraftSession, load_draft
-from pydflash.session import Session
 
+from pydflash.drafts import DraftSession, load_draft
 from pydflash.ggml_types import GGMLType
 from pydflash.models import load_model
 from pydflash.native import Backend, Graph
+from pydflash.runtime import Session
 from tests import tiny
 
 # Narrow, so that hundreds of layers are a small file: 64 columns, 2 heads of 64, a delta-net of 2 heads of 32.
@@ -67,8 +67,8 @@ def test_a_draft_of_many_layers_runs(tmp_path: Path) -> None:
     ):
         session.forward(PROMPT)
         session.commit(len(PROMPT))
-        proposing.keep(len(PROMPT))
-        assert len(proposing.propose(5, 8)) > 1
+        proposing.commit(len(PROMPT))
+        assert len(proposing.propose([5], 8)) > 1
 
 
 def test_a_graph_grows_with_its_operations() -> None:
