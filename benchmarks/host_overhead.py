@@ -15,12 +15,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pydflash.measure.bench import Report, Result, random_ids
-from pydflash.decode import autoregressive
+from pydflash.decode import Sampler, SamplingParams, autoregressive
 from pydflash.engine import Engine
-from pydflash.native import Graph
+from pydflash.measure.bench import Report, Result, random_ids
 from pydflash.models import load_model
-from pydflash.decode import Sampler, SamplingParams
+from pydflash.native import Graph
 from pydflash.runtime import Session
 
 TARGET_MICROSECONDS = 150.0

@@ -22,9 +22,18 @@ try:  # before our libraries: the C++ runtime inside libggml-cuda is not torch's
 except ImportError:
     raise SystemExit("benchmarks.kernel_times needs PyTorch: pip install torch") from None
 
-from pydflash.measure.bench import CYCLE_PROMPT, CycleBench, Report, Result, cycle_context, decode_speed, feed, random_ids
 from pydflash.config import EngineConfig
 from pydflash.drafts import load_draft
+from pydflash.measure.bench import (
+    CYCLE_PROMPT,
+    CycleBench,
+    Report,
+    Result,
+    cycle_context,
+    decode_speed,
+    feed,
+    random_ids,
+)
 from pydflash.models import Model, load_model
 from pydflash.runtime import Session
 

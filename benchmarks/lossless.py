@@ -19,13 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from pydflash.decode import Sampler, SamplingParams, autoregressive, collect, speculative
+from pydflash.drafts import CycleCosts, DraftSession, ProposalLength, adapts, load_draft
 from pydflash.files import replacing
-from pydflash.decode import autoregressive, collect, speculative
-from pydflash.drafts import DraftSession, load_draft
 from pydflash.models import load_model
-from pydflash.decode import Sampler, SamplingParams
 from pydflash.runtime import Session
-from pydflash.drafts import adapts
 
 
 def read_prompts(path: Path | None, encode: Any, vocab: int, count: int) -> list[list[int]]:
@@ -46,7 +44,8 @@ def compare(
     expected, plain = collect(autoregressive(session, prompt, greedy, max_tokens=tokens))
     session.reset()
     draft.reset()
-    found, fast = collect(speculative(session, draft, prompt, greedy, max_tokens=tokens, adaptive=adaptive))
+    length = ProposalLength(CycleCosts()) if adaptive else None
+    found, fast = collect(speculative(session, draft, prompt, greedy, max_tokens=tokens, length=length))
     return {
         "equal": expected == found,
         "sha256": hashlib.sha256(np.asarray(expected, np.int32).tobytes()).hexdigest(),

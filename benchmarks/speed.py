@@ -12,9 +12,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pydflash.measure.bench import Report, Result, cycle_results, decode_results, prefill_results
 from pydflash.config import EngineConfig
 from pydflash.drafts import load_draft
+from pydflash.measure.bench import Report, Result, cycle_results, decode_results, prefill_results
 from pydflash.models import Model, load_model
 
 

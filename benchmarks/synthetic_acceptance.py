@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.speed import numbers
+from pydflash.config import EngineConfig
+from pydflash.drafts import Draft, load_draft
 from pydflash.files import replacing
 from pydflash.measure.bench import (
     CYCLE_PROMPT,
@@ -26,8 +28,6 @@ from pydflash.measure.bench import (
     feed,
     random_ids,
 )
-from pydflash.config import EngineConfig
-from pydflash.drafts import Draft, load_draft
 from pydflash.models import Model, load_model
 from pydflash.runtime import Session
 

@@ -229,17 +229,16 @@ def state_of(session: Session, model: Model) -> dict[str, npt.NDArray[Any]]:
     protocol.
     """
     found: dict[str, npt.NDArray[Any]] = {}
-    for name in session.cache.arena:
-        tensor = session.cache.arena[name]
-        if name != "signs":
-            out = np.empty((tensor.shape[0], tensor.dtype.nbytes(tensor.shape[1])), np.uint8)
-            model.backend.read(tensor, out)
-            found[name] = out[: session.length]
-    for name in session.delta.arena:
-        tensor = session.delta.arena[name]
-        values = np.empty(tensor.shape, np.float32)
-        model.backend.read(tensor, values)
-        found[name] = values[: model.config.conv_kernel - 1] if name.startswith("window") else values
+    for i, layer in enumerate(session.state.layers):
+        for part, tensor in layer.tensors.items():
+            if part in ("k", "v"):
+                out = np.empty((tensor.shape[0], tensor.dtype.nbytes(tensor.shape[1])), np.uint8)
+                model.backend.read(tensor, out)
+                found[f"{part}.{i}"] = out[: session.length]
+            elif part in ("state", "window"):
+                values = np.empty(tensor.shape, np.float32)
+                model.backend.read(tensor, values)
+                found[f"{part}.{i}"] = values[: layer.spec.conv_kernel - 1] if part == "window" else values
     return found
 
 

@@ -27,14 +27,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pydflash import ops
-from pydflash.files import check_output, replacing
-from pydflash.native import Arena, Backend
 from pydflash.errors import ConfigError
+from pydflash.files import GGUFFile, TensorSource, check_output, replacing, write_gguf
 from pydflash.ggml_types import GGMLType
-from pydflash.files import GGUFFile
-from pydflash.files import TensorSource, write_gguf
-from pydflash.native import Graph
 from pydflash.models.qwen35 import Config
+from pydflash.native import Arena, Backend, Graph
 
 __all__ = ["Outliers", "copy_model", "inject", "write_f32"]
 

@@ -7,9 +7,10 @@ the width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,15 +18,14 @@ import numpy.typing as npt
 from benchmarks.kv_quality.metrics import agreement, kl_divergence, percentile, perplexity, relative_error
 from benchmarks.kv_quality.texts import Needle, Text
 from pydflash import ops
-from pydflash.native import Arena
-from pydflash.measure.bench import feed
-from pydflash.decode import speculative
+from pydflash.decode import Sampler, SamplingParams, speculative
 from pydflash.drafts import Draft, DraftSession
 from pydflash.ggml_types import GGMLType
+from pydflash.measure.bench import feed
 from pydflash.models import Model
-from pydflash.decode import Sampler, SamplingParams
+from pydflash.native import Arena, Tensor
 from pydflash.runtime import Session
-from pydflash.native import Tensor
+from pydflash.state import Batch, KVCache
 
 __all__ = ["REFERENCE", "AcceptancePlaces", "Caches", "Observed", "Quality", "Yardstick", "grid", "observe"]
 
@@ -69,20 +69,24 @@ def grid(
 
 
 class AttentionTap:
-    """Stands in a session where its cache was, and keeps what attention of one layer gives: (rows, H * D) f32."""
+    """Stands in a session where the cache of one layer was, and keeps what its attention gives: (rows, H * D) f32."""
 
     def __init__(self, session: Session, layer: int) -> None:
+        """To be put there before the first graph is built."""
         config = session.model.config
-        self._session, self._cache, self._layer = session, session.cache, layer
-        shape = (self._cache.capacity + 1, config.heads * config.head_size)
-        self._table = Arena(session.model.backend, {"outputs": (shape, GGMLType.F32)}, "attention outputs")
+        self._session, self._cache = session, cast("KVCache", session.state.layers[layer])
+        self.tensors = self._cache.tensors
+        self._table = Arena(
+            session.model.backend,
+            {"outputs": ((session.capacity + 1, config.heads * config.head_size), GGMLType.F32)},
+            "attention outputs",
+        )
+        session.state.layers[layer] = self  # type: ignore[call-overload]
 
-    def attend(self, layer: int, *arguments: Any) -> Tensor:
-        output: Tensor = self._cache.attend(layer, *arguments)
-        if layer == self._layer:
-            step, table = arguments[-1], self._table["outputs"]
-            rows = output.reshape(output.shape[0], table.shape[1])
-            step.graph.effect(ops.set_rows(table.within(step.graph), step.rows, rows))
+    def attend(self, *arguments: Any) -> Tensor:
+        output, batch, table = self._cache.attend(*arguments), cast("Batch", arguments[-1]), self._table["outputs"]
+        rows = output.reshape(output.shape[0], table.shape[1])
+        batch.graph.effect(ops.set_rows(table.within(batch.graph), batch.rows, rows))
         return output
 
     def read(self) -> npt.NDArray[np.float32]:
@@ -94,10 +98,6 @@ class AttentionTap:
 
     def close(self) -> None:
         self._table.close()
-        self._cache.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cache, name)
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,10 @@ class Observed:
 def observe(model: Model, caches: Caches, texts: Sequence[Text]) -> Iterator[Observed]:
     """What ``model`` says over each text, one after the other."""
     context = max(len(text.ids) for text in texts) + ROWS
-    with caches.open(model, context) as session:
-        tap = AttentionTap(session, model.config.attention_layers[0])
-        session.cache = tap  # before the first graph is built
+    with (
+        caches.open(model, context) as session,
+        closing(AttentionTap(session, model.config.attention_layers[0])) as tap,
+    ):
         for text in texts:
             session.reset()
             logits = _forced(session, text.ids)
@@ -235,14 +236,14 @@ class AcceptancePlaces:
                 proposer.reset()
                 feed(session, prompt, proposer)
                 for start in range(0, len(continuation), ROWS):
-                    proposal = proposer.propose(continuation[start])
+                    proposal = proposer.propose([continuation[start]])
                     chosen = session.forward(proposal, "all").argmax
                     lengths.append(1 + int((chosen[:-1] == proposal.ids[1:]).cumprod().sum()))
                     session.commit(0)
                     piece = continuation[start : start + ROWS]
                     session.forward(piece, "none")
                     session.commit(len(piece))
-                    proposer.keep(len(piece))
+                    proposer.commit(len(piece))
         return float(np.mean(lengths))
 
     def _open(self, caches: Caches) -> Session:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kv_quality.measure import Caches, Quality
-from pydflash.files import replacing
 from pydflash.errors import ConfigError
+from pydflash.files import replacing
 from pydflash.kv_format import CACHE_TYPES, K_BASES
 
 __all__ = ["Cell", "Source", "render", "write_between_markers"]

@@ -11,7 +11,6 @@ from pydflash.cli.options import Draft, Model, engine_options
 from pydflash.cli.show import LINES, note, progress_bar
 from pydflash.config import Settings
 from pydflash.control_chars import escape_controls
-from pydflash.files import check_output
 
 __all__ = ["ab"]
 
@@ -43,6 +42,7 @@ def ab(
     """Compare two configurations: speed with intervals and a noise floor, outputs, acceptance. The settings that are
     options hold for both arms.
     """
+    from pydflash.files import check_output
     from pydflash.measure import ab as harness
     from pydflash.measure import ab_plot, ab_report
 

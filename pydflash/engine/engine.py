@@ -261,7 +261,8 @@ class Engine:
 
     def settings(self) -> tuple[Setting, ...]:
         """Every effective value and where it came from: the configuration, then what follows from it and the files."""
-        return (*self.config.settings(), *derived(self.session, self.draft, self.draft_session, self._adaptive))
+        most = self.config.draft_max
+        return (*self.config.settings(), *derived(self.session, self.draft, self.draft_session, most, self._adaptive))
 
     def explain(self) -> str:
         """:meth:`settings` as a table."""

@@ -21,7 +21,7 @@ def _threads(count: int) -> str | None:
 
 
 def derived(
-    session: Session, draft: LoadedDraft | None, proposer: Proposer | None, adaptive: bool
+    session: Session, draft: LoadedDraft | None, proposer: Proposer | None, draft_max: int | None, adaptive: bool
 ) -> Iterator[Setting]:
     """Effective values that are no settings themselves, each with what it comes from."""
     model, backend = session.model, session.model.backend
@@ -41,5 +41,6 @@ def derived(
         yield Setting(name, value, source)
     for what, size in proposer.sizes().items():
         yield Setting(what, f"{size:,} bytes", "draft, max_context")
-    most = "up to that many, as many as are expected to pay" if adaptive else "always as many as fit"
-    yield Setting("most tokens of a proposal", f"{draft.limit}, {most}", "draft_max, draft, adaptive, device")
+    most = draft.limit if draft_max is None else draft_max
+    choice = "up to that many, as many as are expected to pay" if adaptive else "always as many as fit"
+    yield Setting("most tokens of a proposal", f"{most}, {choice}", "draft_max, draft, adaptive, device")

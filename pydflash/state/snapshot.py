@@ -175,7 +175,10 @@ class _Reader:
         if header != _header(layout, statement, digest):
             self._damaged("its arrays are not those that its fingerprint asks for")
         self._check_size(8 + len(header) + sum(_nbytes(*spec) for spec in layout.values()))
-        arrays = host_arrays(layout)
+        try:
+            arrays = host_arrays(layout)
+        except ValueError as error:  # a size below 0, or one whose product with others overflows
+            self._damaged(f"its arrays cannot be made ({error})")
         for values in arrays.values():
             self._fill(values)
         if _digest(statement, arrays) != digest:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from pydflash import chat
 from pydflash.errors import BadMetadata, ConfigError, TemplateError
+from pydflash.text import chat
 from pydflash.text.chat import ChatTemplate
 
 USER = {"role": "user", "content": "hi"}

@@ -16,8 +16,9 @@ import safetensors
 
 from pydflash.drafts import DraftSession, load_draft
 from pydflash.errors import BadMetadata, ConfigError, DraftMismatch, LoadError, MissingTensor, WriteError
-from pydflash.files import GGUFFile, encode
+from pydflash.files import GGUFFile
 from pydflash.files.convert import convert_draft
+from pydflash.files.gguf_writer import encode
 from pydflash.ggml_types import GGMLType
 from pydflash.models import load_model
 from pydflash.runtime import Session
@@ -125,8 +126,8 @@ def proposals(target: Path, draft: Path) -> list[list[int]]:
         for start in (3, 70):
             session.forward(list(range(start, start + 12)))
             session.commit(12)
-            proposer.keep(12)
-            found.append(proposer.propose(5).ids.tolist())
+            proposer.commit(12)
+            found.append(proposer.propose([5]).ids.tolist())
     return found
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import pydflash
 from pydflash.decode import Sampler, SamplingParams
-from pydflash.engine import Engine, StopFilter
+from pydflash.engine import Engine
 from pydflash.errors import (
     ConfigError,
     ContextFull,
@@ -23,6 +23,7 @@ from pydflash.errors import (
     StateError,
     UnsupportedArchitecture,
 )
+from pydflash.text import StopFilter
 from tests.tiny import GEOMETRIES, write_draft, write_target
 
 PROMPT = "the cat sat on"
@@ -80,9 +81,12 @@ def test_speculation_changes_no_byte(engine: Engine, speculating: Engine) -> Non
 
 
 def test_on_the_cpu_the_length_of_a_proposal_adapts_unless_told_otherwise(target_path: Path, draft_path: Path) -> None:
-    for adaptive, words in ((None, "up to 15 tokens, as many as are expected to pay"), (False, "15 tokens")):
+    for adaptive, words in (
+        (None, "up to that many, as many as are expected to pay"),
+        (False, "always as many as fit"),
+    ):
         with Engine.load(target_path, draft_path, adaptive=adaptive, **OPTIONS) as engine:  # type: ignore[arg-type]
-            assert {s.name: s.value for s in engine.settings()}["proposal"] == words
+            assert {s.name: s.value for s in engine.settings()}["most tokens of a proposal"] == f"15, {words}"
             stats = engine.generate(PROMPT, greedy(96)).stats
             # A draft with random weights is right once in a while only: what pays is to leave it out.
             assert (stats.fallback is not None) == (adaptive is None)
@@ -430,8 +434,17 @@ def test_explain_gives_every_effective_value_and_its_source(target_path: Path, d
     assert settings["fused"] == (False, "argument")
     assert settings["K basis"][0] == "hadamard-256"
     assert settings["V basis"][0] == "hadamard-64"
-    assert settings["block size"] == (16, "draft")
+    assert settings["block size"] == ("16", "draft")
     assert len(text.splitlines()) == len(settings)
+
+
+@pytest.mark.parametrize(("draft_max", "most"), [(None, 15), (5, 5), (15, 15)])
+def test_explain_tells_how_long_a_proposal_can_be(
+    target_path: Path, draft_path: Path, draft_max: int | None, most: int
+) -> None:
+    with Engine.load(target_path, draft_path, draft_max=draft_max, **OPTIONS) as engine:  # type: ignore[arg-type]
+        value = {s.name: s.value for s in engine.settings()}["most tokens of a proposal"]
+    assert str(value).startswith(f"{most}, ")
 
 
 def test_the_public_names_resolve() -> None:

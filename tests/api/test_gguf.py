@@ -19,7 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pydflash.errors import BadMetadata, LoadError, MissingTensor, StateError
-from pydflash.files import GGMLType, GGUFFile
+from pydflash.files import GGUFFile
+from pydflash.ggml_types import GGMLType
 
 U8, U16, U32, I32, F32, BOOL, STR, ARR, U64 = 0, 2, 4, 5, 6, 7, 8, 9, 10
 

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pydflash.files import GGUFFile, TensorSource, encode, gguf_check, write_gguf
+from pydflash.files import GGUFFile, TensorSource, gguf_check, write_gguf
 from pydflash.files.gguf_check import Damage, damaged_tensors
+from pydflash.files.gguf_writer import encode
 from pydflash.ggml_types import GGMLType
 
 INTEGERS = {GGMLType.I8, GGMLType.I16, GGMLType.I32, GGMLType.I64}

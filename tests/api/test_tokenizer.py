@@ -16,9 +16,10 @@ import pytest
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Pipeline
 
-from pydflash import tokenizer as tokenizer_module
 from pydflash.errors import BadMetadata, ConfigError, ShapeError
-from pydflash.text import BYTE_OF, PRE_TOKENIZERS, Tokenizer, TokenType
+from pydflash.text import Tokenizer
+from pydflash.text import tokenizer as tokenizer_module
+from pydflash.text.tokenizer import BYTE_OF, PRE_TOKENIZERS, TokenType
 
 TEXT = (Path(__file__).parents[1] / "data" / "multilingual.txt").read_bytes().decode("utf-8")
 LINES = TEXT.removesuffix("\n").split("\n")
@@ -334,6 +335,6 @@ def test_damaged_merges_and_tokens_are_found_before_encoding(metadata: dict[str,
 
 def test_loading_does_not_import_the_library() -> None:
     """The library is imported by the first encode, so that programs that only count or decode start quickly."""
-    code = "import sys, pydflash.tokenizer; sys.exit('tokenizers' in sys.modules)"
-    root = Path(tokenizer_module.__file__).parents[1]
+    code = "import sys, pydflash.text; sys.exit('tokenizers' in sys.modules)"
+    root = Path(tokenizer_module.__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

@@ -19,7 +19,7 @@ from pydflash.drafts import Draft, DraftSession, load_draft
 from pydflash.errors import SessionClosed, SnapshotMismatch, StateError
 from pydflash.models import Model, load_model
 from pydflash.runtime import Session
-from pydflash.state import DraftFingerprint, host_arrays
+from pydflash.state import RingSpec, host_arrays
 from tests.decode.conftest import Pair
 from tests.shipped import DRAFT, TARGET, held_out_prompts, needs_pair
 
@@ -75,17 +75,17 @@ def extend(pair: Sessions, tokens: list[int], keep: int | None = None) -> None:
         pair.draft.flush()
     pair.target.forward(tokens, "none")
     pair.target.commit(len(tokens) if keep is None else keep)
-    pair.draft.keep(len(tokens) if keep is None else keep)
+    pair.draft.commit(len(tokens) if keep is None else keep)
 
 
 def cycles(pair: Sessions, *kept: int) -> None:
     """Propose, verify 16 rows and keep n of them, for each n: these wait for the next proposal."""
     for i, n in enumerate(kept):
         block = draw(16, 10 + i)
-        pair.draft.propose(block[0])
+        pair.draft.propose([block[0]])
         pair.target.forward(block, "none")
         pair.target.commit(n)
-        pair.draft.keep(n)
+        pair.draft.commit(n)
 
 
 def trace(pair: Sessions, steps: int = 5) -> list[Any]:
@@ -93,13 +93,13 @@ def trace(pair: Sessions, steps: int = 5) -> list[Any]:
     found: list[Any] = []
     anchor = 3
     for step in range(steps):
-        proposal = pair.draft.propose(anchor)
+        proposal = pair.draft.propose([anchor])
         found.append(pair.draft.logits()[1:])
         output = pair.target.forward(proposal, "all")
         found.append(output.logits.copy())
         anchor = int(output.argmax[step])
         pair.target.commit(step + 1)
-        pair.draft.keep(step + 1)
+        pair.draft.commit(step + 1)
     return found
 
 
@@ -221,20 +221,20 @@ def test_a_target_restored_without_its_draft_is_noticed(open_pair: Callable[...,
     extend(pair, draw(7, 3))  # they wait in the ring of features
     pair.target.restore(saved)
     assert pair.target.length == pair.draft.length
-    for call in (lambda: pair.draft.propose(3), pair.draft.snapshot, pair.draft.flush):
+    for call in (lambda: pair.draft.propose([3]), pair.draft.snapshot, pair.draft.flush):
         with pytest.raises(StateError, match=HALF):
             call()
     pair.target.forward([5])
     pair.target.commit(1)
     with pytest.raises(StateError, match=HALF):
-        pair.draft.keep(1)
+        pair.draft.commit(1)
     pair.draft.reset()
-    for call in (lambda: pair.draft.propose(3), lambda: pair.draft.keep(21)):
+    for call in (lambda: pair.draft.propose([3]), lambda: pair.draft.commit(21)):
         with pytest.raises(StateError, match=HALF):  # nor is an empty context that of a text from a snapshot
             call()
     pair.target.reset()
     extend(pair, [1, 2])
-    pair.draft.propose(3)
+    pair.draft.propose([3])
 
 
 def test_a_draft_is_restored_after_its_target(open_pair: Callable[..., Sessions]) -> None:
@@ -282,9 +282,9 @@ def test_a_second_draft_session_can_join_at_the_place_of_a_snapshot(open_pair: C
     saved = pair.snapshot()
     with DraftSession(pair.draft.draft, pair.target) as second:
         second.restore(saved[1])
-        proposed = second.propose(3).ids.copy()
-        assert np.array_equal(second.logits()[1:], (pair.draft.propose(3), pair.draft.logits())[1][1:])
-        assert np.array_equal(proposed, pair.draft.propose(3).ids)
+        proposed = second.propose([3]).ids.copy()
+        assert np.array_equal(second.logits()[1:], (pair.draft.propose([3]), pair.draft.logits())[1][1:])
+        assert np.array_equal(proposed, pair.draft.propose([3]).ids)
 
 
 def test_a_draft_that_is_not_where_its_target_is_gives_no_snapshot(open_pair: Callable[..., Sessions]) -> None:
@@ -296,7 +296,7 @@ def test_a_draft_that_is_not_where_its_target_is_gives_no_snapshot(open_pair: Ca
     pair.target.commit(2)
     with pytest.raises(StateError, match="snapshot: the draft holds 5 positions, the target 7 and 0 pending"):
         pair.draft.snapshot()
-    pair.draft.keep(2)
+    pair.draft.commit(2)
     assert pair.draft.snapshot().length == 7
 
 
@@ -315,21 +315,31 @@ def test_closed_sessions_say_so(open_pair: Callable[..., Sessions]) -> None:
     pair.draft.close()
     other.target.close()
     for draft, words in ((pair.draft, "this draft session was closed"), (other.draft, "the target session of this")):
-        for call in (draft.snapshot, lambda draft=draft: draft.restore(saved), lambda draft=draft: draft.propose(1)):
+        for call in (draft.snapshot, lambda draft=draft: draft.restore(saved), lambda draft=draft: draft.propose([1])):
             with pytest.raises(SessionClosed, match=words):
                 call()
 
 
-@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(DraftFingerprint)])
-def test_every_field_of_the_fingerprint_decides(open_pair: Callable[..., Sessions], field: str) -> None:
+def other_value(value: Any) -> Any:
+    if isinstance(value, bool):
+        return not value
+    return (*value[1:], value[0]) if isinstance(value, tuple) else "other" if isinstance(value, str) else value * 2
+
+
+@pytest.mark.parametrize("field", ["format", "model", "draft", "taps", *(f.name for f in dataclasses.fields(RingSpec))])
+def test_every_field_of_the_fingerprint_and_of_a_layer_decides(open_pair: Callable[..., Sessions], field: str) -> None:
     pair, undisturbed = open_pair("sliding and full"), open_pair("sliding and full")
     for each in (pair, undisturbed):
         extend(each, draw(20, 1))
         cycles(each, 3)
     ours = pair.draft.fingerprint
-    mine = getattr(ours, field)
-    changed = (*mine[1:], mine[0]) if isinstance(mine, tuple) else "other" if isinstance(mine, str) else mine * 2
-    theirs = dataclasses.replace(ours, **{field: changed})
+    first, *rest = ours.layers
+    mine = getattr(first if hasattr(first, field) else ours, field)
+    changed = other_value(mine)
+    if hasattr(first, field):
+        theirs = dataclasses.replace(ours, layers=(dataclasses.replace(first, **{field: changed}), *rest))
+    else:
+        theirs = dataclasses.replace(ours, **{field: changed})
     foreign = Snapshot(theirs, pair.target.sequence, 23, 0, host_arrays(theirs.layout(23, 0)))
     with pytest.raises(SnapshotMismatch) as caught:
         pair.draft.restore(foreign)

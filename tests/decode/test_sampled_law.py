@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from pydflash import decode
-from pydflash.decode import Law, Sampler, SamplingParams, Stats, autoregressive, collect, speculative
+from pydflash.decode import Law, Sampler, SamplingParams, Stats, autoregressive, collect, loops, speculative
+from pydflash.drafts import Proposer
+from pydflash.runtime import HostProposal
 from tests.reference.qwen35 import Array
 
 VOCAB, DEPTH, SEQUENCES = 6, 4, 26_000  # 104,000 draws
@@ -43,14 +44,6 @@ class Rows:
         return self.logits.argmax(axis=1)
 
 
-class Proposed:
-    def __init__(self, ids: Sequence[int]) -> None:
-        self.ids = np.array(ids, np.int32)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
 class TableSession:
     """The part of a session that decoding uses. The logits after a token are its row of TABLE."""
 
@@ -64,7 +57,7 @@ class TableSession:
         self.commit(len(tokens))
 
     def forward(self, tokens: Any, logits: str = "last") -> Rows:
-        ids = tokens.ids if isinstance(tokens, Proposed) else np.asarray(tokens)
+        ids = tokens.ids if isinstance(tokens, HostProposal) else np.asarray(tokens)
         return Rows(TABLE[ids if logits == "all" else ids[-1:]], len(ids))
 
     def commit(self, n: int) -> None:
@@ -74,24 +67,30 @@ class TableSession:
 class TableDraft:
     """Proposes the most likely chain (``likely``) or anything at all, as a draft knows nothing of penalties."""
 
-    block = DEPTH + 1
+    limit = DEPTH
 
     def __init__(self, likely: bool) -> None:
         self._likely, self._rng = likely, np.random.default_rng(7)
 
-    def rows_for(self, count: int) -> int:
-        return self.block
-
-    def propose(self, anchor: int, count: int, rows: int) -> Proposed:
-        ids = [anchor]
+    def propose(self, history: Sequence[int], count: int) -> HostProposal:
+        ids = [history[-1]]
         for _ in range(count):
             ids.append(int(TABLE[ids[-1]].argmax() if self._likely else self._rng.integers(VOCAB)))
-        return Proposed(ids)
+        return HostProposal(ids)
 
-    def keep(self, n: int) -> None:
+    def commit(self, n: int) -> None:
         pass
 
     def flush(self) -> None:
+        pass
+
+    def reset(self) -> None:
+        pass
+
+    def sizes(self) -> dict[str, int]:
+        return {}
+
+    def close(self) -> None:
         pass
 
 
@@ -123,7 +122,7 @@ def expected_law() -> dict[Sequence_, float]:
     return law
 
 
-def sequences(draft: TableDraft | None, seen: list[Stats], count: int) -> Iterator[Sequence_]:
+def sequences(draft: Proposer | None, seen: list[Stats], count: int) -> Iterator[Sequence_]:
     """``count`` sequences; ``seen`` gets the stats of each."""
     sampler = RememberingSampler(SamplingParams(**LAW, seed=SEED), VOCAB)
     for _ in range(count):
@@ -131,8 +130,7 @@ def sequences(draft: TableDraft | None, seen: list[Stats], count: int) -> Iterat
         if draft is None:
             steps = autoregressive(session, PROMPT, sampler, max_tokens=DEPTH)
         else:
-            given: Any = draft
-            steps = speculative(session, given, PROMPT, sampler, max_tokens=DEPTH)
+            steps = speculative(session, draft, PROMPT, sampler, max_tokens=DEPTH)
         tokens, stats = collect(steps)
         seen.append(stats)
         yield tuple(tokens)
@@ -210,12 +208,12 @@ def redraw_where_the_draft_was_wrong(proposal: Any, output: Any, sampler: Sample
     return tokens
 
 
-original_accept: Callable[..., list[int]] = decode._accept
+original_accept: Callable[..., list[int]] = loops._accept
 
 
 @pytest.mark.parametrize(
     "broken", [accept_by_chance, forget_the_accepted_prefix, redraw_where_the_draft_was_wrong], ids=lambda f: f.__name__
 )
 def test_a_broken_acceptance_rule_is_caught(monkeypatch: pytest.MonkeyPatch, broken: Callable[..., list[int]]) -> None:
-    monkeypatch.setattr(decode, "_accept", broken)
+    monkeypatch.setattr(loops, "_accept", broken)
     assert p_value(TableDraft(likely=True), 8000) < 1e-6

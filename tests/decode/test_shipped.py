@@ -123,8 +123,8 @@ def test_draft_logits_are_those_of_the_draft_it_was_trained_as(float_pair: Pair)
         with session, draft:
             assert session.forward(ids).argmax.tolist() == [anchor]
             session.commit(len(ids))
-            draft.keep(len(ids))
-            draft.propose(anchor)
+            draft.commit(len(ids))
+            draft.propose([anchor])
             got = draft.logits()
         best = arrays[f"top_ids_{i}"]
         # The draft's context K and V are kept in f16, which the stored ones were not.

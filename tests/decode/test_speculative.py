@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from pydflash.decode import Sampler, SamplingParams, Stats, Step, autoregressive, collect, speculative
-from pydflash.drafts import Costs, DraftSession
+from pydflash.drafts import CycleCosts, DraftSession, ProposalLength, Proposer
 from pydflash.errors import ConfigError, ContextFull, ShapeError
 from pydflash.ggml_types import GGMLType
 from pydflash.native import Arena
-from pydflash.runtime import Output, Proposal, Session
+from pydflash.runtime import DeviceProposal, Output, Session
 from tests.decode.conftest import Pair
 from tests.helpers import run_chunks
 from tests.reference.dflash import DraftReference, speculative_reference
@@ -30,37 +30,37 @@ PROMPT: list[int] = np.random.default_rng(0).integers(0, VOCAB, 21).tolist()
 TOKENS = 70
 
 
-class Scripted(DraftSession):
-    """A draft that proposes what it is told. It keeps the account of a real one, and has no model."""
+class Scripted:
+    """A Proposer without a model: it proposes what it is told, and holds the loop to the protocol."""
 
-    def __init__(self, session: Session, choose: Choose, block: int = 16) -> None:
-        self.target, self.block, self.length, self._choose = session, block, 0, choose
-        self.costs = Costs()
+    limit = 15
+
+    def __init__(self, session: Session, choose: Choose) -> None:
+        self._target, self._choose, self.length = session, choose, 0
         self._arena = Arena(session.model.backend, {"tokens": ((16,), GGMLType.I32)}, "a scripted proposal")
         self.made: list[int] = []
-        self.closed = False
 
-    def rows_for(self, count: int) -> int:
-        return self.block
-
-    def propose(self, anchor: int, count: int | None = None, rows: int | None = None) -> Proposal:
-        assert self.length == self.target.length
-        count = self.block - 1 if count is None else count
+    def propose(self, history: Sequence[int], count: int) -> DeviceProposal:
+        assert len(history) - 1 == self.length == self._target.length
+        assert 1 <= count <= self.limit
         ids = np.zeros(16, np.int32)
-        ids[: count + 1] = [anchor, *self._choose(self.length + 1, count)]
-        self.target.model.backend.write(self._arena["tokens"], ids)
+        ids[: count + 1] = [history[-1], *self._choose(self.length + 1, count)]
+        self._target.model.backend.write(self._arena["tokens"], ids)
         self.made.append(count)
-        return Proposal(self._arena, count + 1)
+        return DeviceProposal(self._arena, count + 1)
 
-    def keep(self, n: int) -> None:
+    def commit(self, n: int) -> None:
         self.length += n
-        assert self.length == self.target.length
+        assert self.length == self._target.length
 
     def flush(self) -> None:
         pass
 
     def reset(self) -> None:
         self.length = 0
+
+    def sizes(self) -> dict[str, int]:
+        return {}
 
     def close(self) -> None:
         self._arena.close()
@@ -110,9 +110,7 @@ def proposals(text: list[int]) -> dict[str, Choose]:
 SCRIPTS = list(proposals([]))
 
 
-def run(
-    session: Session, draft: DraftSession, prompt: list[int], count: int, **options: object
-) -> tuple[list[int], Stats]:
+def run(session: Session, draft: Proposer, prompt: list[int], count: int, **options: object) -> tuple[list[int], Stats]:
     return collect(speculative(session, draft, prompt, greedy(), max_tokens=count, **options))  # type: ignore[arg-type]
 
 
@@ -175,7 +173,8 @@ def test_every_draft_max_gives_the_autoregressive_text(pair_of: PairOf, draft_ma
     wanted = alone(pair, PROMPT, TOKENS)
     with Session(pair.model, 256, "f32", "f32") as session:
         draft = Scripted(session, proposals(PROMPT + wanted)["any prefix"])
-        tokens, stats = run(session, draft, PROMPT, TOKENS, draft_max=draft_max, adaptive=adaptive)
+        length = ProposalLength(CycleCosts()) if adaptive else None
+        tokens, stats = run(session, draft, PROMPT, TOKENS, draft_max=draft_max, length=length)
         assert tokens == wanted
         assert max(draft.made) <= draft_max
         check_stats(stats, wanted)
@@ -242,10 +241,10 @@ def test_a_prompt_of_several_chunks_hands_every_feature_to_the_draft(pair_of: Pa
                     draft.flush()
                     session.forward(prompt[start : start + 16], "none")
                     session.commit(len(prompt[start : start + 16]))
-                    draft.keep(len(prompt[start : start + 16]))
+                    draft.commit(len(prompt[start : start + 16]))
             else:
                 next(speculative(session, draft, prompt, greedy(), max_tokens=1))
-            draft.propose(5)
+            draft.propose([5])
             proposed.append(draft.logits()[1:])
     assert np.abs(proposed[0] - proposed[1]).max() < 1e-2 * proposed[0].std()
 
@@ -266,7 +265,7 @@ def test_a_prompt_read_in_turns_with_another_sequence_changes_nothing(pair_of: P
         """The count of each chunk of the prompt but the last, then the steps."""
         head = (len(prompt) - 1) // session.chunk * session.chunk
         for output in session.prefill(prompt[:head]):
-            draft.keep(output.count)
+            draft.commit(output.count)
             yield output.count
         yield from steps(session, draft, prompt[head:])
 

@@ -5,23 +5,23 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pydflash.drafts import Costs, Width
+from pydflash.drafts import CycleCosts, ProposalLength
 
 LENGTHS = {1: 0, 2: 1, 4: 3, 8: 7, 16: 15}  # width of a graph to the proposal that fills it
 
 
-def measured(seconds: dict[int, float]) -> Costs:
+def measured(seconds: dict[int, float]) -> CycleCosts:
     """``seconds`` by proposed tokens; the first cycle of each, which builds a graph, takes forever."""
-    costs = Costs()
+    costs = CycleCosts()
     for proposed, value in seconds.items():
         for measured_seconds in (1e9, value, value):
             costs.add(proposed, measured_seconds)
     return costs
 
 
-def after(seconds: dict[int, float], accepted: list[int]) -> Width:
+def after(seconds: dict[int, float], accepted: list[int]) -> ProposalLength:
     """The state after whole proposals of which so many were accepted."""
-    width = Width(measured(seconds))
+    width = ProposalLength(measured(seconds))
     for count in accepted:
         width.record(15, count, seconds[15])
     return width
@@ -31,7 +31,7 @@ def after(seconds: dict[int, float], accepted: list[int]) -> Width:
 
 
 def test_the_first_cycle_of_a_width_does_not_count() -> None:
-    costs = Costs()
+    costs = CycleCosts()
     for seconds in (0.5, 2.0, 3.0):
         assert costs.seconds(15) is None
         costs.add(15, seconds)
@@ -42,7 +42,7 @@ def test_a_cycle_that_was_interrupted_keeps_no_width_away() -> None:
     costs = measured({0: 0.5})
     costs.add(15, 9.0)
     costs.add(15, 40.0)
-    assert Width(costs).choose(15) == 15
+    assert ProposalLength(costs).choose(15) == 15
     costs.add(15, 3.0)
     assert costs.seconds(15) == 3.0
 
@@ -59,7 +59,7 @@ def test_the_fastest_of_late_counts_and_what_is_old_is_forgotten() -> None:
 def test_a_width_that_was_slow_once_is_tried_again() -> None:
     """A single step that something interrupted must not keep single steps away for good."""
     costs = measured({15: 3.0, 0: 9.0})
-    width, tried = Width(costs), 0
+    width, tried = ProposalLength(costs), 0
     while width.choose(15) != 0:
         width.record(15, 0, 3.0)
         tried += 1
@@ -87,12 +87,12 @@ def test_a_narrow_width_never_costs_more_than_a_wide_one() -> None:
 
 
 def test_without_a_measurement_the_whole_block_is_proposed() -> None:
-    assert {n: Width(Costs()).choose(n) for n in range(1, 16)} == {n: n for n in range(1, 16)}
+    assert {n: ProposalLength(CycleCosts()).choose(n) for n in range(1, 16)} == {n: n for n in range(1, 16)}
 
 
 def test_every_width_is_tried_once_it_might_pay() -> None:
     """All cost the same here, which is known only after they were tried."""
-    width, tried = Width(measured({15: 1.0})), []
+    width, tried = ProposalLength(measured({15: 1.0})), []
     for accepts in (True, False, True):
         for _ in range(40):
             tried.append(width.choose(15))

@@ -1,4 +1,4 @@
-"""The binding turns native failures into errors and says what was built."""
+"""The binding turns native failures into errors, frees what it owns once, and says what was built."""
 
 from __future__ import annotations
 

@@ -202,10 +202,10 @@ def test_a_short_proposal_is_the_beginning_of_a_whole_block(pair: tuple[Model, D
     with Session(model, 512, capture=draft.config.taps) as session, DraftSession(draft, session) as drafting:
         session.forward([1, 2, 3], "none")
         session.commit(3)
-        drafting.keep(3)
-        whole = drafting.propose(4).ids.tolist()
+        drafting.commit(3)
+        whole = drafting.propose([4]).ids.tolist()
         for count in range(1, draft.config.block_size):
-            assert drafting.propose(4, count, drafting.rows_for(count)).ids.tolist() == whole[: 1 + count]
+            assert drafting.propose([4], count).ids.tolist() == whole[: 1 + count]
             assert len(drafting.logits()) == draft.config.block_size
 
 

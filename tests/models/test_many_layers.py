@@ -67,8 +67,8 @@ def test_a_draft_of_many_layers_runs(tmp_path: Path) -> None:
     ):
         session.forward(PROMPT)
         session.commit(len(PROMPT))
-        proposing.keep(len(PROMPT))
-        assert len(proposing.propose(5, 8)) > 1
+        proposing.commit(len(PROMPT))
+        assert len(proposing.propose([5], 8)) > 1
 
 
 def test_a_graph_grows_with_its_operations() -> None:

@@ -11,6 +11,7 @@ from pydflash import ops
 from pydflash.errors import DeviceError, ShapeError
 from pydflash.ggml_types import GGMLType
 from pydflash.native import Backend, Graph, Tensor
+from pydflash.ops import norms
 from tests.helpers import Array, Packed, compute, packed, relative
 from tests.reference import qwen35 as oracle
 
@@ -120,7 +121,7 @@ def test_gates_far_from_zero_are_open_or_shut(backend: Backend) -> None:
 def test_an_operation_of_the_cpu_alone_is_refused_on_cuda(
     cuda: Backend, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(ops, "_own_norms", lambda _: True)
+    monkeypatch.setattr(norms, "_own_norms", lambda _: True)
     build = {
         "RMS_NORM": lambda x: ops.rms_norm(x, x.reshape(256), 1e-6),
         "SIGMOID_GATE": lambda x: ops.sigmoid_gate(x, x),

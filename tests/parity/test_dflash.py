@@ -30,8 +30,8 @@ from pydflash.decode import Sampler, SamplingParams, Stats, collect, speculative
 from pydflash.drafts import DraftSession, load_draft
 from pydflash.ggml_types import GGMLType
 from pydflash.models import load_model
-from pydflash.runtime import Proposal, Session
-from pydflash.state import DraftCache
+from pydflash.runtime import DeviceProposal, Session
+from pydflash.state import Ring
 from tests.helpers import Array, dequantised, run_chunks
 from tests.parity.peer_dflash import DRAFT_MAX, Generation, peer_speculation
 from tests.shipped import DRAFT, TARGET, held_out_prompts, needs_pair
@@ -61,23 +61,25 @@ class Ours:
     logits: dict[int, Array] = field(default_factory=dict)
 
 
-class Recording(DraftSession):
-    """A draft session that remembers the logits of its proposals."""
+class Recording:
+    """A Proposer: a draft session, and the logits of what it proposed, by the anchor's position."""
 
-    def __init__(self, *args: object, seen: dict[int, Array]) -> None:
-        super().__init__(*args)  # type: ignore[arg-type]
-        self._seen = seen
+    def __init__(self, session: DraftSession) -> None:
+        self._session, self.seen = session, dict[int, Array]()
+        self.limit = session.limit
+        self.commit, self.flush, self.reset = session.commit, session.flush, session.reset
+        self.sizes, self.close = session.sizes, session.close
 
-    def propose(self, anchor: int, count: int | None = None, rows: int | None = None) -> Proposal:
-        proposal = super().propose(anchor, count, rows)
-        self._seen[self.length] = self.logits()[1:]
+    def propose(self, history: Sequence[int], count: int) -> DeviceProposal:
+        proposal = self._session.propose(history, count)
+        self.seen[self._session.length] = self._session.logits()[1:]
         return proposal
 
 
 @pytest.fixture
 def float_context(monkeypatch: pytest.MonkeyPatch) -> None:
     """K and V of the draft's context are f32: as f16, a last bit of the target decides how some of them round."""
-    monkeypatch.setattr(DraftCache, "dtype", GGMLType.F32)
+    monkeypatch.setattr(Ring, "dtype", GGMLType.F32)
 
 
 def our_speculation(
@@ -87,12 +89,11 @@ def our_speculation(
     with load_model(target, "cpu", threads=1) as model, load_draft(draft_path, model, causal=causal) as draft:
         greedy, stops = Sampler(SamplingParams(), model.config.vocab), model.tokenizer.eos_ids
         for prompt in prompts:
-            ours = Ours()
             session = Session(model, 1024, "f32", "f32", capture=draft.config.taps)
-            with session, Recording(draft, session, seen=ours.logits) as drafting:
-                steps = speculative(session, drafting, prompt, greedy, max_tokens=count, stop_ids=stops)
-                ours.ids, ours.stats = collect(steps)
-            results.append(ours)
+            with session, DraftSession(draft, session) as drafting:
+                recording = Recording(drafting)
+                steps = speculative(session, recording, prompt, greedy, max_tokens=count, stop_ids=stops)
+                results.append(Ours(*collect(steps), recording.seen))
     return results
 
 

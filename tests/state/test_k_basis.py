@@ -12,7 +12,7 @@ from pydflash.ggml_types import GGMLType
 from pydflash.kv_format import K_BASES, k_basis
 from pydflash.models import Model, load_model
 from pydflash.runtime import Session
-from pydflash.state import rotation_signs
+from pydflash.state.kv import rotation_signs
 from tests.helpers import nmse, run_chunks
 from tests.tiny import GEOMETRIES, write_target
 

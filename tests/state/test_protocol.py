@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,10 +20,11 @@ from pydflash.errors import (
     StateError,
 )  # fmt: skip
 from pydflash.ggml_types import GGMLType
+from pydflash.limits import TAPE_ROWS
 from pydflash.models import Model
 from pydflash.native import Arena
-from pydflash.runtime import Proposal, Session
-from pydflash.state import tape_shape
+from pydflash.runtime import DeviceProposal, Session
+from pydflash.state import DeltaSpec
 
 Load = Callable[..., Model]
 
@@ -132,7 +134,7 @@ def test_every_proposal_is_read_where_it_lies(model_of: Load) -> None:
             ids = np.arange(first, first + 16, dtype=np.int32)
             arena = Arena(model.backend, {"tokens": ((16,), GGMLType.I32)}, "a proposal")
             model.backend.write(arena["tokens"], ids)
-            got = session.forward(Proposal(arena, 4), "all").logits
+            got = session.forward(DeviceProposal(arena, 4), "all").logits
             session.commit(0)
             wanted = session.forward(ids[:4], "all").logits
             session.commit(0)
@@ -174,7 +176,7 @@ def test_a_session_does_not_read_the_environment(model_of: Load, monkeypatch: py
         monkeypatch.setenv(f"PYDFLASH_{name}", value)
     monkeypatch.setenv("DFLASH_SKIP_WHT", "1")
     with Session(model_of("equal"), 64, "q4_0") as session:
-        assert session.cache.basis.name == "hadamard-64"
+        assert session.cache_format.k_basis == "hadamard-64"
 
 
 def test_an_unknown_option_is_refused(model_of: Load) -> None:
@@ -210,28 +212,22 @@ def test_every_error_is_one_that_a_caller_can_catch(session: Session) -> None:
             call()
 
 
-class Full:
-    """The delta-net geometry of the 27B model: 48 of 64 layers."""
-
-    delta_layers = tuple(i for i in range(64) if (i + 1) % 4)
-    k_heads, v_heads, state_size, conv_kernel = 16, 48, 128, 4
-
-
 def test_rolling_back_the_27b_model_takes_at_most_40_mib(capsys: pytest.CaptureFixture[str]) -> None:
-    rows, columns = tape_shape(Full())
-    total = len(Full.delta_layers) * rows * columns * 4
-    state = len(Full.delta_layers) * Full.v_heads * (Full.state_size + 1) * Full.state_size * 4
+    layers, spec = 48, DeltaSpec(k_heads=16, v_heads=48, state_size=128, conv_kernel=4)
+    tape, states = (layers * 4 * math.prod(shape) for shape in (spec.window_shape(TAPE_ROWS), spec.state_shape))
     with capsys.disabled():
-        print(f"\nrollback of the 27B geometry: {total / 2**20:.1f} MiB; a copy of its states: {state / 2**20:.0f} MiB")
-    assert total <= 40 * 2**20
+        print(f"\nrollback of the 27B geometry: {tape / 2**20:.1f} MiB; a copy of its states: {states / 2**20:.0f} MiB")
+    assert tape <= 40 * 2**20
 
 
-def test_the_session_holds_no_more_for_rolling_back_than_that_formula_says(model_of: Load) -> None:
+def test_the_session_holds_one_copy_of_its_states_and_the_tape(model_of: Load) -> None:
     model = model_of("ratio3")
-    rows, columns = tape_shape(model.config)
     with Session(model, 64) as session:
-        layers = len(model.config.delta_layers)
-        assert session.delta.tape_nbytes == layers * rows * columns * 4
-        # Beside one copy of the states and the tape, alignment only.
-        spare = session.delta.arena.nbytes - session.delta.tape_nbytes - session.delta.state_nbytes
-        assert 0 <= spare <= 2 * layers * 64
+        specs = [spec for spec in session.state.specs if isinstance(spec, DeltaSpec)]
+        assert len(specs) == len(model.config.delta_layers) == 3
+        for what, shape in (
+            ("rollback tape", specs[0].window_shape(TAPE_ROWS)),
+            ("delta-net state", specs[0].state_shape),
+        ):
+            spare = session.state.sizes()[what] - len(specs) * 4 * math.prod(shape)
+            assert 0 <= spare <= 64 * len(specs)  # alignment

@@ -18,7 +18,7 @@ from pydflash import Snapshot
 from pydflash.errors import ContextFull, SessionClosed, ShapeError, SnapshotMismatch, StateError
 from pydflash.models import Model, load_model
 from pydflash.runtime import Session
-from pydflash.state import Fingerprint, host_arrays
+from pydflash.state import DeltaSpec, Fingerprint, KVSpec, RingSpec, host_arrays
 from tests.helpers import run_chunks, state_of
 from tests.tiny import GEOMETRIES, write_target
 
@@ -246,20 +246,59 @@ def other_value(value: Any) -> Any:
     return {"f16": "q8_0", "q4_0": "f16"}.get(value, "other") if isinstance(value, str) else value * 2
 
 
-@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Fingerprint)])
-def test_every_field_of_the_fingerprint_decides(model_of: Load, field: str) -> None:
-    model = model_of("equal")
-    with Session(model, 256, "q4_0", "f16") as session, Session(model, 256, "q4_0", "f16") as undisturbed:
+def refuses(session: Session, theirs: Fingerprint, words: str) -> None:
+    """A snapshot of ``theirs`` is refused with ``words``, and the session goes on as one that never saw it."""
+    foreign = Snapshot(theirs, "elsewhere", 10, 2, host_arrays(theirs.layout(10, 2)))
+    session.reset()
+    with Session(session.model, 256, "q4_0", "f16") as undisturbed:
         for each in (session, undisturbed):
             partly_committed(each, 3)
-        ours = session.fingerprint
-        theirs = dataclasses.replace(ours, **{field: other_value(getattr(ours, field))})
-        foreign = Snapshot(theirs, "elsewhere", 10, 2, host_arrays(theirs.layout(10, 2)))
         with pytest.raises(SnapshotMismatch) as caught:
             session.restore(foreign)
-        assert f"restore: {field} of the snapshot is {getattr(theirs, field)!r}" in str(caught.value)
-        assert f"that of this session is {getattr(ours, field)!r}; open the session as" in str(caught.value)
+        assert str(caught.value).startswith(words)
         assert_goes_on(undisturbed, session)
+
+
+def differs(field: str, theirs: Any, ours: Any) -> str:
+    return f"restore: {field} of the snapshot is {theirs!r}, that of this session is {ours!r}; open the session as"
+
+
+@pytest.mark.parametrize("field", ["format", "model", "taps"])
+def test_every_field_of_the_fingerprint_decides(model_of: Load, field: str) -> None:
+    assert {f.name for f in dataclasses.fields(Fingerprint)} == {"format", "model", "draft", "taps", "layers"}
+    with Session(model_of("equal"), 256, "q4_0", "f16") as session:
+        ours = getattr(session.fingerprint, field)
+        theirs = other_value(ours)
+        refuses(session, dataclasses.replace(session.fingerprint, **{field: theirs}), differs(field, theirs, ours))
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"), [(kind, f.name) for kind in (KVSpec, DeltaSpec) for f in dataclasses.fields(kind)]
+)
+def test_every_field_of_a_layer_decides(model_of: Load, kind: type, field: str) -> None:
+    with Session(model_of("equal"), 256, "q4_0", "f16") as session:
+        layers = list(session.fingerprint.layers)
+        last = max(i for i, layer in enumerate(layers) if isinstance(layer, kind))
+        ours = getattr(layers[last], field)
+        theirs = other_value(ours)
+        layers[last] = dataclasses.replace(layers[last], **{field: theirs})  # type: ignore[type-var]
+        refuses(session, dataclasses.replace(session.fingerprint, layers=tuple(layers)), differs(field, theirs, ours))
+
+
+def test_the_kind_and_the_number_of_layers_decide(model_of: Load) -> None:
+    with Session(model_of("equal"), 256, "q4_0", "f16") as session:
+        ours = session.fingerprint
+        assert [type(layer) for layer in ours.layers] == [DeltaSpec, DeltaSpec, DeltaSpec, KVSpec]
+        for layers in (ours.layers[:-1], (*ours.layers, ours.layers[-1]), ours.layers[::-1], ()):
+            refuses(session, dataclasses.replace(ours, layers=layers), "restore: the kind of each layer of the snapsh")
+
+
+def test_the_snapshot_of_a_draft_session_is_no_session_s(model_of: Load) -> None:
+    with Session(model_of("equal"), 256) as session:
+        layers = (RingSpec(0, False, 1e7, 2, 64),)
+        theirs = dataclasses.replace(session.fingerprint, draft="digest", layers=layers)
+        with pytest.raises(SnapshotMismatch, match="the snapshot is that of a draft session, this is a session"):
+            session.restore(Snapshot(theirs, "elsewhere", 10, 0, host_arrays(theirs.layout(10, 0))))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import stat
 import struct
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from pydflash import Snapshot
 from pydflash.errors import LoadError, WriteError
 from pydflash.models import Model
 from pydflash.runtime import Session
+from pydflash.state import FORMAT, DeltaSpec, Fingerprint
 
 Load = Callable[..., Model]
 
@@ -208,6 +211,37 @@ def test_a_forgery_that_changes_nothing_is_read(path: Path) -> None:
     assert Snapshot.load(path).sequence == "a"
 
 
+def delta(statement: dict[str, Any]) -> dict[str, Any]:
+    """What the statement says of the first layer, a delta-net layer."""
+    layer: dict[str, Any] = statement["fingerprint"]["layers"][0]
+    assert layer["kind"] == "delta"
+    return layer
+
+
+def attention(statement: dict[str, Any]) -> dict[str, Any]:
+    """What the statement says of the last layer, an attention layer."""
+    layer: dict[str, Any] = statement["fingerprint"]["layers"][-1]
+    assert layer["kind"] == "attention"
+    return layer
+
+
+@pytest.mark.parametrize("found", [1, 3, 0, -2, "2", 2.5, None, [2]], ids=repr)
+def test_a_file_of_another_format_is_refused_with_both_numbers(path: Path, found: Any) -> None:
+    forge(path, lambda statement: statement["fingerprint"].update(format=found))
+    refused(path, rf"has format {re.escape(repr(found))}, this version reads 2; take the snapshot again")
+
+
+def test_the_arrays_lie_layer_by_layer(path: Path) -> None:
+    header, statement, data = parts(path)
+    names = [f"{part}.{i}" for i in range(3) for part in ("state", "window")] + ["k.3", "v.3"]
+    assert [name for name in header if name != "__metadata__"] == names
+    assert statement["fingerprint"]["format"] == FORMAT == 2
+    assert [layer["kind"] for layer in statement["fingerprint"]["layers"]] == ["delta"] * 3 + ["attention"]
+    ends = [header[name]["data_offsets"] for name in names]
+    assert [start for start, _ in ends] == [0, *(end for _, end in ends[:-1])]
+    assert ends[-1][1] == len(data)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -223,25 +257,58 @@ def test_a_forgery_that_changes_nothing_is_read(path: Path) -> None:
         (lambda s: s.update(replay=0), "its arrays are not those"),
         (lambda s: s.update(replay=17, length=40), "40 positions with 17 rows to replay"),
         (lambda s: s.update(sequence=7), "metadata hold"),
-        (lambda s: s.update(kind="draft session"), "metadata hold"),
-        (lambda s: s.update(kind=[]), "metadata hold"),
         (lambda s: s.pop("replay"), "metadata hold"),
         (lambda s: s.update(fingerprint=[]), "metadata hold"),
-        (lambda s: s["fingerprint"].update(format=2), "has format 2, this version reads 1; take the snapshot again"),
         (lambda s: s["fingerprint"].pop("model"), "metadata hold"),
-        (lambda s: s["fingerprint"].update(cache_k="q9_9"), "metadata hold"),
-        (lambda s: s["fingerprint"].update(cache_k="f32"), "its arrays are not those"),
-        (lambda s: s["fingerprint"].update(head_size=33), "metadata hold"),
-        (lambda s: s["fingerprint"].update(head_size=1 << 30, kv_heads=1 << 30), "its arrays are not those"),
-        (lambda s: s["fingerprint"].update(delta_layers=7), "metadata hold"),
-        (lambda s: s["fingerprint"].update(delta_layers=[0, 1, "2"]), "metadata hold"),
-        (lambda s: s["fingerprint"].update(delta_layers=[0, 1, 1]), "its arrays are not those"),
-        (lambda s: s["fingerprint"].update(rope_base=10), "metadata hold"),
+        (lambda s: s["fingerprint"].pop("layers"), "metadata hold"),
+        (lambda s: s["fingerprint"].update(draft=None), "metadata hold"),
+        (lambda s: s["fingerprint"].update(taps=[0, "1"]), "metadata hold"),
+        (lambda s: s["fingerprint"].update(taps=7), "metadata hold"),
+        (lambda s: s["fingerprint"].update(layers=7), "metadata hold"),
+        (lambda s: s["fingerprint"].update(layers=[7]), "metadata hold"),
+        (lambda s: s["fingerprint"].update(layers={}), "its arrays are not those"),
+        (lambda s: s["fingerprint"]["layers"].reverse(), "its arrays are not those"),
+        (lambda s: s["fingerprint"]["layers"].pop(), "its arrays are not those"),
+        (lambda s: s["fingerprint"]["layers"].append(s["fingerprint"]["layers"][0]), "its arrays are not those"),
+        (lambda s: delta(s).update(kind="mamba"), "metadata hold"),
+        (lambda s: delta(s).update(kind=[]), "metadata hold"),
+        (lambda s: delta(s).update(kind="attention"), "metadata hold"),
+        (lambda s: delta(s).update(kind="ring"), "metadata hold"),
+        (lambda s: delta(s).pop("kind"), "metadata hold"),
+        (lambda s: delta(s).pop("v_heads"), "metadata hold"),
+        (lambda s: delta(s).update(v_heads=True), "metadata hold"),
+        (lambda s: delta(s).update(state_size=33), "its arrays are not those"),
+        (lambda s: delta(s).update(state_size=1 << 31), "metadata hold"),
+        (lambda s: attention(s).update(cache_k="q9_9"), "metadata hold"),
+        (lambda s: attention(s).update(cache_k="f32"), "its arrays are not those"),
+        (lambda s: attention(s).update(head_size=33), "metadata hold"),
+        (lambda s: attention(s).update(head_size=1 << 30, kv_heads=1 << 30), "its arrays are not those"),
+        (lambda s: attention(s).update(rope_base=10), "metadata hold"),
     ],
 )
 def test_a_statement_that_lies_is_refused(path: Path, change: Callable[[dict[str, Any]], object], words: str) -> None:
     forge(path, change)
     refused(path, words)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (DeltaSpec(1, 1, 32, conv_kernel=0), DeltaSpec(1, 1, 32, conv_kernel=2)),  # together, no byte is missing
+        (DeltaSpec(1, 0, state_size=2**31 - 1, conv_kernel=1),),
+    ],
+    ids=["a negative size", "a size that is none, but for its product"],
+)
+def test_sizes_that_no_array_has_are_refused(path: Path, layers: tuple[DeltaSpec, ...]) -> None:
+    fingerprint = Fingerprint(FORMAT, "model", "", (), layers)
+    statement = {"sequence": "", "length": 0, "replay": 0, "fingerprint": fingerprint.as_json()}
+    header: dict[str, Any] = {"__metadata__": {}}
+    end = 0
+    for name, (shape, dtype) in fingerprint.layout(0, 0).items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, end)}
+    path.write_bytes(spelled(header, statement, bytes(end)))
+    refused(path, "its arrays cannot be made")
 
 
 def test_text_that_is_no_text_is_refused(path: Path) -> None:
@@ -260,7 +327,7 @@ def test_a_file_larger_than_the_memory_is_refused_before_memory_is_taken(path: P
     rows, k_width, v_width = 1 << 24, 72, 136
     layers = list(range(memory // (rows * k_width) + 1))
     statement |= {"length": rows}
-    statement["fingerprint"] |= {"attention_layers": layers, "delta_layers": []}
+    statement["fingerprint"]["layers"] = [attention(statement)] * len(layers)
     header: dict[str, Any] = {"__metadata__": {}}
     end = 0
     for layer in layers:

@@ -25,8 +25,7 @@ import transformers
 from torch import Tensor
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForCausalLM
 
-from pydflash.files import replacing
-from pydflash.files import GGUFFile
+from pydflash.files import GGUFFile, replacing
 from tools.tiny import corpus, export, reference, speculate, target, templates, vocabulary
 from tools.tiny.draft import Draft, DraftConfig, Pool, observed, train_draft
 
