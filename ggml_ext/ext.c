@@ -21,7 +21,7 @@ struct ggml_tensor * pydflash_op_new(struct ggml_context * ctx, enum pydflash_op
     struct ggml_tensor * node;
     if (inplace) {
         node = ggml_custom_inplace(ctx, inplace, src, n_src, op->cpu, GGML_N_TASKS_MAX, (void *) (uintptr_t) op);
-        // ggml puts the tensor itself before the sources; ours are numbered as the contract numbers them.
+        // ggml puts the tensor itself before the sources; the contracts number the sources from 0.
         memset(node->src, 0, sizeof(node->src));
         memcpy(node->src, src, (size_t) n_src * sizeof(src[0]));
     } else {

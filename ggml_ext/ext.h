@@ -1,9 +1,9 @@
 // pydflash's own operations, as ggml graph nodes.
 //
-// Every op of ours is a GGML_OP_CUSTOM node. The function pointer in the node is the CPU reference implementation, so
+// Every op here is a GGML_OP_CUSTOM node. The function pointer in the node is the CPU reference implementation, so
 // any ggml CPU backend can run it; ggml-cuda finds the CUDA kernel of the same node in the op table (ext_cuda.cu).
-// What distinguishes one of our nodes from another is its descriptor (`struct pydflash_op`), which the node carries as
-// ggml's `userdata` pointer; its static parameters follow ggml's own in `op_params`.
+// What distinguishes one of these nodes from another is its descriptor (`struct pydflash_op`), which the node carries
+// as ggml's `userdata` pointer; its static parameters follow ggml's own in `op_params`.
 //
 // One op is one row of ops.def and one stem: NAME.h states the contract (formula, shapes, dtypes), NAME.c is the CPU
 // reference, NAME.cu the CUDA kernel. Shapes in the contracts are row-major, as in Python: (rows, columns) means ne[1]
@@ -36,7 +36,7 @@ enum pydflash_op_id {
 #undef SCRATCH
 #undef NO_SCRATCH
 
-// Identifies a node as ours: ggml's userdata points to one of these descriptors.
+// Identifies a node as pydflash's: ggml's userdata points to one of these descriptors.
 struct pydflash_op {
     uint32_t            magic;   // PYDFLASH_MAGIC
     enum pydflash_op_id id;
@@ -57,16 +57,16 @@ struct ggml_tensor * pydflash_op_new(struct ggml_context * ctx, enum pydflash_op
                                      const int64_t ne[4], struct ggml_tensor ** src, int n_src,
                                      const int32_t params[PYDFLASH_MAX_PARAMS], struct ggml_tensor * inplace);
 
-// The op of a node, or NULL when the node is not one of ours.
+// The op of a node, or NULL when the node is not one of pydflash's.
 const struct pydflash_op * pydflash_node_op(const struct ggml_tensor * node);
 
-// The static parameters of one of our nodes.
+// The static parameters of one of pydflash's nodes.
 const int32_t * pydflash_node_params(const struct ggml_tensor * node);
 
-// Gives a graph that never changes an identity: a uid, so that CUDA-graph replay need not compare its nodes, and a name
-// of its first node that no other graph's has. ggml finds a captured CUDA graph by the address of the first node and
-// compares every node, name included, but no operand's type: a new graph in the memory of a freed one, with a bf16
-// cache where that had f16, would be taken for it.
+// Gives a graph that never changes an identity: a uid, so that CUDA-graph replay need not compare its nodes, and a
+// unique name of its first node (docs/log.md, "The captured graph of a freed graph"). ggml finds a captured CUDA
+// graph by the address of the first node and compares every node, name included, but no operand's type: a new graph
+// in the memory of a freed one, with a bf16 cache where that had f16, would be taken for it.
 void pydflash_graph_set_uid(struct ggml_cgraph * cgraph);
 
 // Scratch memory of one back end, a piece for each of its threads; only the CPU references use it. NULL without memory.

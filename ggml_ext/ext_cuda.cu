@@ -41,7 +41,8 @@ void * scratch_alloc(pydflash_cuda * self, size_t size) {
 
 __global__ void probe() {}
 
-// A device that knows early launches is not enough: kernels compiled for an older one do not wait for their predecessor.
+// A device that supports early launches is not enough: kernels compiled for an older one do not wait for their
+// predecessor.
 bool can_launch_early(int compute_capability) {
     cudaFuncAttributes attributes = {};
     return compute_capability >= GGML_CUDA_CC_HOPPER && cudaFuncGetAttributes(&attributes, probe) == cudaSuccess &&

@@ -35,8 +35,8 @@ LANES_INLINE void store_lanes(float * to, lanes x) {
     memcpy(to, &x, sizeof(x));
 }
 
-// The first n values, all when there are as many; other lanes are 0 and are not stored. So the end of a row that is no
-// whole number of registers takes the same path as the rest.
+// The first n values, at most all lanes; other lanes are 0 and are not stored. So the end of a row that is not a whole
+// number of registers takes the same path as the rest.
 LANES_INLINE lanes load_first(const float * from, int64_t n) {
     lanes x = { 0 };
     if (n >= LANES) {

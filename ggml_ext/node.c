@@ -1,4 +1,5 @@
-// What needs ggml's private structs: reading one of our nodes, naming a graph. Compiled into the binding and into ggml-cuda, which share no other code of ours.
+// What needs ggml's private structs: reading a custom node, naming a graph. Compiled into both the binding and
+// ggml-cuda, which share no other code of pydflash.
 #include "ext.h"
 
 #include "ggml-impl.h"

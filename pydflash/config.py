@@ -64,7 +64,7 @@ class SessionConfig:
 
 @dataclass(frozen=True)
 class EngineConfig(SessionConfig):
-    """Everything an engine can be told, besides its files. ``sources``: where each value that is not a default came
+    """All settings of an engine, except its files. ``sources``: where each value that is not a default came
     from. Raises ConfigError, listing what is allowed.
     """
 

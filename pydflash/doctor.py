@@ -16,7 +16,7 @@ __all__ = ["Report", "examine"]
 
 @dataclass
 class Report:
-    """``facts``: (what, found) in reading order. ``problems``: what stops something from working, and the remedy."""
+    """``facts``: (what, found) in reading order. ``problems``: each with its remedy."""
 
     facts: list[tuple[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)

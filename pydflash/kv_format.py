@@ -16,8 +16,8 @@ CACHE_TYPES = {t.name.lower(): t for t in (GGMLType.F32, GGMLType.F16, GGMLType.
 
 @dataclass(frozen=True)
 class Basis:
-    """An orthonormal rotation of every head. K's is Q's after RoPE too, so that scores do not change; what V's does to
-    the output of attention is undone after it. Quantisation error does change."""
+    """An orthonormal rotation of every head. Q is rotated like K, so scores do not change; the output of attention is
+    rotated back from V's basis. What changes is the quantisation error."""
 
     name: str
     group: int = 0

@@ -13,7 +13,7 @@
 // item's arithmetic is the same in any batch.
 //
 // Items that see the same slots of a block go together, as many as fill the registers with sums: a key or a value is
-// then loaded once for all of them. A sum's terms and their order do not depend on who goes beside it.
+// then loaded once for all of them. A sum's terms and their order do not depend on the items beside it.
 #define BLOCK 32
 #define TOGETHER (LANES == 16 ? 4 : 2)
 #define BATCH 96
@@ -72,7 +72,7 @@ static struct attention read_node(const struct ggml_tensor * dst) {
 struct item {
     struct pydflash_span span;
     float *              dst;
-    const void *         q;                          // as the dot product wants it
+    const void *         q;                          // in the dot product's type
     float                max;
     float                sum;
     float                factor;                     // what out is worth by the block's maximum
@@ -89,7 +89,7 @@ static void begin_item(const struct attention * a, struct item * item, int64_t r
     item->max  = -INFINITY;
     item->sum  = 0.0f;
     memset(item->out, 0, (size_t) a->columns * sizeof(float));
-    if (a->q_from_float && a->k_to_float) {  // q as it is after rounding to K's type
+    if (a->q_from_float && a->k_to_float) {  // q after rounding to K's type
         char rounded[MAX_HEAD * sizeof(float)];
         a->q_from_float((const float *) q, rounded, a->columns);
         a->k_to_float(rounded, item->converted, a->columns);
@@ -105,7 +105,7 @@ static void end_item(const struct attention * a, const struct item * item) {
     }
 }
 
-// One side of a block of the cache: where its slots start, and their f32 values once somebody needs them.
+// One side of a block of the cache: where its slots start, and their f32 values once an item needs them.
 struct side {
     const char *       slots;
     size_t             stride;
@@ -191,7 +191,7 @@ static int64_t count_alike(const struct block * block, const struct item * items
     return n;
 }
 
-// The scores of n items by dot products of their own with quantised keys.
+// The scores of n items, each by its own dot products with quantised keys.
 static void score_quantised(const struct attention * a, struct item * items, int64_t n, const struct side * keys,
                             const struct view * view) {
     for (int64_t i = 0; i < n; i++) {
@@ -290,7 +290,7 @@ LANES_INLINE void add_values(struct item * items, int n, const float * const * v
     }
 }
 
-// The f32 rows of a side's slots in a view, and three more for who reads four at a time.
+// The f32 rows of a side's slots in a view, and three more, since readers take four at a time.
 static void float_rows(struct side * side, int64_t columns, const struct view * view, const float * rows[BLOCK + 3]) {
     for (int s = 0; s < view->count; s++) {
         rows[s] = float_row(side, columns, view->slots[s]);
@@ -311,7 +311,7 @@ LANES_INLINE void add_together(const struct attention * a, struct item * items, 
     add_values(items, n, values, count, a->columns);
 }
 
-// A block for n items that see the same of it.
+// A block for n items that see the same slots of it.
 static void add_block(const struct attention * a, struct item * items, int64_t n, struct block * block) {
     struct view   view;
     const float * keys[BLOCK + 3], * values[BLOCK + 3];
@@ -356,7 +356,7 @@ static void attend(const struct attention * a, struct desk * desk, float * dst, 
     struct item *  items = desk->items;
     struct block * block = &desk->block;
     const int64_t slots = a->k->ne[1];
-    int64_t first = slots, last = -1;  // slots that somebody may see
+    int64_t first = slots, last = -1;  // slots that some item may see
     for (int64_t i = begin; i < end; i++) {
         const int64_t row = i / a->group, head = kv_head * a->group + i % a->group;
         struct item * item = &items[i - begin];

@@ -14,15 +14,15 @@
 //   src[0]   q                (T, H, D) f32 contiguous; 1 <= T <= 16; D is 64, 128 or 256
 //   src[1]   k                (P, Hkv * D) f32, f16, bf16, q8_0 or q4_0: one row per cache slot; P % 32 == 0; rows may
 //                             be strided (the first P slots of a longer cache)
-//   src[2]   v                (P, Hkv * D) as k; its type need not be k's
+//   src[2]   v                (P, Hkv * D) as k; its type may differ from k's
 //   src[3]   positions        (T,) int32
 //   src[4]   slot_positions   (P,) int32, the position each slot holds, negative = empty; optional
 //   params   [0] scale > 0 (float)   [1] causal: 0 or 1   [2] window, 0 = none   [3] Hkv
 //   result   (T, H, D) f32
 //
-// A row's result does not depend on T, on the other rows, on P, nor on the number of threads, bit for bit: slots that
+// A row's result does not depend, bit for bit, on T, the other rows, P or the number of threads: slots that
 // a row does not see contribute exactly nothing to it, whatever bytes they hold. The CPU and CUDA results differ by
-// rounding: the CPU rounds q to the type that ggml's dot product with K's type wants (8 bits for quantised K), CUDA
+// rounding: the CPU rounds q to the type that ggml's dot product with K's type takes (8 bits for quantised K), CUDA
 // rounds q, p and the dequantised K and V to f16. CUDA saturates cached V, and cached bf16 K, at the range of f16
 // (+-65504), and takes no f32 cache.
 //

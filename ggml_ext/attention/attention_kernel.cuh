@@ -107,7 +107,7 @@ static __device__ __forceinline__ void prepare(const job & j, const share<D, NT>
 
 // ---- how tiles arrive ----
 
-// Starts the copy of a tile of `count` valid slots. Slots beyond keep whatever shared memory held: nobody sees them.
+// Starts the copy of a tile of `count` valid slots. Slots beyond keep whatever shared memory held: no row sees them.
 template <typename F, int D, int STRIDE>
 static __device__ __forceinline__ void fetch(char * tile, const char * rows, int64_t row_stride, int count) {
     using L = slice<F, D>;
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(tiling<D, NT>::THREADS, tiling<D, NT>::BLOCKS)
     int parity = 0;
     for (bool first = true; tile < own.tiles; first = false) {
         wait_for_keys(first);
-        __syncthreads();  // K is here; nobody reads V or P of the previous tile
+        __syncthreads();  // K has arrived; no warp reads V or P of the previous tile
         if (!first) {
             fetch_values<D, NT>(j, own, in.v, tile);
         }
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(tiling<D, NT>::THREADS, tiling<D, NT>::BLOCKS)
             hide_unseen<D, NT>(j, own.begin + tile * S::SLOTS, col, s, at);
         }
         gather_maxima<D, NT>(s, col, at);
-        __syncthreads();  // maxima are here; nobody reads K
+        __syncthreads();  // maxima are complete; no warp reads K
         const int following = next_seen(state, tile + 1, own.tiles);
         if (following < own.tiles) {
             fetch_keys<D, NT>(j, own, in.k, following);
@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(tiling<D, NT>::THREADS, tiling<D, NT>::BLOCKS)
         }
         weigh_scores<D, NT>(s, in.p, col, parity, sum, at);
         wait_for_copies<1>();
-        __syncthreads();  // P, alpha and V are here
+        __syncthreads();  // P, alpha and V are complete
         rescale_output<D, NT>(o, col, at);
         with_format(j.v_format, [&](auto f) { add_values<decltype(f), D, NT>(o, in.v, in.p, at); });
         parity ^= 1;

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(D) merge(const __grid_constant__ job j) {
 #pragma unroll 8
     for (int c = part; c < j.chunks; c += MERGE_LANES) {
         const float2 w = weights[c];
-        if (w.x != 0.0f) {  // chunks nobody saw were not written
+        if (w.x != 0.0f) {  // chunks that no row saw were not written
             const float4 x = partials[c * (D / 4)];
             o.x = fmaf(w.x, x.x, o.x), o.y = fmaf(w.x, x.y, o.y), o.z = fmaf(w.x, x.z, o.z), o.w = fmaf(w.x, x.w, o.w);
             sum += w.y;

@@ -8,10 +8,10 @@
 #include <string.h>
 
 // A tile of COLUMNS value columns of a head passes through all rows before the next one begins: it stays in the L1
-// cache, and the committed state is read and written once. Four columns go together, each with sums of its own, so that
-// the sums do not wait for one another and k and q are loaded once for four. A row multiplies what it has just made of
-// the state by the next row's k: a pass over the tile is one load, three multiply-adds and one store for each register
-// of state, and no row waits for sums of its own.
+// cache, and the committed state is read and written once. Four columns go together, each with its own sums, so that
+// the sums do not wait for one another and k and q are loaded once for four. A row multiplies the state that it has
+// just updated by the next row's k: a pass over the tile is one load, three multiply-adds and one store for each
+// register of state, and no row waits for its own sums.
 //
 // The state is kept as scale * T, one scale a head, so that a decay is one product a head and not one a state element:
 // with d of delta_rule.h,

@@ -4,8 +4,8 @@
 //   S <- exp(g) S;   d = beta (v - S^T k);   S <- S + k d^T;   o = S^T q / sqrt(D)          Gated Delta Networks, eq. 10
 //
 // The state S is that of the last committed token. The op first replays the n kept rows of the previous step (see
-// delta_inputs.h), stores the state there, and goes on through the new rows without storing: what is rejected later was
-// never written. With keep = 0 (prefill) the state after the last new row is stored instead.
+// delta_inputs.h), stores the state there, and goes on through the new rows without storing, so a row that is rejected
+// later was never written. With keep = 0 (prefill) the state after the last new row is stored instead.
 //
 //   src[0]   inputs   (16 + T, C + 2 Hv) f32 from delta_inputs; C = (2 Hk + Hv) D; columns q | k | v | g | beta
 //   src[1]   state    (Hv, D + 1, D) f32, persistent, updated in place: T in rows 0..D-1, [h][value column][key row],
@@ -16,7 +16,7 @@
 //   params   [0] keep   [1] Hk   [2] D   [3] eps of the L2 norm, x / sqrt(sum x^2 + eps)
 //   result   (T, Hv * D) f32; rows beyond the real ones are zero
 //
-// A row's result does not depend on T nor on the rows after it.
+// A row's result depends neither on T nor on the rows after it.
 #pragma once
 
 #include "ext.h"

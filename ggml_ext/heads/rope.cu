@@ -1,6 +1,6 @@
 // rope on CUDA. One block turns one head of one row, one thread a value. A thread reads its partner from memory too, in
 // sectors that another thread of the block loads anyway: device memory moves each value once and bounds the kernel in
-// prefill, its launch at the few rows of decoding. Models take norm_rope and store_kv; this is the plain way.
+// prefill, its launch at the few rows of decoding. Models use norm_rope and store_kv; this is the unfused operation.
 #include "ext_cuda.cuh"
 #include "rope.cuh"
 

@@ -10,12 +10,12 @@
 //   result   (T, H, D) f32 contiguous
 //
 // The angles are those of the models' reference implementation, which rounds in these two places: a model is trained on
-// them, and rounding elsewhere turns a far position by something else. ggml's own RoPE does: on the CPU it multiplies
-// its way from pair to pair, on CUDA it takes a fast power, cosine and sine. At position 262,143 that is off by some
-// hundredths of a radian and by more than a tenth. Here cosines and sines of the angles are within 1e-7 of the true
-// ones on both devices, up to an angle of 2^20; up to 2^24 within 1e-5.
+// them, and rounding elsewhere gives far positions other angles, as ggml's own RoPE does: on the CPU it multiplies its
+// way from pair to pair, on CUDA it takes a fast power, cosine and sine. At position 262,143 they are off by some
+// hundredths of a radian and by more than a tenth (docs/log.md, "RoPE at far positions"). Here cosines and sines of
+// the angles are within 1e-7 of the true ones on both devices, up to an angle of 2^20; up to 2^24 within 1e-5.
 //
-// A row's result does not depend on T nor on the rows beside it. norm_rope and store_kv turn heads by the same code.
+// A row's result does not depend on T nor on the rows beside it. norm_rope and store_kv turn heads with the same code.
 //
 // Source: Su et al. 2021 (arXiv:2104.09864), in GPT-NeoX's order of pairs.
 #pragma once

@@ -9,13 +9,13 @@
 //   src[3]   positions   (T,) int32
 //   src[4]   rows        (T,) int32, each within the tables
 //   src[5]   k_table     (P, Hkv * D) f32, f16, bf16, q8_0 or q4_0; updated in place
-//   src[6]   v_table     (P, Hkv * D) as k_table; its type need not be k_table's
+//   src[6]   v_table     (P, Hkv * D) as k_table; its type may differ from k_table's
 //   src[7]   signs       (2, k_group) f32; optional
 //   params   [0] dims   [1] base (float)   [2] eps (float)   [3] k_group   [4] v_group: 0, 64, 128 or 256 dividing D
 //   result   a view of k_table
 //
-// Rows that share a table row (padding) leave any of their bytes there. Otherwise the tables have the bytes that ggml's
-// rms_norm, mul and set_rows around our rope and turbo_wht leave, on the CPU and on CUDA each.
+// When several rows share a table row (padding), its contents are undefined. Otherwise the tables have the same bytes
+// as after ggml's rms_norm, mul and set_rows around rope and turbo_wht, on either device.
 #pragma once
 
 #include "ext.h"

@@ -1,4 +1,4 @@
-// argmax: where the largest value of each row lies; of equal ones, the first.
+// argmax: the index of the largest value of each row, the first if several are equal.
 //
 //   src[0]   x   (T, C) f32; the last axis contiguous, rows strided
 //   params   report

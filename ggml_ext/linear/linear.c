@@ -14,8 +14,8 @@
 // these rows: one register of unsigned bytes, multiplied with four bytes of x that are repeated in every lane. Products
 // are summed in 16 bits for as many steps as cannot overflow, then in 32 bits, times the scale of the sub-block; CPUs
 // with AVX512-VNNI take a step's products and sum them in 32 bits with one instruction. The transposition that this
-// takes happens on the packed bits, 16 bytes of each row at a time. It does not pay for a single row of x but with
-// Q4_0: there the same integers come from a dot product along k.
+// takes happens on the packed bits, 16 bytes of each row at a time. For a single row of x it pays
+// only with Q4_0; with the other types the same integers come from a dot product along k.
 //
 // What bounds it: one row, unpacking and memory; many rows, the loads of x (two a cycle, each feeds 32 products) or,
 // with VNNI, the multiplier (64 products a cycle; scales and minima add a fifth, with Q6_K a third). A Zen 3 core whose
@@ -134,7 +134,7 @@ static float peak_of(const float values[QK_K]) {
             return values[i];
         }
     }
-    return NAN;  // there is one among the values
+    return NAN;  // one of the values is NaN
 }
 
 // Minus the sum of every sixteen (or 32) of 256 bytes: fours, eights, then halves and wholes of registers.
@@ -207,7 +207,7 @@ struct format {
     int  from;          // q counts from minus this (blocks of 32)
     bool is_signed;
     bool has_scales;    // within a block
-    bool has_dmin;      // minima have a scale of their own
+    bool has_dmin;      // minima have their own scale
     size_t bytes, d;    // size of a block, offset of its scale
 };
 
@@ -290,7 +290,7 @@ INLINE void take_rows(const char ** row, int count, const struct pydflash_produc
     }
 }
 
-// Asks for a piece of the rows `ahead` of these, into the L2 cache. The CPU's own prefetcher does not follow eight or
+// Prefetches a piece of the rows `ahead` of these into the L2 cache. The CPU's own prefetcher does not follow eight or
 // sixteen rows at once. Without this, and with weights that other work has driven out of the caches, a single row of x
 // takes nearly twice as long, and sixteen take 1.5 times (K-quants) to 1.9 times (Q8_0).
 INLINE void fetch(const struct pydflash_product * p, const char * const * row, int count, int ahead, size_t at,

@@ -28,7 +28,7 @@ namespace {
 
 // ---- planning
 
-// What the host has to know about a format.
+// What the host needs to know about a format.
 struct format_info {
     int  tile_rows, chunk_bytes, block;
     bool aligned;
@@ -45,7 +45,7 @@ struct device_limits {
         int per_sm = 0, per_block = 0;
         cudaDeviceGetAttribute(&per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
         cudaDeviceGetAttribute(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-        // A block also occupies 1 KiB of system memory and our static variables.
+        // A block also occupies 1 KiB of system memory and the kernel's static variables.
         const int half = per_sm / 2 - 1024 - 128;
         blocks_per_sm  = half >= MIN_BUDGET ? 2 : 1;
         budget         = blocks_per_sm == 2 ? half : per_block - 128;

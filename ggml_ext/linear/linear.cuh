@@ -1,6 +1,6 @@
 // The exact-width matrix product on CUDA, for callers that fuse (linear.h states the contract).
 //
-// A product is two launches: one rounds and packs the activations into the order in which tensor cores want them, one
+// A product is two launches: one rounds and packs the activations into the order in which tensor cores read them, one
 // streams up to four weight matrices past them. Whatever produces the activations can be fused into the first launch,
 // a residual addition into the second. All functions enqueue on cuda->stream, allocate nothing, may be captured into a
 // CUDA graph, and return false (having launched nothing) when they do not support what they are given.

@@ -1,4 +1,4 @@
-// linear: the product of a few activation rows with a weight matrix, each row exact in its own right.
+// linear: the product of a few activation rows with a weight matrix, each row independent of the others.
 //
 //   result[t][m] = sum over k of x[t][k] * W[m][k]
 //

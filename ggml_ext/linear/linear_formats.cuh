@@ -341,7 +341,7 @@ struct bf16 : f16 {
 };
 
 // Rounded to tf32, whose 11 bits are what the activations have. Half the warps compute, so that two stages fit into the
-// shared memory of any device; the f32 weights of our models are small.
+// shared memory of any device; the models have only small f32 weights.
 struct f32 : common {
     static constexpr int BYTES = 1024, STRIDE = 1088, M_TILES = 1, WARPS = 2;
 

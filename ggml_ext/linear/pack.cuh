@@ -11,7 +11,7 @@
 //   scales   the factor of each column, a power of two: value = factor * half.
 //
 // The values of a chunk are scaled so that the largest has a magnitude in [128, 256): no half and no sum overflows,
-// and a scale of the whole row, which would cost a pass of its own, is not needed.
+// and no scale of the whole row is needed, which would cost another pass.
 #pragma once
 
 #include "linear.cuh"
@@ -198,7 +198,7 @@ __device__ __forceinline__ void clear_counters(int64_t T, int64_t K, char * pack
 
 constexpr int PACK_WARPS = 8;
 
-// Any source whose values stand on their own: a warp for every (chunk, column).
+// Any source whose values are independent: a warp for every (chunk, column).
 template <typename Source>
 __global__ void __launch_bounds__(PACK_WARPS * LANES) pack_kernel(Source source, int64_t T, int64_t K, char * packed) {
     release_successor();

@@ -5,14 +5,14 @@
 //
 //   src[0]   x        (..., C) f32, up to four axes; the last axis contiguous, other axes strided
 //   src[1]   weight   (C,) f32
-//   src[2]   z        as x, with strides of its own; optional
+//   src[2]   z        as x, with its own strides; optional
 //   params   [0] eps (float)
 //   result   x's shape, f32 contiguous
 //
-// On the CPU ggml runs its norm, the products and silu as nodes of their own, and adds the squares up one by one. On
+// On the CPU ggml runs its norm, the products and silu as separate nodes, and adds up the squares one by one. On
 // CUDA those nodes are what ggml and fuse.cu fuse, so that this op has no kernel there and is refused.
 //
-// A row's result does not depend on the rows beside it. norm_rope and store_kv norm heads by the same code.
+// A row's result does not depend on the rows beside it. norm_rope and store_kv normalise heads with the same code.
 //
 // Source: Zhang & Sennrich 2019 (arXiv:1910.07467).
 #pragma once

@@ -3,10 +3,10 @@
 //   y = x * sigmoid(gate)
 //
 //   src[0]   x      (..., C) f32, up to four axes; the last axis contiguous, other axes strided
-//   src[1]   gate   as x, with strides of its own
+//   src[1]   gate   as x, with its own strides
 //   result   x's shape, f32 contiguous
 //
-// ggml's sigmoid is scalar on the CPU and wants a contiguous copy. On CUDA fuse.cu fuses ggml's nodes, so that this op
+// ggml's sigmoid is scalar on the CPU and needs a contiguous copy. On CUDA fuse.cu fuses ggml's nodes, so that this op
 // has no kernel there and is refused.
 //
 // A row's result does not depend on the rows beside it.

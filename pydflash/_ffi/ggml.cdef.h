@@ -1,4 +1,4 @@
-/* What Python calls of ggml, of our ops and of the shim in ggml.csrc.c. Enumerations are plain int here. */
+/* What Python calls: ggml, the ops of ggml_ext/ and the shim in ggml.csrc.c. Enumerations are plain int here. */
 
 struct ggml_context;
 struct ggml_cgraph;

@@ -1,7 +1,7 @@
 """The command line: ``pydflash demo|generate|chat|info|doctor|explain|convert-draft|bench|ab``.
 
-Text goes to stdout, everything about it to stderr. The engine is imported when a command needs it, so that help is
-fast.
+Generated text goes to stdout, everything else to stderr. The engine is imported when a command needs it, so that help
+is fast.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def ab(
 
     arms = [harness.parse_arm(n, t or (), settings, draft=draft is not None) for n, t in (("A", a), ("B", b))]
     protocol = ab_report.Protocol(repeats, prompt_tokens, max_tokens, prompts, within)
-    for path in (json, plot):  # what cannot be written is told before anything is measured
+    for path in (json, plot):  # a file that cannot be written is reported before anything is measured
         if path is not None:
             check_output(path, [source for source in (model, draft, prompts) if source is not None])
     if plot is not None:

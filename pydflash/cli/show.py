@@ -40,7 +40,7 @@ def progress_bar(what: str) -> Iterator[Progress]:
             started = True
             bar.start()
         bar.update(task, completed=done, total=total)
-        if done >= total and started:  # nothing may draw while a command works or measures
+        if done >= total and started:  # no bar while a command works or measures
             started = False
             bar.stop()
 
@@ -66,7 +66,7 @@ def print_stream(engine: Engine, prompt: Prompt, params: SamplingParams) -> Comp
                 for piece in chunk.pieces:
                     text.append(escape_controls(piece.text, LINES), ACCEPTED_STYLE if piece.accepted else None)
                 console.print(text, end="")
-            else:  # to a file or a pipe goes the text itself, tabs and all
+            else:  # a file or a pipe gets the text as it is, tabs included
                 sys.stdout.write(chunk.text)
             sys.stdout.flush()
     except KeyboardInterrupt:

@@ -2,7 +2,7 @@
 
 Speculation changes no output. A proposal is verified in one forward; a proposed token is kept iff it is the token that
 the target itself draws at that row, given everything before it. With a greedy sampler the text is therefore the
-autoregressive one; with any other sampler every token is one draw from the target's own law.
+autoregressive one; with any other sampler every token is one draw from the target's own distribution.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _End:
         """Why nothing was proposed, or None where that needs no word."""
         if not room:
             full = self.session.length + 1 >= self.session.max_context
-            return "the context has room for one more token only" if full else None
+            return "the context has room for only one more token" if full else None
         return None if wanted else "adaptive: single steps were expected to be faster than a proposal"
 
     @property

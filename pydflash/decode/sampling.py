@@ -24,12 +24,12 @@ Ids = npt.NDArray[np.int64]
 MaskFunction = Callable[[Sequence[int]], "npt.NDArray[np.bool_] | None"]
 
 BLOCK = 256  # logits per block in the search for the largest, near the square root of a vocabulary
-SMALLEST_TEMPERATURE = 1e-30  # float32 knows nothing between it and 0; both mean the most likely token
+SMALLEST_TEMPERATURE = 1e-30  # float32 has nothing useful between it and 0; both mean the most likely token
 FIRST_NUCLEUS = 256  # top-p rarely keeps more; the search widens from here
 
 
 class Law(NamedTuple):
-    """What a draw chooses from: token ids (n,) and their unnormalised probabilities (n,), in the order of summation."""
+    """The candidates of a draw: token ids (n,) and their unnormalised probabilities (n,), in the order of summation."""
 
     ids: Ids
     weights: npt.NDArray[np.floating[Any]]
@@ -80,7 +80,8 @@ class Sampler:
         return int(law.ids[_choose(law.weights, self._generator.random())])
 
     def probabilities(self, logits: npt.NDArray[Any], history: Sequence[int]) -> tuple[Ids, npt.NDArray[np.float64]]:
-        """Return the law of ``draw``: ids (n,) of the tokens that remain and their probabilities (n,) float64."""
+        """Return the distribution of ``draw``: ids (n,) of the tokens that remain and their probabilities (n,)
+        float64."""
         law = self._law(logits, history)
         weights = law.weights.astype(np.float64)
         return law.ids.copy(), weights / weights.sum()

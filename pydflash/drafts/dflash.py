@@ -66,7 +66,7 @@ class Draft:
 
     @cached_property
     def digest(self) -> str:
-        """:meth:`GGUFFile.fingerprint_digest` of the file: what a snapshot knows the draft by."""
+        """:meth:`GGUFFile.fingerprint_digest` of the file: how a snapshot identifies the draft."""
         return self.file.fingerprint_digest()
 
     @property
@@ -143,7 +143,7 @@ class DraftSession:
         self.length = 0
         self._last: _BlockReplay | None = None
         self._kept = 0  # rows of the target's features that the next proposal injects
-        self._sequence = ""  # the target's text that the context is of
+        self._sequence = ""  # the target's text that the context belongs to
         self.closed = False
 
     @property
@@ -157,8 +157,8 @@ class DraftSession:
         """The first ``n`` rows of the target's last forward were committed: their features become context.
 
         At most 16 rows wait for the next proposal, which injects them in the same graph; more are injected now.
-        Raises StateError when the target has not committed them, has the features of the last of them only, or its last
-        forward, of more than 16 rows, may have taken the place of rows that waited.
+        Raises StateError when the target has not committed them, has the features of only the last of them, or its last
+        forward, of more than 16 rows, may have overwritten rows that waited.
         """
         self._check_open()
         self._follow()
@@ -174,7 +174,7 @@ class DraftSession:
             )
         if self._kept and n > EXACT_ROWS:
             raise StateError(
-                f"commit({n}): {self._kept} rows kept before still wait; call flush() before a forward of more than "
+                f"commit({n}): {self._kept} rows kept earlier still wait; call flush() before a forward of more than "
                 f"{EXACT_ROWS} rows"
             )
         if self._kept + n > EXACT_ROWS:
@@ -213,9 +213,9 @@ class DraftSession:
 
     @exclusive
     def snapshot(self) -> Snapshot:
-        """The context, copied to the host, to be restored beside a snapshot that the target gives at the same place.
+        """The context, copied to the host, to be restored together with the target's snapshot of the same place.
 
-        Rows that wait for the next proposal are injected first, which changes no bit of it. Raises StateError when the
+        Rows that wait for the next proposal are injected first, which changes no bit. Raises StateError when the
         context is not that of the target's committed positions, or rows are pending; SessionClosed.
         """
         self._check_open()
@@ -232,9 +232,9 @@ class DraftSession:
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from ``snapshot``, after the target was restored from the one taken at the same place.
 
-        Proposals are then those that the other draft session would make. Raises SnapshotMismatch that names the first
-        field of the fingerprint to differ, StateError when the target is not at that place, SessionClosed; nothing has
-        changed then.
+        Proposals are then those that the other draft session would make. Raises SnapshotMismatch, which names the first
+        field of the fingerprint that differs, StateError when the target is not at that place, SessionClosed; nothing
+        has changed then.
         """
         self._check_open()
         check_fingerprint(snapshot.fingerprint, self.fingerprint)
@@ -298,7 +298,7 @@ class DraftSession:
         first, SessionClosed."""
         self._check_open()
         if self._last is None:
-            raise StateError("logits: nothing was proposed yet")
+            raise StateError("logits: nothing has been proposed yet")
         out = np.empty(self._last.logits.shape, np.float32)
         self.draft.target.backend.read(self._last.logits, out)
         return out
@@ -330,7 +330,7 @@ class DraftSession:
             raise SessionClosed("the draft or the model of this draft session was closed; load both again")
 
     def _follow(self) -> None:
-        """Take a new text of the target when the context is empty; StateError when the context is of another text."""
+        """Adopt a new text of the target when the context is empty; StateError when it belongs to another text."""
         if not self.length and not self.target.origin.length:
             self._sequence = self.target.sequence
         if self._sequence != self.target.sequence:

@@ -9,10 +9,12 @@ from pydflash.runtime import width_for
 
 __all__ = ["CycleCosts", "ProposalLength", "adapts"]
 
-_REMEMBERED = 8  # cycles; what slows one of them does not count, what slows all of them does
+_REMEMBERED = 8  # cycles; a slowdown counts when it affects all of them
 _TRUSTED = 2  # cycles before a measurement counts: one alone may have been interrupted
-_FIXED = 0.1  # of a cycle's cost that its rows do not change, at least: so much on a CPU (docs/log.md), more on a GPU
-_STALE = 128  # cycles without one of its width, after which a measurement counts no more
+# The least share of a cycle's cost that does not depend on its rows (docs/log.md, "The cost of widths not measured
+# yet"); on a GPU it is larger.
+_FIXED = 0.1
+_STALE = 128  # a measurement is dropped after this many cycles of other widths
 # Acceptance changes from one passage of a text to the next. These three were chosen by replaying the shipped pair's
 # proposals at every position of 200 texts; neighbouring values are within 1 % of them.
 _FORGETTING = 0.8  # per proposal
@@ -26,7 +28,8 @@ def adapts(asked: bool | None, backend: Backend) -> bool:
 
 
 class CycleCosts:
-    """Measured seconds of whole cycles, by the width of the graph that verified them; 1 is a step without a proposal.
+    """Measured seconds of whole cycles, by the width of the graph that verified them; width 1 is a step without a
+    proposal.
 
     They hold from one generation to the next, on the same device with the same draft.
     """
@@ -48,10 +51,11 @@ class CycleCosts:
                 recent.clear()
 
     def seconds(self, proposed: int) -> float | None:
-        """Of a cycle that verifies ``proposed`` tokens: the fastest of late, of its width or a wider one.
+        """The fastest recent cycle of the width that verifies ``proposed`` tokens, or of a wider one.
 
-        A width without enough measurements is taken to be as cheap as it can be, given the next wider one: all but a
-        tenth of that by its rows. So it is tried as soon as it might pay. None before this or a wider width has enough.
+        A width without enough measurements is assumed to cost as little as it can, given the next wider one: a tenth of
+        that, and its share of the rows of the rest. So it is tried as soon as it might pay. None until this width or a
+        wider one has enough.
         """
         width = width_for(proposed + 1)
         known = {w: min(recent) for w, recent in self._recent.items() if w >= width and len(recent) >= _TRUSTED}
@@ -66,10 +70,10 @@ class CycleCosts:
 class ProposalLength:
     """The length of each proposal of one generation.
 
-    Each proposed token is taken to be accepted with the same probability h, if all before it were: those accepted of
-    those that the target examined, lately. A proposal of n then yields 1 + h + h^2 + ... + h^n tokens and takes the
-    seconds that CycleCosts knows; the n with the most tokens per second wins. It may be 0, a single step. What is known
-    of h fades with single steps too, so that proposals are tried again.
+    Each proposed token is assumed to be accepted with the same probability h, if all before it were: the recent share
+    of accepted tokens among those that the target examined. A proposal of n then yields 1 + h + h^2 + ... + h^n
+    tokens and takes the seconds that CycleCosts knows; the n with the most tokens per second wins. It may be 0, a
+    single step. What is known of h fades with single steps too, so that proposals are tried again.
     """
 
     def __init__(self, costs: CycleCosts) -> None:
@@ -77,7 +81,7 @@ class ProposalLength:
         self._accepted = self._examined = 0.0
 
     def choose(self, longest: int) -> int:
-        """How many tokens to propose, 0 to ``longest``; ``longest`` until it is known what that costs."""
+        """How many tokens to propose, 0 to ``longest``; ``longest`` until its cost is known."""
         accepted, examined = _BEFORE
         h = (self._accepted + accepted) / (self._examined + examined)
         best, best_rate = longest, 0.0
@@ -100,5 +104,5 @@ class ProposalLength:
 
 
 def _lengths(longest: int) -> list[int]:
-    """Those that fill a graph together with the anchor, and the longest."""
+    """The lengths that fill a graph together with the anchor, and the longest."""
     return [n for n in range(longest) if width_for(n + 1) == n + 1] + [longest]

@@ -86,7 +86,7 @@ class Engine:
 
     @classmethod
     def share(cls, model: Model, draft: LoadedDraft | None, config: EngineConfig) -> Engine:
-        """An engine with sessions of its own on a model and a draft that stay the caller's: close it before them.
+        """An engine with its own sessions on a model and a draft that the caller owns; close it before them.
 
         ``config.device``, ``threads`` and ``draft_causal`` were settled when those were loaded. Raises ConfigError or
         OutOfMemory; nothing stays allocated then.
@@ -100,7 +100,7 @@ class Engine:
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """The file's template; TemplateError when it has none or it does not compile."""
-        from pydflash.text.chat import ChatTemplate  # jinja2 is slow to import and raw prompts need none of it
+        from pydflash.text.chat import ChatTemplate  # jinja2 is slow to import, and raw prompts do not need it
 
         return ChatTemplate.from_metadata(self.model.file.metadata)
 
@@ -257,7 +257,7 @@ class Engine:
     def _adaptive(self) -> bool:
         return adapts(self.config.adaptive, self.model.backend)
 
-    # --- what there is ----------------------------------------------------------------------------------------------
+    # --- settings ---------------------------------------------------------------------------------------------------
 
     def settings(self) -> tuple[Setting, ...]:
         """Every effective value and where it came from: the configuration, then what follows from it and the files."""
@@ -289,4 +289,4 @@ class Engine:
 
 
 def _without_speculation(step: Step) -> Step:
-    return replace(step, stats=replace(step.stats, fallback="speculate=False was asked for"))
+    return replace(step, stats=replace(step.stats, fallback="speculate=False was given"))

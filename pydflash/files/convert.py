@@ -55,9 +55,10 @@ def convert_draft(
     """Convert the folder ``source`` to the GGUF file ``output`` and return its size in bytes.
 
     ``target``: the GGUF file the draft belongs to; its tokenizer is copied, so that a wrong pair is noticed. ``type``:
-    of the matrices: q8_0, q4_0, f16, bf16 or f32; norms are always f32. ``progress(done, total)`` counts bytes written.
-    Raises LoadError, BadMetadata, MissingTensor, DraftMismatch or ConfigError, and WriteError where ``output`` cannot
-    be written or is one of the files read. Whatever is raised, a file that was at ``output`` is as it was.
+    type of the matrices: q8_0, q4_0, f16, bf16 or f32; norms are always f32. ``progress(done, total)`` counts bytes
+    written. Raises LoadError, BadMetadata, MissingTensor, DraftMismatch or ConfigError, and WriteError where
+    ``output`` cannot be written or is one of the files read. Whatever is raised, a file that was at ``output`` is as
+    it was.
     """
     if type not in WRITABLE_TYPES:
         raise ConfigError(f"type is {type!r}; valid types are {', '.join(WRITABLE_TYPES)}")
@@ -76,7 +77,7 @@ def convert_draft(
 
 
 class _Config:
-    """config.json with checked access; ``dflash_config`` is looked at first where a key may stand in either place."""
+    """config.json with checked access; where a key may be in either place, ``dflash_config`` comes first."""
 
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
         self.path, self.values = path, values
@@ -106,7 +107,7 @@ def _read_config(folder: Path) -> _Config:
     except (OSError, ValueError) as error:
         raise LoadError(f"{path}: cannot be read: {error}; download the whole folder of the draft") from error
     if not isinstance(values, dict):
-        raise LoadError(f"{path}: holds no object; download the whole folder of the draft")
+        raise LoadError(f"{path}: does not hold a JSON object; download the whole folder of the draft")
     return _Config(path, values)
 
 
@@ -161,7 +162,7 @@ def _tokenizer(target: GGUFFile, config: _Config) -> dict[str, Any]:
     for key, there in pairs.items():
         here = config.get(key)
         if here is not None and there is not None and here != there:
-            raise DraftMismatch(f"{config.path}: {key} is {here}, that of {target.path} is {there}; they are no pair")
+            raise DraftMismatch(f"{config.path}: {key} is {here}, that of {target.path} is {there}; they do not match")
     keys = {key: target.metadata[key] for key in target.metadata if key.startswith("tokenizer.")}
     return keys | {"tokenizer.ggml.mask_token_id": config.need("mask_token_id", int)}
 
@@ -233,7 +234,8 @@ def _entry(entry: Mapping[str, Any], data: npt.NDArray[np.uint8]) -> _Tensor:
 
 
 def _named(tensors: Mapping[str, _Tensor], config: _Config, folder: Path) -> Iterator[tuple[str, _Tensor]]:
-    """The GGUF name of each tensor with the tensor. Raises MissingTensor; LoadError for one that has no place."""
+    """The GGUF name of each tensor with the tensor. Raises MissingTensor; LoadError for a tensor that a DFlash draft
+    does not have."""
     theirs = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     layers = config.need("num_hidden_layers", int)
     taken = set()
@@ -246,16 +248,14 @@ def _named(tensors: Mapping[str, _Tensor], config: _Config, folder: Path) -> Ite
             yield ours.format(layer), theirs[wanted]
     left = sorted(name for name in theirs.keys() - taken if not name.endswith(_IGNORED))
     if left:
-        raise LoadError(
-            f"{folder}: tensor {left[0]!r} and {len(left) - 1} more are not part of a DFlash draft that is known"
-        )
+        raise LoadError(f"{folder}: tensor {left[0]!r} and {len(left) - 1} more are not part of any known DFlash draft")
 
 
 def _source(name: str, tensor: _Tensor, dtype: GGMLType) -> TensorSource:
-    """Matrices in the type asked for, norms in f32."""
+    """Matrices in the requested type, norms in f32."""
     kind = dtype if len(tensor.shape) == 2 else GGMLType.F32
     columns = tensor.shape[-1]
-    encode(np.zeros((1, columns), np.float32), kind)  # refuses rows of part blocks before anything is written
+    encode(np.zeros((1, columns), np.float32), kind)  # refuses rows that are not whole blocks, before writing
 
     def chunks() -> Iterator[npt.NDArray[np.uint8]]:
         for piece in tensor.pieces(columns):

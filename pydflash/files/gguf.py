@@ -1,7 +1,7 @@
 """Open GGUF model files, in one part or several, without copying them.
 
 The file is checked once, completely, and mapped, not read: tensor data, arrays of numbers and the token list stay in it
-until somebody asks for them. It must not be truncated or overwritten while it is open, because the operating system
+until they are read. It must not be truncated or overwritten while it is open, because the operating system
 kills a process that reads a page which is no longer there.
 """
 
@@ -62,7 +62,7 @@ class _Part:
             raise
 
     def read(self, start: int, nbytes: int) -> bytes:
-        """Copy bytes without touching the mapping, where each page asked for would fetch megabytes around it."""
+        """Copy bytes without touching the mapping, where each page touched would fetch megabytes around it."""
         self.file.seek(start)
         content = self.file.read(nbytes)
         if len(content) < nbytes:
@@ -72,7 +72,7 @@ class _Part:
     def close(self) -> None:
         self.metadata.close()
         self.file.close()
-        with suppress(BufferError):  # an array that was handed out still needs the mapping and frees it later
+        with suppress(BufferError):  # an array that was returned still needs the mapping and frees it later
             self.data.close()
 
 
@@ -108,7 +108,7 @@ class GGUFFile:
             return file
 
     def close(self) -> None:
-        """Unmap the file. Arrays that were handed out stay valid and keep their part mapped until they are gone."""
+        """Unmap the file. Arrays that were returned stay valid and keep their part mapped until they are gone."""
         for part in self._parts:
             part.close()
         self._parts = []
@@ -167,7 +167,7 @@ class GGUFFile:
 
     def _open_parts(self) -> list[_Part]:
         if not self._parts:
-            raise StateError(f"{self.path}: tensor data was asked for after the file was closed; keep the file open")
+            raise StateError(f"{self.path}: tensor data was requested after the file was closed; keep the file open")
         return self._parts
 
     def fingerprint_digest(self) -> str:
@@ -206,7 +206,7 @@ class GGUFFile:
         return digest.hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """What the file says it is, as plain JSON values, sizes in bytes; None is what the file does not say."""
+        """What the file says it is, as plain JSON values, sizes in bytes; None where the file does not say."""
 
         def said(key: str) -> Any:
             return _plain(self.metadata.get(key))
@@ -265,7 +265,7 @@ def _open_and_map(path: Path) -> tuple[BinaryIO, mmap.mmap]:
     try:
         if not path.is_file():  # a pipe would block and a directory cannot be mapped
             found = "is not a regular file" if path.exists() else "does not exist"
-            raise LoadError(f"{path}: a GGUF file was asked for and the path {found}; check its spelling")
+            raise LoadError(f"{path}: a GGUF file is needed and the path {found}; check its spelling")
         with ExitStack() as undo:
             file = undo.enter_context(path.open("rb"))
             if file.seek(0, 2) == 0:  # an empty file cannot be mapped
@@ -302,7 +302,7 @@ def _merge_tensors(parts: list[_Part]) -> dict[str, TensorInfo]:
     for index, part in enumerate(parts):
         count, number = _split_value(part, "split.count", 1), _split_value(part, "split.no", 0)
         if index and (count, number) != (len(parts), index):
-            found = f"says that it is part {number + 1} of {count}, expected is {index + 1} of {len(parts)}"
+            found = f"says that it is part {number + 1} of {count}, but part {index + 1} of {len(parts)} was expected"
             raise LoadError(f"{part.path}: {found}; download all parts again")
         for info in part.tensors:
             if info.name in tensors:
@@ -317,7 +317,7 @@ def _merge_tensors(parts: list[_Part]) -> dict[str, TensorInfo]:
 
 
 def _split_value(part: _Part, key: str, default: int) -> int:
-    """A count of the split bookkeeping; BadMetadata unless it is an integer from 0 on."""
+    """A count of the split's bookkeeping; BadMetadata unless it is an integer of at least 0."""
     if key not in part.metadata:
         return default
     found = part.metadata.describe(key)

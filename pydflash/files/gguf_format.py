@@ -205,7 +205,7 @@ class Cursor:
 
 
 class Metadata(Mapping[str, Any]):
-    """The key-value pairs of a file, decoded when first asked for.
+    """The key-value pairs of a file, decoded on first access.
 
     Scalars are int, float, bool or str. An array of numbers is a read-only numpy view of the file (an array of bools is
     a copy), an array of strings is ``list[str]``, a nested array is a list. Bytes that are not UTF-8, as byte-level
@@ -244,12 +244,12 @@ class Metadata(Mapping[str, Any]):
         return self._values[key].start
 
     def close(self) -> None:
-        """Let go of the file. Values that were decoded before stay readable."""
+        """Release the file. Values that were decoded before stay readable."""
         self._data = None
 
     def _decode(self, key: str, value: Value) -> Any:
         if self._data is None:
-            raise StateError(f"{self._path}: {key!r} was asked for after the file was closed; keep the file open")
+            raise StateError(f"{self._path}: {key!r} was requested after the file was closed; keep the file open")
         if value.kind == ValueType.ARRAY:
             cursor = Cursor(self._path, self._data, value.start)
             return [self._decode(key, cursor.array(key)) for _ in range(value.count or 0)]
@@ -266,7 +266,7 @@ class Metadata(Mapping[str, Any]):
 def truncated(path: Path, size: int, start: int, nbytes: int, what: str) -> NoReturn:
     """Raise the LoadError for ``nbytes`` bytes from ``start`` on that reach beyond the file's ``size``."""
     raise LoadError(
-        f"{path}: {start + nbytes - size:,} bytes are missing: {what} needs {nbytes:,} bytes from byte {start:,} on "
+        f"{path}: {start + nbytes - size:,} bytes are missing: {what} needs {nbytes:,} bytes from byte {start:,} on, "
         f"and the file ends at byte {size:,}; download or copy it again"
     )
 
@@ -280,7 +280,7 @@ def read_header(cursor: Cursor) -> tuple[int, int]:
     if version and version & 0xFFFF == 0:
         cursor.fail("the file is big-endian and only little-endian is read", 4, "convert the model to little-endian")
     if version not in (2, 3):
-        cursor.fail(f"the file has GGUF version {version}, versions 2 and 3 are read", 4, "convert the model again")
+        cursor.fail(f"the file has GGUF version {version}, only 2 and 3 can be read", 4, "convert the model again")
     n_tensors = _entry_count(cursor, "tensors", MAX_TENSORS, MIN_TENSOR_ENTRY)
     n_keys = _entry_count(cursor, "keys", MAX_KEYS, MIN_KEY_ENTRY)
     return n_tensors, n_keys

@@ -70,8 +70,8 @@ def write_gguf(
 
 
 def encode(values: Floats, dtype: GGMLType) -> npt.NDArray[np.uint8]:
-    """(..., n) f32 as the bytes of ``dtype``, flat. ConfigError for a type that cannot be written or rows of part
-    blocks.
+    """(..., n) f32 as the bytes of ``dtype``, flat. ConfigError for a type that cannot be written or rows that are not
+    whole blocks.
     """
     if dtype not in _ENCODERS:
         raise ConfigError(f"type {dtype.name.lower()} cannot be written; valid types are {', '.join(WRITABLE_TYPES)}")

@@ -1,24 +1,26 @@
 """Two configurations of one model against each other: speed with intervals and a noise floor, outputs, acceptance.
 
-Weights are loaded once and shared; each arm has sessions of its own. A third arm, A', is A once more: what A' differs
-from A is the noise of the measurement. Every repeat has a prompt that no other run sees, the same for all arms, and the
+Weights are loaded once and shared; each arm has its own sessions. A third arm, A', is A once more: how A' differs from
+A is the noise of the measurement. Every repeat has a prompt that no other run sees, the same for all arms, and the
 order of the arms changes so that A precedes B in every other repeat. What a repeat and its order do to both arms
 cancels in the ratio B/A of that repeat; ``verdict`` states what the ratios show.
 
-Arms that fit into memory together run in lockstep: they take turns at the prompt, a piece of it each, then at decoding,
-a step each, and the time of an arm is that of its own turns. A piece is a chunk of the arm with the largest chunks, so
-arms with other ones read as many tokens at a turn. The device is idle at both ends of a turn: what the host does before
-a chunk does not overlap the chunk before it, as it does otherwise. What slows the machine for longer than a turn then
-falls on all arms alike, and cancels in the ratio of their times at the same piece or in the same repeat.
+Arms that fit into memory together run in lockstep: they take turns at a piece of the prompt, then at a step of
+decoding, and the time of an arm is that of its own turns. A piece is one chunk of the arm with the largest chunks;
+arms with smaller chunks read the same number of tokens in a turn. The device is idle at both ends of a turn: what the
+host does before a chunk does not overlap the chunk before it, as it does otherwise. What slows the machine for longer
+than a turn then falls on all arms alike, and cancels in the ratio of their times at the same piece or in the same
+repeat.
 
-What slows it for less hits one arm. It never makes anything faster, so the fastest run of each arm, and the fastest
-time at each piece of the prompt over all repeats summed up, stand beside the medians. These have no interval: they rest
-on few repeats, and a bootstrap says too little about the smallest of a few values (docs/log.md). The median ratio of
-all pieces has an exact one, as far as noise hits one piece of a repeat independently of the next, and a slow piece here
-and there hardly moves it, while it moves the sum of a run. So the verdict on prefill rests on that one wherever it
-exists: in lockstep, with a prompt of more than one piece. Else, and for decoding, it rests on the median ratio of the
-repeats. Nothing measured takes part in this choice. Of an arm that loses speed along the prompt, the median of the
-pieces tells what a middle one loses; the median of the repeats tells what the whole costs.
+What slows it for a shorter time hits one arm. It never makes anything faster, so the fastest run of each arm, and the
+sum of the fastest times at each piece of the prompt over all repeats, stand beside the medians. These have no interval:
+they rest on few repeats, and a bootstrap says too little about the smallest of a few values (docs/log.md, "An interval
+for prefill by chunk"). The median ratio of all pieces has an exact one, provided that noise hits one piece of a repeat
+independently of the next; a slow piece here and there hardly moves it, while it moves the sum of a run. So the verdict
+on prefill rests on that ratio wherever it exists: in lockstep, with a prompt of more than one piece. Otherwise, and for
+decoding, it rests on the median ratio of the repeats. No measurement influences this choice. For an arm that slows down
+along the prompt, the median of the pieces shows what a middle piece loses; the median of the repeats shows the cost of
+the whole prompt.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ Clock = Callable[[], float]
 """Seconds, as ``time.perf_counter``."""
 
 ORDERS = ((A, B, AGAIN), (AGAIN, B, A), (A, AGAIN, B), (B, AGAIN, A), (AGAIN, A, B), (B, A, AGAIN))
-"""All orders, repeat by repeat: each second one is the reverse of the one before."""
+"""All orders, repeat by repeat: every second one is the reverse of the one before it."""
 
 
 # --- what is asked for ------------------------------------------------------------------------------------------------
@@ -110,10 +112,10 @@ class _Source:
 
 
 class _Run:
-    """A greedy generation of at least ``enough`` tokens under way, each chunk of its prompt and each step timed.
+    """A running greedy generation of at least ``enough`` tokens, with every chunk of its prompt and every step timed.
 
-    It ends after a whole cycle: a last proposal cut to fit would need a graph of another width. A chunk leaves nothing
-    running on the device, nor does a step, as its tokens are on the host.
+    It ends after a whole cycle: a last proposal cut to fit would need a graph of another width. Nothing runs on the
+    device after a chunk, nor after a step, whose tokens are on the host.
     """
 
     def __init__(self, engine: Engine, prompt: Sequence[int], enough: int, clock: Clock) -> None:
@@ -151,7 +153,7 @@ class _Run:
 
     @property
     def prefilled(self) -> bool:
-        """The first token is there."""
+        """Whether the first token has been drawn."""
         return bool(self._tokens)
 
     @property
@@ -159,7 +161,7 @@ class _Run:
         return len(self._tokens) >= self._enough
 
     def found(self) -> dict[str, Any]:
-        """The fields of a Sample but its place."""
+        """The fields of a Sample except its place."""
         stats = self._stats
         return {
             "prompt_tokens": self._prompt_tokens, "prefill_seconds": sum(self._chunk_seconds),
@@ -176,7 +178,8 @@ class _Run:
 
 
 def measure(engines: Sequence[Engine], prompt: Sequence[int], enough: int, clock: Clock) -> list[dict[str, Any]]:
-    """Generate at least ``enough`` tokens with each engine, in lockstep; the fields of a Sample but its place, each."""
+    """Generate at least ``enough`` tokens with each engine, in lockstep; for each, the fields of a Sample except its
+    place."""
     with ExitStack() as undo:
         runs = [undo.enter_context(closing(_Run(engine, prompt, enough, clock))) for engine in engines]
         piece = max(run.chunk for run in runs)
@@ -186,7 +189,7 @@ def measure(engines: Sequence[Engine], prompt: Sequence[int], enough: int, clock
 
 
 def _lockstep(runs: Sequence[_Run], advance: Callable[[_Run], None], through: Callable[[_Run], bool]) -> None:
-    """Let all runs take turns until each is through."""
+    """Let all runs take turns until each has finished."""
     turn = 0
     while not all(map(through, runs)):
         for run in turns(runs, turn):
@@ -196,10 +199,11 @@ def _lockstep(runs: Sequence[_Run], advance: Callable[[_Run], None], through: Ca
 
 
 def turns(arms: Sequence[T], step: int) -> list[T]:
-    """The order of one turn of all: each second one is the reverse of the one before, so that a steady drift cancels.
+    """The order of one round of turns: every second one is the reverse of the one before, so that a steady drift
+    cancels.
 
-    After such a pair another arm begins. At each reversal an arm follows itself and finds its data in the caches; so
-    every arm does, one step in six.
+    After such a pair another arm begins. At each reversal an arm follows itself and finds its data in the caches; this
+    happens to every arm, one step in six.
     """
     first = step // 2 % len(arms)
     order = [*arms[first:], *arms[:first]]
@@ -207,7 +211,7 @@ def turns(arms: Sequence[T], step: int) -> list[T]:
 
 
 class _Pool:
-    """The engines of the arms, warmed up. Where memory ends, sessions and then weights make room for one another."""
+    """The engines of the arms, warmed up. When memory runs out, sessions and then weights make room for one another."""
 
     def __init__(self, model: Path, draft: Path | None, progress: Progress | None) -> None:
         self._model, self._draft, self._progress = model, draft, progress
@@ -260,7 +264,7 @@ class _Pool:
         self._engines.clear()
 
     def close(self) -> None:
-        """Free everything; what is asked for later is loaded again."""
+        """Free everything; what is needed later is loaded again."""
         self._close_engines()
         for draft in self._drafts.values():
             draft.close()
@@ -298,7 +302,7 @@ def compare(
         prompts = _prompts(pool.model(a), a, protocol, texts, source)
         _check_room(max(map(len, prompts)) + protocol.max_tokens, a, b)
         pool.warm = partial(_warm, source=source, lengths=set(map(len, prompts)), enough=protocol.max_tokens)
-        for name, arm in arms.items():  # what does not fit is known before the first measurement
+        for name, arm in arms.items():  # an arm that does not fit is found before the first measurement
             settings[name] = [setting._asdict() for setting in pool.engine(name, arm).settings()]
         samples: list[Sample] = []
         for repeat, (names, prompt) in enumerate(zip(order, prompts)):
@@ -338,7 +342,7 @@ def _prompts(model: Model, arm: Arm, protocol: Protocol, texts: Sequence[str], s
 
 
 def _check_room(tokens: int, *arms: Arm) -> None:
-    needed = tokens + EXACT_ROWS  # the last block may reach beyond the tokens asked for
+    needed = tokens + EXACT_ROWS  # the last block may reach beyond the requested tokens
     for arm in arms:
         if arm.config.max_context < needed:
             raise ConfigError(
@@ -348,7 +352,7 @@ def _check_room(tokens: int, *arms: Arm) -> None:
 
 
 def _warm(engine: Engine, source: _Source, lengths: set[int], enough: int) -> None:
-    """Run every shape that will be measured, so that all graphs are there."""
+    """Run every shape that will be measured, so that all graphs are built."""
     for length in sorted(lengths) * WARM_UPS:
         measure([engine], source.draw(length), enough, time.perf_counter)
 

@@ -54,7 +54,7 @@ ARMS = (A, B, AGAIN)
 
 @dataclass(frozen=True)
 class Arm:
-    """One side. ``speculate``: with the draft. ``given``: what was asked of this side, for reading."""
+    """One side. ``speculate``: whether it uses the draft. ``given``: the settings given for this side, for reading."""
 
     name: str
     config: EngineConfig
@@ -70,9 +70,9 @@ class Arm:
 class Protocol:
     """How to measure. Raises ConfigError for a value outside its range.
 
-    repeats: pairs of runs. prompt_tokens: of random prompts. max_tokens: generated in each run.
+    repeats: pairs of runs. prompt_tokens: length of random prompts. max_tokens: tokens generated in each run.
     prompts: a JSON-lines file whose "prompt" texts are used instead, a different one each repeat.
-    within: margin of equivalence in percent. seed: of the random prompts.
+    within: margin of equivalence in percent. seed: seed of the random prompts.
     """
 
     repeats: int = 7
@@ -113,11 +113,12 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Sample:
-    """One run of one arm. ``position``: its place in the order of the repeat. ``decode_seconds``: of its own steps.
+    """One run of one arm. ``position``: its place in the order of the repeat. ``decode_seconds``: time of its own
+    steps.
 
-    ``chunk``: the most tokens in a chunk of the prompt. ``chunk_seconds``: of each, ``prefill_seconds`` their sum.
+    ``chunk``: the most tokens in a chunk of the prompt. ``chunk_seconds``: time of each, ``prefill_seconds`` their sum.
     ``tokens``: the first ``max_tokens`` generated. ``decoded``: all tokens after the first, those of the last cycle
-    beyond ``max_tokens`` included, in ``decode_seconds``. The rest is of ``decode.Stats``.
+    beyond ``max_tokens`` included, in ``decode_seconds``. The rest is as in ``decode.Stats``.
     """
 
     arm: str
@@ -155,7 +156,7 @@ class Sample:
 
     @property
     def cycle(self) -> float:
-        """Milliseconds of a target forward and all around it."""
+        """Milliseconds of a cycle: a target forward and everything around it."""
         return 1e3 * self.decode_seconds / self.cycles
 
 
@@ -199,7 +200,7 @@ def _compared(values: Mapping[str, Sequence[float]]) -> Compared:
 class Chunks(Compared):
     """Prefill in lockstep, piece by piece of at most ``tokens``, in tokens/s of a piece.
 
-    Pieces that belong together are the same one in the same repeat; all of a repeat come before the next.
+    Pieces are compared at the same place of the same repeat, all pieces of a repeat before those of the next.
     ``fastest``: tokens/s of the whole prompt if each piece took its fewest seconds of all repeats; None where prompts
     differ in length.
     """
@@ -210,8 +211,8 @@ class Chunks(Compared):
 
 @dataclass(frozen=True)
 class Outcome(Compared):
-    """One quantity in ``unit``, compared repeat by repeat, and the fastest runs. The verdict is from ``chunks`` where
-    there are any, else from these medians.
+    """One quantity in ``unit``, compared repeat by repeat, and the fastest runs. The verdict rests on ``chunks`` where
+    there are any, else on these medians.
     """
 
     what: str
@@ -249,9 +250,9 @@ class Acceptance:
 class Report:
     """Everything that was asked, used and found; ``str()`` for reading, ``asdict`` for JSON.
 
-    ``order``: the arms of each repeat as they ran. ``in_turn``: the arms did not fit into memory together; else they
-    run in lockstep. ``settings``: every effective setting of A and B. ``same_acceptance``: the traces of A and B are
-    equal.
+    ``order``: the arms of each repeat as they ran. ``in_turn``: the arms did not fit into memory together; otherwise
+    they run in lockstep. ``settings``: every effective setting of A and B. ``same_acceptance``: the traces of A and B
+    are equal.
     """
 
     date: str
@@ -381,7 +382,7 @@ def _outcome(
 
 
 def _chunks(samples: Sequence[Sample]) -> Chunks | None:
-    """None where every prompt is read in one piece: there is nothing that its run does not say."""
+    """None where every prompt is read in one piece: the run then says it all."""
     rows = max(s.chunk for s in samples)
     if all(s.prompt_tokens <= rows for s in samples):
         return None
@@ -392,7 +393,7 @@ def _chunks(samples: Sequence[Sample]) -> Chunks | None:
 
 
 def _fastest_pieces(pieces: Mapping[str, Sequence[Sequence[tuple[int, float]]]]) -> Fastest:
-    """Of arms that read equally many tokens in each repeat: the speed if every piece took its fewest seconds."""
+    """The speed if every piece took its fewest seconds, for arms that read equally many tokens in each repeat."""
     tokens = sum(count for count, _ in pieces[A][0])
     return _fastest({arm: [tokens / sum(min(at)[1] for at in zip(*runs))] for arm, runs in pieces.items()}, max)
 

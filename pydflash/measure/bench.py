@@ -1,7 +1,7 @@
 """Speed of prefill, decode and DFlash cycles, by llama-bench's definitions.
 
-pp N: N random tokens into an empty sequence, head of the last row, until its argmax is on the host. tg N @ d: N
-single-token steps of random tokens after d random ones, argmax on the host after each. cycle n/a: one DFlash cycle
+pp N: N random tokens into an empty sequence, the head for the last row only, until its argmax is on the host. tg N @
+d: N single-token steps of random tokens after d random ones, argmax on the host after each. cycle n/a: one DFlash cycle
 that proposes n tokens, verifies n + 1 rows and keeps a + 1 of them, whatever was proposed; its parts are timed with a
 synchronisation after each, the total without. Warm-up runs (they build graphs) are not counted.
 """
@@ -156,7 +156,7 @@ class CycleBench:
     """A target and a draft session that run DFlash cycles with a given number of accepted tokens."""
 
     def __init__(self, model: Model, draft: LoadedDraft, config: EngineConfig) -> None:
-        """``CYCLE_PROMPT`` of ``config.max_context`` positions are filled before each measurement."""
+        """Before each measurement, ``CYCLE_PROMPT`` of ``config.max_context`` positions are filled."""
         self._engine = Engine.share(model, draft, config)
         assert self._engine.draft_session is not None, "an engine with a draft has a session for it"
         self.session, self.draft = self._engine.session, self._engine.draft_session
@@ -285,7 +285,7 @@ def bench(
     """Load, measure what ``plan`` says and cycles of ``config.draft_max`` proposed tokens when there is a draft.
 
     Results are printed and appended to ``json_path`` as they come. ``config.max_context`` is not used: each
-    measurement has the context it needs. Raises ConfigError, LoadError, NoDevice or OutOfMemory.
+    measurement gets the context it needs. Raises ConfigError, LoadError, NoDevice or OutOfMemory.
     """
     with load_model(model, config.device, progress, threads=config.threads) as loaded:
         common = {

@@ -1,4 +1,5 @@
-"""From paired measurements to a sentence: the interval of a median, the noise floor, and what both allow to say."""
+"""From paired measurements to a sentence: the interval of a median, the noise floor, and the conclusion that both
+support."""
 
 from __future__ import annotations
 
@@ -42,9 +43,9 @@ def paired_ratios(a: Sequence[float], b: Sequence[float]) -> list[float]:
 def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
     """The exact sign-test interval of the median: two order statistics, the narrowest that reach ``confidence``.
 
-    Each value lies below the true median with probability 1/2, whatever the law of the values, so the k-th smallest and
-    the k-th largest of n enclose it with probability 1 - 2 P(Binomial(n, 1/2) < k). No assumption of normality, no
-    random resampling. Raises ConfigError when there are too few values for any interval.
+    Each value lies below the true median with probability 1/2, whatever the distribution of the values, so the k-th
+    smallest and the k-th largest of n enclose it with probability 1 - 2 P(Binomial(n, 1/2) < k). No assumption of
+    normality, no random resampling. Raises ConfigError when there are too few values for any interval.
     """
     n, ordered = len(values), sorted(values)
     k, coverage = _rank(n, confidence)
@@ -78,11 +79,12 @@ def noise_floor(again: Estimate) -> float:
 
 
 def verdict(ratio: Estimate, floor: float, *, within: float | None = None, lower_is_better: bool = False) -> Verdict:
-    """What ``ratio``, B over A, allows to say of B.
+    """The conclusion about B that ``ratio``, B over A, supports.
 
     ``floor``: the noise floor, a fraction. ``within``: a margin of equivalence in percent; the interval must lie in it
     as a whole. A difference counts when its interval leaves out 0 and its median is above the floor; a median above the
-    floor whose interval holds 0 decides nothing. ``lower_is_better``: of times; 1 % faster is then 1 % less.
+    floor whose interval holds 0 decides nothing. ``lower_is_better``: the quantity is a time; 1 % faster is then 1 %
+    less.
     """
     gain = Estimate(ratio.median - 1.0, ratio.low - 1.0, ratio.high - 1.0, ratio.confidence)
     if lower_is_better:

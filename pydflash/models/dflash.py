@@ -1,10 +1,9 @@
 """The DFlash draft (arXiv:2602.06036): a few Qwen3-style layers that fill a block of masks in one pass.
 
-The draft has no embedding and no head of its own; it uses the target's. What it knows of the text are fused *features*
-of the
+The draft has no embedding and no head; it uses the target's. What it knows of the text are fused *features* of the
 target: residual streams tapped after some layers, projected and normalised, whose K and V are injected into every
-layer. A block is [anchor, MASK, MASK, ...] at positions start, start+1, ...; row i proposes the token at its own
-position start + i. T rows of a step; H, Hkv, D query heads, key/value heads and their size.
+layer. A block is [anchor, MASK, MASK, ...] at positions start, start+1, ...; row i proposes the token at position
+start + i. T rows of a step; H, Hkv, D query heads, key/value heads and their size.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class DraftConfig:
     def read(cls, file: GGUFFile, causal: bool | None = None) -> DraftConfig:
         """From a file's metadata, in either layout (tensor names decide which).
 
-        ``causal`` overrides what the file says of the rows inside a block, for every layer. Without it and without a
+        ``causal`` overrides what the file says about the rows inside a block, for every layer. Without it and without a
         key 'attention.causal', sliding layers are causal inside the block and full layers are not.
         Raises UnsupportedArchitecture or BadMetadata.
         """
@@ -155,7 +154,7 @@ class DraftConfig:
 
 
 def _is_fork(file: GGUFFile) -> bool:
-    """The other layout in the wild: ``dflash.*`` tensor names, raw layer ids."""
+    """The layout of llama.cpp's forks: ``dflash.*`` tensor names, raw layer ids."""
     return any(name in file.tensors for name in ("dflash.fc.weight", "dflash_fc.weight"))
 
 
@@ -234,7 +233,7 @@ class DraftLayer:
 
 
 class DFlash:
-    """The draft's two passes. It holds weights only; everything that changes is handed in."""
+    """The draft's two passes. It holds weights only; everything that changes is passed in."""
 
     def __init__(self, config: DraftConfig, weights: Weights, names: Mapping[str, str]) -> None:
         self.config = config

@@ -283,7 +283,7 @@ class Block:
 
 
 class Hybrid(ABC):
-    """The forward pass. It holds weights only; everything that changes is handed in."""
+    """The forward pass. It holds weights only; everything that changes is passed in."""
 
     def __init__(self, config: HybridConfig, weights: Weights) -> None:
         self.config = config

@@ -47,7 +47,7 @@ class Model:
 
     @cached_property
     def digest(self) -> str:
-        """:meth:`GGUFFile.fingerprint_digest` of the file: what a snapshot knows the model by."""
+        """:meth:`GGUFFile.fingerprint_digest` of the file: how a snapshot identifies the model."""
         return self.file.fingerprint_digest()
 
     @property
@@ -74,8 +74,7 @@ def load_model(
     """Load a GGUF file of one of ``ARCHITECTURES`` (the first part of a split one loads all).
 
     ``device``: 'auto', 'cpu', 'cuda' or 'cuda:N'. ``progress(bytes_done, bytes_total)`` is called while weights are
-    read.
-    ``threads`` is for the CPU. Raises LoadError, NoDevice or OutOfMemory; nothing stays allocated then.
+    read. ``threads`` is for the CPU. Raises LoadError, NoDevice or OutOfMemory; nothing stays allocated then.
     """
     file = GGUFFile.open(path)
     try:

@@ -51,7 +51,7 @@ def find_tensors(file: GGUFFile, expected: Mapping[str, Shape]) -> dict[str, Ten
             )
         if not info.type.is_weight:
             raise LoadError(
-                f"{file.path}: tensor {name!r} is {info.type.name}, which no weight can have; convert the file again"
+                f"{file.path}: tensor {name!r} is {info.type.name}, not a type of weights; convert the file again"
             )
         found[name] = info
     return found

@@ -1,7 +1,7 @@
 """Persistent graphs: built once for constant shapes, allocated once, replayed for every step.
 
 What changes from step to step (token ids, positions, row numbers, counts) are inputs: tensors whose contents are
-written before each run. Building a graph costs about a microsecond an operation in Python and never happens per token.
+written before each run. Building a graph costs about a microsecond per operation in Python and never happens per token.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Graph:
         return self.effect(tensor)
 
     def effect(self, tensor: Tensor) -> Tensor:
-        """Compute ``tensor`` at this place, for what its computation writes elsewhere (a cache, a ring)."""
+        """Compute ``tensor`` at this point, for its side effect on other memory (a cache, a ring)."""
         self._effects.append(tensor.c)
         return tensor
 
@@ -104,7 +104,7 @@ class Graph:
             lib.ggml_gallocr_reserve(self._allocator, self.c) and lib.ggml_gallocr_alloc_graph(self._allocator, self.c)
         ):
             raise OutOfMemory(
-                f"a graph's working memory of {int(size[0]):,} bytes could not be had on {self.backend.name}"
+                f"a graph's working memory of {int(size[0]):,} bytes could not be allocated on {self.backend.name}"
             )
         self.nbytes = int(lib.ggml_gallocr_get_buffer_size(self._allocator, 0))
         self.backend.reserve_for(self.c)

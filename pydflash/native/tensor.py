@@ -1,7 +1,7 @@
-"""A tensor of a graph: shape, dtype, arithmetic and movement. Every operation with a name of its own lives in ``ops``.
+"""A tensor of a graph: shape, dtype, arithmetic and movement. Named operations are in ``ops``.
 
 Shapes are row-major as in numpy: ``(rows, columns)``, the last axis contiguous. ggml counts its axes the other way
-round; the reversal happens in this file and nowhere else.
+around; the reversal happens in this file and nowhere else.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 T is the number of rows (tokens) of a step, H query heads, Hkv key/value heads, D a head's size, C hidden or channel
 columns. A step of at most ``EXACT_ROWS`` rows takes the kernels whose rows do not depend on one another (D8 in
-docs/architecture.md); wider steps (prefill) take ggml's faster ones.
+docs/architecture.md); wider steps (prefill) take ggml's faster ones. A header in parentheses is the contract of our own
+node, in the folder of ``ggml_ext/`` that has the module's name.
 """
 
 from pydflash.ops.attention import attention, attention_prefill

@@ -25,12 +25,11 @@ def attention(
     window: int = 0,
     slot_positions: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention of at most 16 rows over a cache (ggml_ext/attention/attention.h): q (T, H, D) to (T, H, D).
+    """Softmax attention of at most 16 rows over a cache (attention.h): q (T, H, D) to (T, H, D).
 
-    ``k_cache``, ``v_cache``: (P, Hkv*D), each of its own dtype. A row at position p sees slots with position <= p (all
-    when not
-    ``causal``), within ``window`` positions unless 0. Slot s holds position s, or ``slot_positions[s]`` (negative:
-    empty).
+    ``k_cache``, ``v_cache``: (P, Hkv*D), each with its own dtype. A row at position p sees slots with position <= p
+    (all slots when not ``causal``), within ``window`` positions unless 0. Slot s holds position s, or
+    ``slot_positions[s]`` (negative: empty).
     """
     _check_attention("attention", q, k_cache, v_cache, kv_heads)
     rows, _, size = q.shape
@@ -64,7 +63,7 @@ def attention_prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor,
 
 
 def _check_attention(op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_heads: int) -> None:
-    """What both attentions ask of q (T, H, D) and of a cache (P, Hkv*D)."""
+    """Check q (T, H, D) and a cache (P, Hkv*D) for both kinds of attention."""
     require(len(q.shape) == 3 and q.shape[2] in (64, 128, 256), f"{op}: q {q!r} is not (T, H, D) with D 64, 128 or 256")
     require(
         k_cache.shape == v_cache.shape == (k_cache.shape[0], kv_heads * q.shape[2]) and q.shape[1] % kv_heads == 0,
@@ -73,7 +72,7 @@ def _check_attention(op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_he
 
 
 def _heads(cache: Tensor, kv_heads: int, like: Tensor) -> Any:
-    """(P, Hkv*D) seen as (Hkv, P, D): ggml's attention wants one matrix a head."""
+    """(P, Hkv*D) viewed as (Hkv, P, D): ggml's attention takes one matrix per head."""
     slots, columns = cache.shape
     size = columns // kv_heads
     row, head = cache.c.nb[1], size // cache.dtype.block_size * cache.dtype.type_size

@@ -22,11 +22,10 @@ def delta_inputs(
     *,
     keep: bool,
 ) -> Tensor:
-    """Convolution, gates and tape of a gated delta-net layer (ggml_ext/delta/delta_inputs.h).
+    """Convolution, gates and tape of a gated delta-net layer (delta_inputs.h).
 
-    x (T, C) raw q|k|v, alpha and beta (T, Hv), counts (2,) int32 = rows to replay, real rows; result (16 + T, C + 2
-    Hv).
-    ``keep``: the rows stay pending (T <= 16); otherwise they are committed at once.
+    x (T, C) raw q|k|v, alpha and beta (T, Hv), counts (2,) int32 = rows to replay, real rows; result
+    (16 + T, C + 2 Hv). ``keep``: the rows stay pending (T <= 16); otherwise they are committed at once.
     """
     rows, channels = x.shape
     heads = alpha.shape[1]
@@ -51,7 +50,7 @@ def delta_inputs(
 
 
 def delta_rule(inputs: Tensor, state: Tensor, counts: Tensor, *, k_heads: int, eps: float, keep: bool) -> Tensor:
-    """The gated delta rule over replayed and new rows (ggml_ext/delta/delta_rule.h): state (Hv, D+1, D) to o (T, Hv*D)."""
+    """The gated delta rule over replayed and new rows (delta_rule.h): state (Hv, D+1, D) to o (T, Hv*D)."""
     heads, _, size = state.shape
     rows = inputs.shape[0] - TAPE_ROWS
     require(

@@ -11,7 +11,7 @@ __all__ = ["experts", "mix_experts"]
 
 
 def experts(x: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    """Products with the matrices of the experts that each row selected (ggml_ext/experts/experts.h), exact at every width.
+    """Products with the matrices of the experts that each row selected (experts.h), exact at every width.
 
     x (T, K), or (T, k, K) with a row for each selected expert; weight (E, M, K) of any dtype; ids (T, k) int32 below E;
     (T, k, M) f32.

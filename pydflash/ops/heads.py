@@ -16,7 +16,7 @@ __all__ = ["NormRope", "norm_rope", "rope", "store_kv", "turbo_wht"]
 
 
 def rope(x: Tensor, positions: Tensor, dims: int, base: float) -> Tensor:
-    """Rotary embedding of the first ``dims`` values of each head, by the reference's angles (ggml_ext/heads/rope.h).
+    """Rotary embedding of the first ``dims`` values of each head, by the reference's angles (rope.h).
 
     (T, H, D), strided or not, D at most 256, and positions (T,) int32 to (T, H, D); NEOX pairs (i, i + dims/2). For
     text, Qwen's interleaved multi-axis RoPE has the same position on every axis and equals this.
@@ -30,7 +30,7 @@ def rope(x: Tensor, positions: Tensor, dims: int, base: float) -> Tensor:
 
 
 def turbo_wht(x: Tensor, group: int, signs: Tensor | None = None, inverse: bool = False) -> Tensor:
-    """Walsh-Hadamard rotation of each group of ``group`` values of the last axis (ggml_ext/heads/turbo_wht.h).
+    """Walsh-Hadamard rotation of each group of ``group`` values of the last axis (turbo_wht.h).
 
     ``signs`` (2, group) f32 holds the sign vectors D1 and D2 of the signed form. Orthonormal; ``inverse`` undoes it.
     """
@@ -57,7 +57,7 @@ class NormRope:
 
 
 def norm_rope(x: Tensor, norm: NormRope, positions: Tensor, group: int = 0, signs: Tensor | None = None) -> Tensor:
-    """``norm``, then ``turbo_wht`` unless ``group`` is 0, in one kernel with the same bits (ggml_ext/heads/norm_rope.h).
+    """``norm``, then ``turbo_wht`` unless ``group`` is 0, in one kernel with the same bits (norm_rope.h).
 
     (T, H, D), strided or not, to (T, H, D). D is 64, 128 or 256; the rest as in ``rope`` and ``turbo_wht``.
     """
@@ -79,7 +79,7 @@ def store_kv(
     signs: Tensor | None = None,
     v_group: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """K through ``norm`` and rotated, and V rotated, into rows of their tables, in one kernel (ggml_ext/heads/store_kv.h).
+    """K through ``norm`` and rotated, and V rotated, into rows of their tables, in one kernel (store_kv.h).
 
     k and v (T, Hkv, D), strided or not; rows (T,) int32; tables (P, Hkv*D) of f32, f16, bf16, q8_0 or q4_0 each.
     ``signs`` are K's; a group of 0 does not rotate. Returns both tables after it, with ``set_rows``'s bytes.
@@ -98,12 +98,12 @@ def store_kv(
         )
     operands = [k, v, norm.weight, positions, rows, k_table, v_table, *(() if signs is None else (signs,))]
     params = [norm.dims, float(norm.base), float(norm.eps), k_group, v_group]
-    # The node is K's table; V's is the tensor it was, and what reads it comes later in program order.
+    # The node is a view of K's table. V's table stays the same tensor, and what reads it comes later in program order.
     return custom(lib.PYDFLASH_OP_STORE_KV, operands, k_table.shape, params, inplace=k_table), v_table
 
 
 def _check_heads(op: str, x: Tensor, norm: NormRope, positions: Tensor, group: int, signs: Tensor | None) -> None:
-    """What the fused ways ask of heads (T, H, D) of Q or K."""
+    """Check heads (T, H, D) of Q or K for the fused operations."""
     require(
         len(x.shape) == 3 and x.shape[2] in (64, 128, 256) and x.dtype == GGMLType.F32 and x.c.nb[0] == 4,
         f"{op}: {x!r} is not (T, H, D) f32 with D 64, 128 or 256 and contiguous heads",

@@ -11,7 +11,8 @@ __all__ = ["argmax", "top_k"]
 
 
 def argmax(x: Tensor, *, report: bool = True) -> Tensor:
-    """Index of the largest value of each row, the first of equal ones: (T, C) f32 to (T,) int32 (ggml_ext/largest/argmax.h).
+    """Index of the largest value of each row, the first if several are equal: (T, C) f32 to (T,) int32
+    (argmax.h).
 
     A row with a NaN, or whose largest value is infinite, gives -1; without ``report`` any index of the row.
     """
@@ -20,7 +21,7 @@ def argmax(x: Tensor, *, report: bool = True) -> Tensor:
 
 
 def top_k(x: Tensor, k: int) -> Tensor:
-    """Indices of the k largest values of each row, the largest first, of equal ones the first (ggml_ext/largest/top_k.h).
+    """Indices of the k largest values of each row, the largest first, of equal ones the first (top_k.h).
 
     (T, C) f32 to (T, k) int32.
     """

@@ -27,7 +27,7 @@ def custom(
     inplace: Tensor | None = None,
     dtype: GGMLType = GGMLType.F32,
 ) -> Tensor:
-    """One of our own nodes (ggml_ext/ext.h). Float parameters travel as their bits.
+    """A custom node (ggml_ext/ext.h). Float parameters are passed as their bits.
 
     The result is new, of ``shape`` and ``dtype``; or a view of ``inplace``, an operand that the node writes.
     """

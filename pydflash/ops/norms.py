@@ -11,9 +11,9 @@ __all__ = ["gated_rms_norm", "rms_norm", "sigmoid", "sigmoid_gate", "silu", "swi
 
 
 def _own_norms(x: Tensor) -> bool:
-    """Whether norms and gates are nodes of ours: on the CPU.
+    """Whether norms and gates are custom nodes, which they are on the CPU.
 
-    There ggml runs each node alone, some of them value by value. On CUDA ggml and ggml_ext/linear/fuse.cu fuse ggml's nodes.
+    There ggml runs each node alone, some of them value by value. On CUDA ggml and fuse.cu fuse ggml's nodes.
     """
     return x.home.traits.own_norms
 
@@ -28,7 +28,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``rms_norm(x, weight, eps) * silu(z)``, x and z of the same shape (ggml_ext/norms/rms_norm.h)."""
+    """``rms_norm(x, weight, eps) * silu(z)``, x and z of the same shape (rms_norm.h)."""
     check_rows("gated_rms_norm", x)
     check_rows("gated_rms_norm", z, x.shape)
     _check_norm_weight("gated_rms_norm", x, weight)
@@ -38,7 +38,7 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
-    """``x * sigmoid(gate)``, both of the same shape (ggml_ext/norms/sigmoid_gate.h)."""
+    """``x * sigmoid(gate)``, both of the same shape (sigmoid_gate.h)."""
     check_rows("sigmoid_gate", x)
     check_rows("sigmoid_gate", gate, x.shape)
     if _own_norms(x):

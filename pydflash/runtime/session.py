@@ -36,7 +36,7 @@ from pydflash.state import (
 
 __all__ = ["Session"]
 
-_NOWHERE = Place("", 0)  # where a text that no snapshot began comes from
+_NOWHERE = Place("", 0)  # the origin of a text that did not begin with a snapshot
 
 
 class Session:
@@ -45,7 +45,7 @@ class Session:
     ``forward(tokens)`` computes ``len(tokens)`` positions and leaves them pending; ``commit(n)`` keeps the first n of
     them and forgets the rest. At most 16 rows can be kept in part; a wider forward is committed whole.
     ``length``: committed positions. ``pending``: positions computed and not committed. ``capture``: layers whose
-    residual stream is left in ``features`` (rows, layers, hidden) for a draft. ``sequence``: a name of its own for each
+    residual stream is left in ``features`` (rows, layers, hidden) for a draft. ``sequence``: a unique name of the
     text, new after a reset or a restore. ``origin``: the place of the snapshot that the text began with.
     """
 
@@ -90,7 +90,7 @@ class Session:
         self.length = self.pending = 0
         self._serial = 0  # counts steps, so that an Output knows whether it is still valid
         self._replay = 0  # rows of the last step that the next one replays into the delta-net state
-        self._whole = False  # the pending rows are in the delta-net state already
+        self._whole = False  # whether the pending rows are already in the delta-net state
         self._begin(_NOWHERE)
         self.closed = False
 
@@ -113,7 +113,7 @@ class Session:
 
     @exclusive
     def forward(self, tokens: Sequence[int] | npt.NDArray[np.integer] | Proposal, logits: Head = "last") -> Output:
-        """Compute the next positions and leave them pending. A Proposal is read where it lies, on the device.
+        """Compute the next positions and leave them pending. A Proposal is read on the device.
 
         ``logits``: the rows the LM head runs for: 'last', 'all' or 'none'. Raises ShapeError for an empty list or a
         token outside the vocabulary, ContextFull, StateError when rows are pending already, SessionClosed.
@@ -200,8 +200,9 @@ class Session:
     def snapshot(self) -> Snapshot:
         """What the session remembers, copied to the host: K and V of the committed positions and the delta-net state.
 
-        It holds no logits, so that what is restored goes on with a forward; nor what is a sampler's or a draft's, see
-        ``Sampler.state`` and ``DraftSession.snapshot``. Raises StateError while rows are pending, SessionClosed.
+        It holds no logits: a restored session goes on with a forward. A sampler and a draft session have their own
+        state, see ``Sampler.state`` and ``DraftSession.snapshot``. Raises StateError while rows are pending,
+        SessionClosed.
         """
         self.check_open()
         if self.pending:
@@ -218,8 +219,8 @@ class Session:
 
         What follows has the same bits as if the other session had gone on, on the same kind of device. ``max_context``,
         ``chunk`` and ``capture`` may differ. A draft session beside this one needs its own snapshot restored next.
-        Raises SnapshotMismatch that names the first field of the fingerprint to differ, ContextFull, SessionClosed; the
-        session is then as it was.
+        Raises SnapshotMismatch, which names the first field of the fingerprint that differs, ContextFull,
+        SessionClosed; the session is then unchanged.
         """
         self.check_open()
         check_fingerprint(snapshot.fingerprint, self.fingerprint)
@@ -236,7 +237,8 @@ class Session:
         self._begin(snapshot.place)
 
     def stands_at(self, place: Place) -> bool:
-        """Whether the committed text is the one that ``place`` names: reached here, or restored and not continued."""
+        """Whether the committed text is the one that ``place`` names: reached in this session, or restored and not
+        continued."""
         return self.length == place.length and place in (Place(self.sequence, self.length), self.origin)
 
     def _begin(self, origin: Place) -> None:
@@ -281,7 +283,7 @@ class Session:
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def _chunks(self, ids: npt.NDArray[np.int32], logits: Head) -> Output:
-        """A wide forward: chunk after chunk, each applied to the state at once. All rows' logits come to the host."""
+        """A wide forward: chunk by chunk, each applied to the state at once. All rows' logits come to the host."""
         outputs: list[Output] = []
         for done in range(0, len(ids), self.chunk):
             piece = ids[done : done + self.chunk]

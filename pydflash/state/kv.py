@@ -87,7 +87,7 @@ class KVPath:
         return k_table, graph.effect(ops.set_rows(v_table, rows, v.reshape(v.shape[0], width)))
 
     def output(self, o: Tensor) -> Tensor:
-        """What attention read from the table of V, (T, H, D), out of V's basis."""
+        """Rotate the output of attention, (T, H, D), back from V's basis."""
         return self._rotated(o, self.v)
 
     @staticmethod

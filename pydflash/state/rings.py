@@ -22,8 +22,8 @@ __all__ = ["Ring", "RingBatch", "RingSpec"]
 class RingBatch:
     """The rows of a draft's block, as the tensors of one graph, for layers of one window. T rows.
 
-    positions (T,) int32: the block's own positions. ends (T,) int32: the last of them in every row, which is how far a
-    full layer's rows see. rows (T,) int32: where block K/V are written. slots: rows of the table to attend over.
+    positions (T,) int32: the block's own positions. ends (T,) int32: the last of them in every row, up to which a full
+    layer's rows see. rows (T,) int32: where block K/V are written. slots: rows of the table to attend over.
     slot_positions: (slots,) int32, or None where slot s holds position s.
     """
 

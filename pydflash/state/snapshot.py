@@ -52,7 +52,7 @@ def host_arrays(layout: Layout) -> dict[str, npt.NDArray[Any]]:
 
 
 class Place(NamedTuple):
-    """A point of one sequence: no two texts share it."""
+    """A point of one sequence; no two texts share one."""
 
     sequence: str
     length: int
@@ -63,7 +63,7 @@ class Snapshot:
     """A session or draft session between two steps; made by their ``snapshot()`` or by :meth:`load`. It never changes.
 
     ``length``: positions. ``replay``: the last of them that the delta-net state does not contain yet; they lie in its
-    window. ``sequence``: what the session's text is called, so that a draft's snapshot finds its target's. ``arrays``:
+    window. ``sequence``: the name of the session's text, by which a draft's snapshot finds its target's. ``arrays``:
     read-only numpy arrays, as ``fingerprint.layout(length, replay)`` says. ShapeError when they are not.
     """
 
@@ -111,14 +111,14 @@ class Snapshot:
 
     @classmethod
     def load(cls, path: str | Path) -> Snapshot:
-        """Read a file that :meth:`save` wrote. Nothing in it is believed before it was checked.
+        """Read a file that :meth:`save` wrote. Nothing in it is trusted before it has been checked.
 
         Raises LoadError that names the file, what was found and what to do.
         """
         path = Path(path)
         if not path.is_file():  # a pipe would block
             found = "is not a regular file" if path.exists() else "does not exist"
-            raise LoadError(f"{path}: a snapshot was asked for and the path {found}; check its spelling")
+            raise LoadError(f"{path}: a snapshot file is needed and the path {found}; check its spelling")
         try:
             with path.open("rb") as file:
                 return _Reader(path, file).read()
@@ -173,7 +173,7 @@ class _Reader:
         statement, digest = self._metadata(header)
         fingerprint, sequence, length, replay, layout = self._parse(statement)
         if header != _header(layout, statement, digest):
-            self._damaged("its arrays are not those that its fingerprint asks for")
+            self._damaged("its arrays are not those that its fingerprint requires")
         self._check_size(8 + len(header) + sum(_nbytes(*spec) for spec in layout.values()))
         try:
             arrays = host_arrays(layout)
@@ -182,7 +182,7 @@ class _Reader:
         for values in arrays.values():
             self._fill(values)
         if _digest(statement, arrays) != digest:
-            self._damaged("its contents do not have the checksum that it states")
+            self._damaged("its contents do not match its checksum")
         return Snapshot(fingerprint, sequence, length, replay, arrays)
 
     def _read_header(self) -> bytes:
@@ -190,7 +190,7 @@ class _Reader:
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= min(_HEADER_LIMIT, self.size - 8):
             kind = "a GGUF file" if prefix[:4] == b"GGUF" else f"{self.size:,} bytes without a header of a valid size"
-            raise LoadError(f"{self.path}: is no snapshot, found {kind}; give a file that Snapshot.save wrote")
+            raise LoadError(f"{self.path}: is not a snapshot, found {kind}; give a file that Snapshot.save wrote")
         return self.file.read(length)
 
     def _metadata(self, header: bytes) -> tuple[str, str]:
@@ -202,7 +202,7 @@ class _Reader:
                 raise TypeError("metadata are strings")
         except (ValueError, KeyError, TypeError, RecursionError):
             raise LoadError(
-                f"{self.path}: is no snapshot or damaged, its header has no metadata of one; "
+                f"{self.path}: is not a snapshot or is damaged: its header lacks a snapshot's metadata; "
                 "give a file that Snapshot.save wrote"
             ) from None
         return statement, digest
@@ -223,11 +223,11 @@ class _Reader:
             layout = fingerprint.layout(length, replay)
             return fingerprint, checked("str", content["sequence"]), length, replay, layout
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            self._damaged(f"its metadata hold what no snapshot has ({error!r:.80})")
+            self._damaged(f"its metadata are not those of a snapshot ({error!r:.80})")
 
     def _check_size(self, needed: int) -> None:
         if self.size != needed:
-            self._damaged(f"it has {self.size:,} bytes and its header asks for {needed:,}")
+            self._damaged(f"it has {self.size:,} bytes and its header requires {needed:,}")
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > memory:
             raise LoadError(

@@ -29,7 +29,7 @@ class TextStream:
 class StopFilter:
     """Passes text on up to the first stop string, holding back an end that may be the start of one.
 
-    The first stop string to be complete wins, of two that end together the longer, however the text is cut.
+    However the text is cut, the first stop string to be complete wins; of two that end together, the longer.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -37,7 +37,7 @@ class StopFilter:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """The text that is certain now, and whether a stop string was met (which ends the filter's use)."""
+        """The text that is final now, and whether a stop string was met (the filter is then finished)."""
         if not self._stop:
             return text, False
         self._held += text

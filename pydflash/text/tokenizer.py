@@ -43,7 +43,7 @@ QWEN35 = (
     rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{SPACES}"
 )
 
-# GGUF key tokenizer.ggml.pre: the splits, applied one after the other, each to the pieces the one before left.
+# GGUF key tokenizer.ggml.pre: the splits, applied one after the other, each to the pieces that the previous one left.
 PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "default": (r"[\p{P}$+<=>^~|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
     "gpt-2": (GPT2,),

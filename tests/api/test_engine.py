@@ -96,7 +96,7 @@ def test_speculation_can_be_left_aside_and_the_stats_say_so(speculating: Engine)
     paired, alone = (speculating.generate(PROMPT, greedy(), speculate=on) for on in (True, False))
     assert paired.tokens == alone.tokens
     assert alone.stats.drafted == 0
-    assert alone.stats.fallback == "speculate=False was asked for"
+    assert alone.stats.fallback == "speculate=False was given"
 
 
 def test_every_call_starts_a_new_sequence(engine: Engine) -> None:

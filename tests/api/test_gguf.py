@@ -548,7 +548,7 @@ def test_a_renamed_part_says_how_it_must_be_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "content", "expected"),
     [
-        ("b", split_part(2, 3, "b"), "says that it is part 3 of 3, expected is 2 of 3"),
+        ("b", split_part(2, 3, "b"), "says that it is part 3 of 3, but part 2 of 3 was expected"),
         ("b", split_part(1, 4, "b"), "says that it is part 2 of 4"),
         ("c", split_part(2, 3, "b"), "'b' is also in part 2"),
         ("a", split_part(0, 3, "a", total=4), "promises 4 tensors and the 3 parts hold 3"),

@@ -206,7 +206,7 @@ def test_a_draft_that_is_behind_its_target_says_so(pair_of: PairOf) -> None:
     pair = pair_of()
     session, draft = pair.open(64)
     with session, draft:
-        with pytest.raises(StateError, match="nothing was proposed yet"):
+        with pytest.raises(StateError, match="nothing has been proposed yet"):
             draft.logits()
         session.forward([1, 2, 3])
         with pytest.raises(StateError, match="3 pending; commit to both first"):
@@ -219,7 +219,7 @@ def test_a_draft_that_is_behind_its_target_says_so(pair_of: PairOf) -> None:
         draft.commit(3)
         session.forward([4] * 17)
         session.commit(17)
-        with pytest.raises(StateError, match=r"3 rows kept before still wait; call flush"):
+        with pytest.raises(StateError, match=r"3 rows kept earlier still wait; call flush"):
             draft.commit(17)
 
 
@@ -303,7 +303,7 @@ def test_a_forward_of_which_features_were_overwritten_cannot_be_kept(pair_of: Pa
     with session, draft:
         session.forward(tokens, "none")
         session.commit(33)
-        with pytest.raises(StateError, match=r"commit\(33\): the target has the features of its last 32 rows only"):
+        with pytest.raises(StateError, match=r"commit\(33\): the target has the features of only its last 32 rows"):
             draft.commit(33)
         session.reset()
         session.forward(tokens[:32], "none")

@@ -143,7 +143,7 @@ def test_rope_rotates_the_first_dims_of_each_head(backend: Backend, base: float,
 def test_rope_s_cosines_and_sines_are_those_of_the_reference_s_angles(
     backend: Backend, furthest: int, bound: float, sign: int
 ) -> None:
-    """A head of ones and zeros turns into the cosines and sines themselves (ggml_ext/heads/rope.h states their error)."""
+    """A head of ones and zeros turns into the cosines and sines themselves (rope.h states their error)."""
     positions = sign * np.linspace(0, furthest, 50_000).astype(np.int32)
     heads = np.repeat([[[1.0] * 8 + [0.0] * 8]], len(positions), axis=0).astype(np.float32)
     got = compute(backend, lambda x, p: ops.rope(x, p, 16, 1e4), heads, positions)[0]

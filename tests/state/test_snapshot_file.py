@@ -25,7 +25,7 @@ from pydflash.state import FORMAT, DeltaSpec, Fingerprint
 
 Load = Callable[..., Model]
 
-REFUSALS = "is no snapshot|is truncated or damaged|has format"
+REFUSALS = "is not a snapshot|is truncated or damaged|has format"
 
 
 @pytest.fixture(scope="module")
@@ -136,23 +136,23 @@ def test_any_other_length_is_refused(path: Path) -> None:
     content = path.read_bytes()
     for count in [*range(0, 40), *range(40, len(content), 997), len(content) - 1]:
         path.write_bytes(content[:count])
-        refused(path, "is no snapshot, found|truncated or damaged, it has [0-9,]+ bytes and its header asks for")
+        refused(path, "is not a snapshot, found|truncated or damaged, it has [0-9,]+ bytes and its header requires")
     path.write_bytes(content + b"\0")
-    refused(path, rf"it has {len(content) + 1:,} bytes and its header asks for {len(content):,}")
+    refused(path, rf"it has {len(content) + 1:,} bytes and its header requires {len(content):,}")
 
 
 def test_other_kinds_of_files_are_refused(model_of: Load, tmp_path: Path) -> None:
     refused(tmp_path / "nothing", "does not exist; check its spelling")
     refused(tmp_path, "is not a regular file")
     (tmp_path / "empty").touch()
-    refused(tmp_path / "empty", "is no snapshot, found 0 bytes")
+    refused(tmp_path / "empty", "is not a snapshot, found 0 bytes")
     (tmp_path / "text").write_text("a text that is longer than eight bytes\n" * 100)
-    refused(tmp_path / "text", "is no snapshot")
+    refused(tmp_path / "text", "is not a snapshot")
     (tmp_path / "model.gguf").write_bytes(model_of("equal").path.read_bytes()[:10_000])
-    refused(tmp_path / "model.gguf", "is no snapshot, found a GGUF file; give a file that Snapshot.save wrote")
+    refused(tmp_path / "model.gguf", "is not a snapshot, found a GGUF file; give a file that Snapshot.save wrote")
     header = b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}'
     (tmp_path / "other.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"abcd")
-    refused(tmp_path / "other.safetensors", "is no snapshot or damaged, its header has no metadata of one")
+    refused(tmp_path / "other.safetensors", "is not a snapshot or is damaged: its header lacks a snapshot's metadata")
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_headers_made_to_hurt_are_refused(tmp_path: Path, header: bytes) -> None
 def test_a_header_of_an_impossible_size_is_refused_unread(tmp_path: Path, size: int) -> None:
     path = tmp_path / "hostile"
     path.write_bytes(struct.pack("<Q", size) + b"{}" + b" " * 98)
-    refused(path, "is no snapshot, found 108 bytes without a header of a valid size")
+    refused(path, "is not a snapshot, found 108 bytes without a header of a valid size")
 
 
 def parts(path: Path) -> tuple[dict[str, Any], dict[str, Any], bytes]:
@@ -245,45 +245,45 @@ def test_the_arrays_lie_layer_by_layer(path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda s: s.update(length=3), "its arrays are not those that its fingerprint asks for"),
-        (lambda s: s.update(length=(1 << 31) - 1), "metadata hold what no snapshot has"),
+        (lambda s: s.update(length=3), "its arrays are not those that its fingerprint requires"),
+        (lambda s: s.update(length=(1 << 31) - 1), "metadata are not those of a snapshot"),
         (lambda s: s.update(length=1 << 24), "its arrays are not those"),
-        (lambda s: s.update(length=-1), "metadata hold"),
-        (lambda s: s.update(length=2.0), "metadata hold"),
-        (lambda s: s.update(length=True), "metadata hold"),
-        (lambda s: s.update(length="2"), "metadata hold"),
-        (lambda s: s.update(length=10**4000), "metadata hold"),
+        (lambda s: s.update(length=-1), "metadata are not those"),
+        (lambda s: s.update(length=2.0), "metadata are not those"),
+        (lambda s: s.update(length=True), "metadata are not those"),
+        (lambda s: s.update(length="2"), "metadata are not those"),
+        (lambda s: s.update(length=10**4000), "metadata are not those"),
         (lambda s: s.update(replay=3), "2 positions with 3 rows to replay"),
         (lambda s: s.update(replay=0), "its arrays are not those"),
         (lambda s: s.update(replay=17, length=40), "40 positions with 17 rows to replay"),
-        (lambda s: s.update(sequence=7), "metadata hold"),
-        (lambda s: s.pop("replay"), "metadata hold"),
-        (lambda s: s.update(fingerprint=[]), "metadata hold"),
-        (lambda s: s["fingerprint"].pop("model"), "metadata hold"),
-        (lambda s: s["fingerprint"].pop("layers"), "metadata hold"),
-        (lambda s: s["fingerprint"].update(draft=None), "metadata hold"),
-        (lambda s: s["fingerprint"].update(taps=[0, "1"]), "metadata hold"),
-        (lambda s: s["fingerprint"].update(taps=7), "metadata hold"),
-        (lambda s: s["fingerprint"].update(layers=7), "metadata hold"),
-        (lambda s: s["fingerprint"].update(layers=[7]), "metadata hold"),
+        (lambda s: s.update(sequence=7), "metadata are not those"),
+        (lambda s: s.pop("replay"), "metadata are not those"),
+        (lambda s: s.update(fingerprint=[]), "metadata are not those"),
+        (lambda s: s["fingerprint"].pop("model"), "metadata are not those"),
+        (lambda s: s["fingerprint"].pop("layers"), "metadata are not those"),
+        (lambda s: s["fingerprint"].update(draft=None), "metadata are not those"),
+        (lambda s: s["fingerprint"].update(taps=[0, "1"]), "metadata are not those"),
+        (lambda s: s["fingerprint"].update(taps=7), "metadata are not those"),
+        (lambda s: s["fingerprint"].update(layers=7), "metadata are not those"),
+        (lambda s: s["fingerprint"].update(layers=[7]), "metadata are not those"),
         (lambda s: s["fingerprint"].update(layers={}), "its arrays are not those"),
         (lambda s: s["fingerprint"]["layers"].reverse(), "its arrays are not those"),
         (lambda s: s["fingerprint"]["layers"].pop(), "its arrays are not those"),
         (lambda s: s["fingerprint"]["layers"].append(s["fingerprint"]["layers"][0]), "its arrays are not those"),
-        (lambda s: delta(s).update(kind="mamba"), "metadata hold"),
-        (lambda s: delta(s).update(kind=[]), "metadata hold"),
-        (lambda s: delta(s).update(kind="attention"), "metadata hold"),
-        (lambda s: delta(s).update(kind="ring"), "metadata hold"),
-        (lambda s: delta(s).pop("kind"), "metadata hold"),
-        (lambda s: delta(s).pop("v_heads"), "metadata hold"),
-        (lambda s: delta(s).update(v_heads=True), "metadata hold"),
+        (lambda s: delta(s).update(kind="mamba"), "metadata are not those"),
+        (lambda s: delta(s).update(kind=[]), "metadata are not those"),
+        (lambda s: delta(s).update(kind="attention"), "metadata are not those"),
+        (lambda s: delta(s).update(kind="ring"), "metadata are not those"),
+        (lambda s: delta(s).pop("kind"), "metadata are not those"),
+        (lambda s: delta(s).pop("v_heads"), "metadata are not those"),
+        (lambda s: delta(s).update(v_heads=True), "metadata are not those"),
         (lambda s: delta(s).update(state_size=33), "its arrays are not those"),
-        (lambda s: delta(s).update(state_size=1 << 31), "metadata hold"),
-        (lambda s: attention(s).update(cache_k="q9_9"), "metadata hold"),
+        (lambda s: delta(s).update(state_size=1 << 31), "metadata are not those"),
+        (lambda s: attention(s).update(cache_k="q9_9"), "metadata are not those"),
         (lambda s: attention(s).update(cache_k="f32"), "its arrays are not those"),
-        (lambda s: attention(s).update(head_size=33), "metadata hold"),
+        (lambda s: attention(s).update(head_size=33), "metadata are not those"),
         (lambda s: attention(s).update(head_size=1 << 30, kv_heads=1 << 30), "its arrays are not those"),
-        (lambda s: attention(s).update(rope_base=10), "metadata hold"),
+        (lambda s: attention(s).update(rope_base=10), "metadata are not those"),
     ],
 )
 def test_a_statement_that_lies_is_refused(path: Path, change: Callable[[dict[str, Any]], object], words: str) -> None:
