@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from pydflash.drafts import Draft, DraftSession
 from pydflash.ggml_types import GGMLType
 from pydflash.models import Model
 from pydflash.native import Backend, Graph, Tensor
@@ -21,6 +22,7 @@ from tools.synth.blocks import as_bytes, random_blocks
 
 __all__ = [
     "Packed",
+    "Pair",
     "RoundedMoEReference",
     "RoundedReference",
     "compute",
@@ -210,6 +212,20 @@ class RoundedMoEReference(RoundedReference, MoEReference):
 
 
 # --- sessions ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A loaded target and its draft, and the files they came from."""
+
+    model: Model
+    draft: Draft
+    target_path: Path
+    draft_path: Path
+
+    def open(self, context: int = 256, k: str = "f32", v: str = "f32", **options: Any) -> tuple[Session, DraftSession]:
+        session = Session(self.model, context, k, v, capture=self.draft.taps, **options)
+        return session, DraftSession(self.draft, session)
 
 
 def run_chunks(session: Session, tokens: Sequence[int], width: int) -> npt.NDArray[np.float32]:

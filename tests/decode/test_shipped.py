@@ -14,19 +14,12 @@ from pydflash.decode import Sampler, SamplingParams, Stats, autoregressive, coll
 from pydflash.drafts import DraftSession, load_draft
 from pydflash.models import load_model
 from pydflash.runtime import Session
-from tests.decode.conftest import Pair
-from tests.helpers import cosine, dequantised
+from tests.helpers import Pair, cosine, dequantised
 from tests.shipped import DRAFT, TARGET, TEST_DATA, held_out_prompts, needs_pair
 
 pytestmark = needs_pair
 
 LOGITS_DIFFERENCE = 1e-3  # float32 on both sides, in different orders, through 8 layers
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Pair]:
-    with load_model(TARGET, "cpu", threads=1) as model, load_draft(DRAFT, model) as draft:
-        yield Pair(model, draft, TARGET, DRAFT)
 
 
 @pytest.fixture(scope="module")
@@ -72,19 +65,19 @@ def acceptance_over(pair: Pair, prompts: int, tokens: int) -> float:
     return (accepted + steps) / steps
 
 
-def test_speculative_text_is_autoregressive_text_on_20_held_out_prompts(pair: Pair) -> None:
-    assert acceptance_over(pair, 20, 64) >= 4
+def test_speculative_text_is_autoregressive_text_on_20_held_out_prompts(shipped_pair: Pair) -> None:
+    assert acceptance_over(shipped_pair, 20, 64) >= 4
 
 
 @pytest.mark.skipif(not os.environ.get("SLOW_TESTS"), reason="takes four minutes; set SLOW_TESTS=1")
-def test_speculative_text_is_autoregressive_text_on_200_held_out_prompts(pair: Pair) -> None:
-    assert acceptance_over(pair, 200, 256) >= 4
+def test_speculative_text_is_autoregressive_text_on_200_held_out_prompts(shipped_pair: Pair) -> None:
+    assert acceptance_over(shipped_pair, 200, 256) >= 4
 
 
 @pytest.mark.parametrize(("k", "v"), [("q4_0", "q4_0"), ("q4_0", "q8_0"), ("q8_0", "q8_0"), ("f32", "f32")])
-def test_speculative_text_is_autoregressive_text_over_every_cache(pair: Pair, k: str, v: str) -> None:
+def test_speculative_text_is_autoregressive_text_over_every_cache(shipped_pair: Pair, k: str, v: str) -> None:
     for text in held_out_prompts(3):
-        generate(pair, pair.model.tokenizer.encode(text), 48, k, v)
+        generate(shipped_pair, shipped_pair.model.tokenizer.encode(text), 48, k, v)
 
 
 def test_f32_logits_are_those_of_the_model_it_was_trained_as(float_pair: Pair) -> None:

@@ -18,17 +18,13 @@ from pydflash.decode import Sampler, SamplingParams, autoregressive, speculative
 from pydflash.drafts import Draft, DraftSession, load_draft
 from pydflash.errors import ConfigError, DeviceError
 from pydflash.models import Model, load_model
-from pydflash.native import cuda_device_count
 from pydflash.runtime import Session
 from tests.helpers import Array, nmse, run_chunks
 from tests.reference.qwen35 import Reference
 from tests.shipped import DRAFT, TARGET, held_out_prompts, needs_pair
 from tests.tiny import GEOMETRIES, K_QUANT_GEOMETRIES
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not cuda_device_count(), reason="no CUDA device, or a build without CUDA"),
-]
+pytestmark = pytest.mark.cuda
 
 Target = Callable[[str, str], Path]
 
@@ -49,29 +45,29 @@ def rows_on(device: str, path: Path, tokens: list[int], width: int, cache: str =
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_logits_of_f32_weights_are_as_near_the_oracle_as_f16_rounding_allows(target: Target, name: str) -> None:
+def test_logits_of_f32_weights_are_as_near_the_oracle_as_f16_rounding_allows(target_of: Target, name: str) -> None:
     tokens = tokens_for(name)
-    oracle = Reference(target(name, "f32")).forward(tokens)
-    allowed = MORE_ROUNDINGS * nmse(rows_on("cpu", target(name, "f16"), tokens, 8), oracle)
-    assert nmse(rows_on("cuda", target(name, "f32"), tokens, 8), oracle) < allowed
+    oracle = Reference(target_of(name, "f32")).forward(tokens)
+    allowed = MORE_ROUNDINGS * nmse(rows_on("cpu", target_of(name, "f16"), tokens, 8), oracle)
+    assert nmse(rows_on("cuda", target_of(name, "f32"), tokens, 8), oracle) < allowed
 
 
 @pytest.mark.parametrize("types", ["q8_0", "q4_0", "q4_k", "q5_k", "q6_k", "q4_k_m"])
 @pytest.mark.parametrize("name", K_QUANT_GEOMETRIES)
 def test_logits_of_quantised_weights_are_nearer_the_oracle_than_the_cpu_s(
-    target: Target, name: str, types: str
+    target_of: Target, name: str, types: str
 ) -> None:
     """11 bits of an activation instead of 8."""
-    path, tokens = target(name, types), tokens_for(name)
+    path, tokens = target_of(name, types), tokens_for(name)
     oracle = Reference(path).forward(tokens)
     assert nmse(rows_on("cuda", path, tokens, 8), oracle) < nmse(rows_on("cpu", path, tokens, 8), oracle)
 
 
 @pytest.mark.parametrize("types", ["q8_0", "q4_0", "q4_k_m"])
 @pytest.mark.parametrize("name", K_QUANT_GEOMETRIES)
-def test_prefill_is_as_near_the_oracle_as_8_bit_rounding_allows(target: Target, name: str, types: str) -> None:
+def test_prefill_is_as_near_the_oracle_as_8_bit_rounding_allows(target_of: Target, name: str, types: str) -> None:
     """ggml's products for wide steps round activations to 8 bits in blocks of 32 for every quantised type."""
-    path, tokens = target(name, types), tokens_for(name)
+    path, tokens = target_of(name, types), tokens_for(name)
     oracle = Reference(path).forward(tokens)
     allowed = MORE_ROUNDINGS * nmse(rows_on("cpu", path, tokens, 8), oracle)
     assert nmse(rows_on("cuda", path, tokens, 40), oracle) < allowed
@@ -83,9 +79,9 @@ def test_prefill_is_as_near_the_oracle_as_8_bit_rounding_allows(target: Target, 
     + [("ratio3", types) for types in ("f16", "bf16", "q8_0", "q4_0", "q4_k", "q5_k", "q6_k")]
     + [(name, "q4_k_m") for name in K_QUANT_GEOMETRIES],
 )
-def test_rows_are_bit_equal_at_widths_up_to_16(target: Target, name: str, types: str) -> None:
+def test_rows_are_bit_equal_at_widths_up_to_16(target_of: Target, name: str, types: str) -> None:
     tokens = tokens_for(name)
-    with load_model(target(name, types), "cuda") as model:
+    with load_model(target_of(name, types), "cuda") as model:
         rows = []
         for width in (1, 3, 8, 16):
             with Session(model, 256) as session:
@@ -94,9 +90,9 @@ def test_rows_are_bit_equal_at_widths_up_to_16(target: Target, name: str, types:
 
 
 @pytest.mark.parametrize("cache", CACHES, ids="/".join)
-def test_rows_are_bit_equal_over_every_cache(target: Target, cache: tuple[str, str]) -> None:
+def test_rows_are_bit_equal_over_every_cache(target_of: Target, cache: tuple[str, str]) -> None:
     tokens = tokens_for("gqa6")
-    with load_model(target("gqa6", "q4_k_m"), "cuda") as model:
+    with load_model(target_of("gqa6", "q4_k_m"), "cuda") as model:
         rows = []
         for width in (1, 3, 8, 16):
             with Session(model, 256, *cache) as session:
@@ -107,9 +103,9 @@ def test_rows_are_bit_equal_over_every_cache(target: Target, cache: tuple[str, s
 
 @pytest.mark.parametrize("n", range(17))
 @pytest.mark.parametrize(("name", "types"), [("gqa6", "q4_k_m"), ("odd", "q8_0"), ("tied", "f32")])
-def test_commit_n_equals_a_fresh_run_of_those_n(target: Target, name: str, types: str, n: int) -> None:
+def test_commit_n_equals_a_fresh_run_of_those_n(target_of: Target, name: str, types: str, n: int) -> None:
     tokens, block, following = tokens_for(name, 19), tokens_for(name, 16)[::-1], [7, 8, 9]
-    with load_model(target(name, types), "cuda") as model:
+    with load_model(target_of(name, types), "cuda") as model:
         with Session(model, 256, "q4_0", "q8_0") as session:
             run_chunks(session, tokens, 8)
             session.forward(block, "none")
@@ -122,9 +118,9 @@ def test_commit_n_equals_a_fresh_run_of_those_n(target: Target, name: str, types
 
 @pytest.mark.parametrize("n", [0, 1, 9, 16])
 @pytest.mark.parametrize(("name", "types"), [("gqa6", "q4_k_m"), ("odd", "q8_0"), ("all_recurrent", "f32")])
-def test_a_restored_session_goes_on_bit_for_bit(target: Target, name: str, types: str, n: int) -> None:
+def test_a_restored_session_goes_on_bit_for_bit(target_of: Target, name: str, types: str, n: int) -> None:
     tokens, block, following = tokens_for(name, 40), tokens_for(name, 16)[::-1], tokens_for(name, 30)
-    with load_model(target(name, types), "cuda") as model:
+    with load_model(target_of(name, types), "cuda") as model:
         session, restored = Session(model, 256, "q4_0", "q8_0"), Session(model, 900, "q4_0", "q8_0", chunk=64)
         with session, restored:
             session.forward(tokens, "none")
@@ -138,9 +134,9 @@ def test_a_restored_session_goes_on_bit_for_bit(target: Target, name: str, types
 
 @pytest.mark.parametrize(("first", "second"), [("cpu", "cuda"), ("cuda", "cpu")])
 @pytest.mark.parametrize("name", ["gqa6", "odd"])
-def test_a_snapshot_of_one_device_goes_on_on_the_other(target: Target, name: str, first: str, second: str) -> None:
+def test_a_snapshot_of_one_device_goes_on_on_the_other(target_of: Target, name: str, first: str, second: str) -> None:
     """States and rows lie alike on both, with rows that are still to be replayed."""
-    path, tokens = target(name, "f16"), tokens_for(name)
+    path, tokens = target_of(name, "f16"), tokens_for(name)
     with load_model(path, first) as model, Session(model, 256) as session:
         run_chunks(session, tokens[:12], 12)
         session.forward(tokens[12:24], "none")
@@ -153,9 +149,9 @@ def test_a_snapshot_of_one_device_goes_on_on_the_other(target: Target, name: str
     assert nmse(rows, oracle) < MORE_ROUNDINGS * nmse(rows_on("cpu", path, tokens, 8)[20:], oracle)
 
 
-def test_an_f32_cache_is_refused(target: Target) -> None:
+def test_an_f32_cache_is_refused(target_of: Target) -> None:
     refused = pytest.raises((ConfigError, DeviceError))
-    with load_model(target("gqa6", "q8_0"), "cuda") as model, refused, Session(model, 256, "f32", "f32") as session:
+    with load_model(target_of("gqa6", "q8_0"), "cuda") as model, refused, Session(model, 256, "f32", "f32") as session:
         session.forward([1, 2, 3])
 
 

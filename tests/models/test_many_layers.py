@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 
 from pydflash.drafts import DraftSession, load_draft
-from pydflash.ggml_types import GGMLType
 from pydflash.models import load_model
-from pydflash.native import Backend, Graph
 from pydflash.runtime import Session
 from tests import tiny
 
@@ -69,19 +67,3 @@ def test_a_draft_of_many_layers_runs(tmp_path: Path) -> None:
         session.commit(len(PROMPT))
         proposing.commit(len(PROMPT))
         assert len(proposing.propose([5], 8)) > 1
-
-
-def test_a_graph_grows_with_its_operations() -> None:
-    with Backend("cpu", threads=1) as backend:
-        graph = Graph(backend, piece=8)
-        x = total = graph.input((1, 32), GGMLType.F32)
-        for _ in range(1000):
-            total = total + x
-        graph.output(total)
-        graph.finish()
-        backend.write(x, np.ones((1, 32), np.float32))
-        graph.run()
-        out = np.empty((1, 32), np.float32)
-        backend.read(total, out)
-        assert (out == 1001).all()
-        graph.close()

@@ -67,50 +67,6 @@ def layer_leaves(name: str) -> tuple[Packed, Packed, Packed]:
     return stack(name, 256), stack(name, 256), stack(name, OUT, 256)
 
 
-# --- top_k ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("k", [1, 3, 8, 77])
-def test_top_k_lists_the_largest_in_order(backend: Backend, k: int) -> None:
-    x = rows(ROWS, 77)
-    assert np.array_equal(compute(backend, lambda t: ops.top_k(t, k), x)[0], selected(x, k))
-
-
-def test_top_k_takes_the_first_of_equal_values(backend: Backend) -> None:
-    x = np.array([[0, 0, 0, 0], [1, 2, 2, 1], [-0.0, 0.0, -1, 0.0], [-np.inf, -np.inf, -np.inf, 1]], np.float32)
-    got = compute(backend, lambda t: ops.top_k(t, 3), x)[0]
-    assert got.tolist() == [[0, 1, 2], [1, 2, 0], [0, 1, 3], [3, 0, 1]]
-
-
-@pytest.mark.parametrize("garbage", [np.nan, -np.nan, np.inf, -np.inf])
-def test_top_k_gives_valid_distinct_indices_for_any_values(backend: Backend, garbage: float) -> None:
-    x = rows(4, 77)
-    x[1:, ::3] = garbage
-    x[3] = garbage
-    got = compute(backend, lambda t: ops.top_k(t, 60), x)[0]
-    assert got.min() >= 0
-    assert got.max() < 77
-    assert all(len(set(row)) == 60 for row in got.tolist())
-    assert np.array_equal(got[0], selected(x[:1], 60)[0])
-
-
-def test_top_k_reads_rows_of_a_wider_tensor_where_they_lie(backend: Backend) -> None:
-    x = rows(ROWS, 77)
-    wider = np.concatenate([x, x + 10], axis=1)
-    got = compute(backend, lambda t: ops.top_k(t.slice(1, 0, 77), 5), wider)[0]
-    assert np.array_equal(got, selected(x, 5))
-
-
-@pytest.mark.parametrize(("shape", "k"), [((4, 8), 0), ((4, 8), 9), ((4, 8), -1), ((8,), 2), ((2, 4, 8), 2)])
-def test_top_k_of_what_does_not_fit_is_refused_before_ggml(cpu: Backend, shape: tuple[int, ...], k: int) -> None:
-    graph = Graph(cpu, 64)
-    with pytest.raises(ShapeError, match="top_k"):
-        ops.top_k(graph.input(shape, GGMLType.F32), k)
-    with pytest.raises(ShapeError, match="top_k"):
-        ops.top_k(graph.input((4, 8), GGMLType.F16), 2)
-    graph.close()
-
-
 # --- products ---------------------------------------------------------------------------------------------------------
 
 

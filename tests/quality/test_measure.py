@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 
@@ -11,18 +9,17 @@ from benchmarks.kv_quality.measure import REFERENCE, AcceptancePlaces, Caches, o
 from benchmarks.kv_quality.texts import Needle, Text
 from pydflash.decode import Sampler, SamplingParams, autoregressive, collect, speculative
 from pydflash.drafts import DraftSession, load_draft
-from pydflash.models import Model, load_model
+from pydflash.models import Model
 from pydflash.runtime import Session
-from tests.helpers import run_chunks
-from tests.shipped import DRAFT, TARGET, held_out_prompts, needs_pair
+from tests.helpers import Pair, run_chunks
+from tests.shipped import DRAFT, held_out_prompts, needs_pair
 
 pytestmark = needs_pair
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    with load_model(TARGET, "cpu", threads=1) as model:
-        yield model
+def model(shipped_pair: Pair) -> Model:
+    return shipped_pair.model
 
 
 def greedy(model: Model) -> Sampler:

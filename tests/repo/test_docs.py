@@ -191,3 +191,12 @@ def test_the_memory_table_follows_from_the_geometry() -> None:
     table = README.partition("| what | GiB |")[2]
     assert re.findall(r"\| (\d+\.\d\d) \|", table) == [f"{size / 2**30:.2f}" for size in sizes]
     assert re.findall(r"\((\d+) KiB a position\)", table) == [str(size // positions // 1024) for size in sizes[2:6]]
+
+
+# --- the test command -------------------------------------------------------------------------------------------------
+
+
+def test_the_test_command_of_the_readme_is_what_the_ci_runs() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    command = next(line for line in script.splitlines() if line.startswith("python3 "))
+    assert command in README

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +12,10 @@ import pytest
 
 from pydflash._ffi import ffi, lib
 from pydflash.decode import Sampler, SamplingParams, collect, speculative
-from pydflash.drafts import Draft, DraftSession, load_draft
-from pydflash.models import Model, load_model
-from pydflash.native import cuda_device_count
+from pydflash.drafts import DraftSession
 from pydflash.runtime import Session
-from tests.helpers import state_of
-from tests.tiny import GEOMETRIES, write_draft, write_target
+from tests.helpers import Pair, state_of
+from tests.tiny import GEOMETRIES
 
 LOSSY = ("f16", "bf16", "q8_0", "q4_0")
 # Cache types and bases of K and V.
@@ -27,23 +23,10 @@ CASES = [("f16", "f16", "none", "none"), ("q4_0", "q8_0", "auto", "none"), ("q4_
 CASES += [("q8_0", "bf16", "signed-128", "hadamard-256"), ("q4_0", "f16", "hadamard-64", "hadamard-128")]
 
 
-@dataclass
-class Pair:
-    model: Model
-    draft: Draft
-
-
-@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+@pytest.fixture(scope="module")
+def pair(pair_of: Callable[..., Pair], device: str) -> Pair:
     """Heads of 256 as in the 27B model, on every device; the draft's heads are of another size."""
-    if request.param == "cuda" and not cuda_device_count():
-        pytest.skip("no CUDA device, or a build without CUDA")
-    folder: Path = tmp_path_factory.mktemp("pair")
-    target = write_target(folder / "target.gguf", GEOMETRIES["gqa6"], "q8_0", seed=1)
-    written = write_draft(folder / "draft.gguf", GEOMETRIES["gqa6"], window=64)
-    threads = 2 if request.param == "cpu" else None
-    with load_model(target, request.param, threads=threads) as model, load_draft(written, model) as draft:
-        yield Pair(model, draft)
+    return pair_of("gqa6", "q8_0", device, threads=2, window=64)
 
 
 def tokens_for(count: int, seed: int = 0) -> list[int]:

@@ -1,358 +1,340 @@
-"""A restored session goes on bit for bit as the one that the snapshot was taken of, or the snapshot is refused."""
+"""A snapshot's file is written whole or not at all, and is believed only if every byte of it is as it was written."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import subprocess
-import sys
+import json
+import math
+import os
+import re
+import stat
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
+import safetensors
 
 from pydflash import Snapshot
-from pydflash.errors import ContextFull, SessionClosed, ShapeError, SnapshotMismatch, StateError
-from pydflash.models import Model, load_model
+from pydflash.errors import LoadError, WriteError
+from pydflash.models import Model
 from pydflash.runtime import Session
-from pydflash.state import DeltaSpec, Fingerprint, KVSpec, RingSpec, host_arrays
-from tests.helpers import run_chunks, state_of
-from tests.tiny import GEOMETRIES, write_target
+from pydflash.state import FORMAT, DeltaSpec, Fingerprint
 
 Load = Callable[..., Model]
 
-# Geometry, weights, options: float and quantised caches, rotated by either kind of basis, layers of one kind only.
-CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "f16-f16": ("ratio3", "f32", {"cache_k": "f16", "cache_v": "f16"}),
-    "q4_0-q8_0, rotated": ("odd", "q8_0", {"cache_k": "q4_0", "cache_v": "q8_0"}),
-    "q4_0-q4_0, plain": ("equal", "f32", {"cache_k": "q4_0", "cache_v": "q4_0", "k_rotation": "none"}),
-    "q8_0-bf16, signed": ("gqa6", "q4_k_m", {"cache_k": "q8_0", "cache_v": "bf16", "k_rotation": "signed-128"}),
-    "f32-q4_0, both rotated": (
-        "gqa6",
-        "q8_0",
-        {"cache_k": "f32", "cache_v": "q4_0", "k_rotation": "hadamard-256", "v_rotation": "hadamard-64"},
-    ),
-    "all recurrent": ("all_recurrent", "f32", {}),
-    "all attention": ("all_attention", "f32", {"cache_k": "q8_0", "cache_v": "q4_0"}),
-}
-PREFIX, FOLLOWING = 19, 20
+REFUSALS = "is not a snapshot|is truncated or damaged|has format"
 
 
-def draw(model: Model, count: int, seed: int) -> list[int]:
-    tokens: list[int] = np.random.default_rng(seed).integers(0, model.config.vocab, count).tolist()
-    return tokens
-
-
-def go_on(session: Session, count: int = FOLLOWING + 1) -> npt.NDArray[np.float32]:
-    """(count, vocab) logits of greedy decoding after token 3."""
-    rows, token = [], 3
-    for _ in range(count):
-        rows.append(session.forward([token]).logits[0].copy())
-        session.commit(1)
-        token = int(rows[-1].argmax())
-    return np.stack(rows)
-
-
-def partly_committed(session: Session, n: int) -> None:
-    """A prefix, then 16 rows of which the first n are kept: n rows to replay."""
-    run_chunks(session, draw(session.model, PREFIX, 1), 8)
-    session.forward(draw(session.model, 16, 2), "none")
-    session.commit(n)
-
-
-def prefilled(session: Session, count: int) -> None:
-    session.forward(draw(session.model, count, 5), "none")
-    session.commit(count)
-
-
-def used(session: Session) -> None:
-    """Another text, the last rows of it pending."""
-    prefilled(session, 50)
-    session.forward([1, 2, 3])
-
-
-def prefilled_and_continued(session: Session) -> None:
-    prefilled(session, 75)
-    partly_committed(session, 5)
-
-
-HISTORIES: dict[str, Callable[[Session], None]] = {
-    "length 0": lambda session: None,
-    "length 1": lambda session: prefilled(session, 1),
-    "5 at once": lambda session: prefilled(session, 5),
-    "several chunks": lambda session: prefilled(session, 75),
-    "several chunks, then a part": prefilled_and_continued,
-}
-
-
-def assert_goes_on(session: Session, restored: Session) -> None:
-    here, there = state_of(restored, session.model), state_of(session, session.model)
-    assert restored.length == session.length
-    assert here.keys() == there.keys()
-    for name, values in there.items():
-        assert np.array_equal(here[name], values), name
-    assert np.array_equal(go_on(restored), go_on(session))
-
-
-@pytest.mark.parametrize("n", range(17))
-@pytest.mark.parametrize("case", CASES)
-def test_a_session_restored_after_a_partial_commit_goes_on_bit_for_bit(model_of: Load, case: str, n: int) -> None:
-    name, types, options = CASES[case]
-    model = model_of(name, types)
-    with Session(model, 256, **options) as session, Session(model, 256, **options) as restored:
-        partly_committed(session, n)
-        snapshot = session.snapshot()
-        assert (snapshot.length, snapshot.replay) == (PREFIX + n, n)
-        restored.restore(snapshot)
-        assert_goes_on(session, restored)
-
-
-@pytest.mark.parametrize("history", HISTORIES)
-@pytest.mark.parametrize("case", CASES)
-def test_a_session_of_other_sizes_and_with_another_text_goes_on_bit_for_bit(
-    model_of: Load, case: str, history: str
-) -> None:
-    name, types, options = CASES[case]
-    model = model_of(name, types)
-    other = {"max_context": 700, "chunk": 64, "capture": (0, 1)}
-    with Session(model, 256, chunk=32, **options) as session, Session(model, **other, **options) as restored:
-        HISTORIES[history](session)
-        used(restored)
-        restored.restore(session.snapshot())
-        assert_goes_on(session, restored)
-
-
-def test_prefill_after_a_restore_has_the_same_bits(model_of: Load) -> None:
-    model = model_of("ratio3")
-    with Session(model, 256) as session, Session(model, 256) as restored:
-        partly_committed(session, 7)
-        restored.restore(session.snapshot())
-        for each in (session, restored):
-            each.forward(draw(model, 60, 9), "none")
-            each.commit(60)
-        assert np.array_equal(go_on(restored), go_on(session))
-
-
-def test_one_session_goes_back_as_often_as_it_likes(model_of: Load) -> None:
-    with Session(model_of("ratio3"), 256, "q4_0", "q8_0") as session:
-        partly_committed(session, 4)
-        snapshot = session.snapshot()
-        wanted = go_on(session)
-        session.restore(snapshot)
-        assert np.array_equal(go_on(session), wanted)
-        session.reset()
-        session.restore(snapshot)
-        assert np.array_equal(go_on(session), wanted)
-        session.forward([1, 2])  # pending rows are forgotten as well
-        session.restore(snapshot)
-        assert session.pending == 0
-        assert np.array_equal(go_on(session), wanted)
-
-
-def test_a_snapshot_does_not_change_when_the_session_goes_on(model_of: Load) -> None:
-    with Session(model_of("ratio3"), 256) as session:
-        partly_committed(session, 4)
-        snapshot = session.snapshot()
-        before = {name: values.copy() for name, values in snapshot.arrays.items()}
-        go_on(session)
-        session.reset()
-    for name, values in snapshot.arrays.items():
-        assert np.array_equal(values, before[name]), name
-        with pytest.raises(ValueError, match="read-only"):
-            values[...] = 0
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        snapshot.length = 5  # type: ignore[misc]
-    with pytest.raises(TypeError):
-        snapshot.arrays["k.3"] = values  # type: ignore[index]
-
-
-PROGRAM = """
-import hashlib, sys
-from pydflash import Session, Snapshot, load_model
-from tests.state.test_snapshot import go_on
-with load_model(sys.argv[1], "cpu", threads=1) as model, Session(model, 512, "q4_0", "q8_0") as session:
-    session.restore(Snapshot.load(sys.argv[2]))
-    print(hashlib.sha256(go_on(session).tobytes()).hexdigest())
-"""
-
-
-def test_a_new_process_goes_on_bit_for_bit(model_of: Load, tmp_path: Path) -> None:
-    model = model_of("ratio3", "q8_0")
-    with Session(model, 256, "q4_0", "q8_0") as session:
-        partly_committed(session, 6)
-        session.snapshot().save(tmp_path / "prefix.snapshot")
-        command = [sys.executable, "-c", PROGRAM, str(model.path), str(tmp_path / "prefix.snapshot")]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip() == hashlib.sha256(go_on(session).tobytes()).hexdigest()
-
-
-def test_a_snapshot_holds_the_committed_rows_and_no_more(model_of: Load) -> None:
-    model = model_of("ratio3")
-    c = model.config
-    with Session(model, 4096, "q4_0", "q8_0") as session:
-        partly_committed(session, 4)
-        snapshot = session.snapshot()
-    rows = (PREFIX + 4) * c.kv_heads * c.head_size // 32 * (18 + 34) * len(c.attention_layers)
-    columns = (2 * c.k_heads + c.v_heads) * c.state_size + 2 * c.v_heads
-    state = c.v_heads * (c.state_size + 1) * c.state_size + (c.conv_kernel - 1 + 4) * columns
-    assert snapshot.nbytes == rows + 4 * state * len(c.delta_layers)
-
-
-# --- refusals ---------------------------------------------------------------------------------------------------------
-
-
-def test_pending_rows_are_refused(model_of: Load) -> None:
-    with Session(model_of("equal"), 64) as session:
-        session.forward([1, 2, 3])
-        with pytest.raises(StateError, match=r"snapshot: 3 positions are pending; commit\(n\) or commit\(0\)"):
-            session.snapshot()
+@pytest.fixture(scope="module")
+def snapshot(model_of: Load) -> Snapshot:
+    with Session(model_of("equal"), 64, "q4_0", "q8_0") as session:
+        session.forward([5, 6, 7], "none")
         session.commit(2)
-        assert session.snapshot().length == 2
+        return session.snapshot()
 
 
-def test_a_closed_session_says_so(model_of: Load) -> None:
-    session = Session(model_of("equal"), 64)
-    snapshot = session.snapshot()
-    session.close()
-    for call in (session.snapshot, lambda: session.restore(snapshot)):
-        with pytest.raises(SessionClosed):
-            call()
+@pytest.fixture
+def path(snapshot: Snapshot, tmp_path: Path) -> Path:
+    snapshot.save(tmp_path / "prefix.snapshot")
+    return tmp_path / "prefix.snapshot"
 
 
-def test_a_context_that_is_too_small_says_what_would_do(model_of: Load) -> None:
-    model = model_of("equal")
-    with Session(model, 64) as session, Session(model, 39) as small, Session(model, 40) as enough:
-        prefilled(session, 40)
-        prefilled(small, 9)
-        untouched = state_of(small, model)
-        with pytest.raises(ContextFull, match=r"holds 40 positions and this session 39 at most; .* max_context >= 40"):
-            small.restore(session.snapshot())
-        assert small.length == 9
-        for name, values in state_of(small, model).items():
-            assert np.array_equal(values, untouched[name]), name
-        enough.restore(session.snapshot())
-        with pytest.raises(ContextFull):
-            enough.forward([1])
+def refused(path: Path, words: str) -> None:
+    with pytest.raises(LoadError, match=words) as caught:
+        Snapshot.load(path)
+    assert str(caught.value).startswith(f"{path}: ")
 
 
-def other_value(value: Any) -> Any:
-    """A value of the same type with which a layout can be made."""
-    if isinstance(value, tuple):
-        return (*value, 77)
-    return {"f16": "q8_0", "q4_0": "f16"}.get(value, "other") if isinstance(value, str) else value * 2
+# --- what is written --------------------------------------------------------------------------------------------------
 
 
-def refuses(session: Session, theirs: Fingerprint, words: str) -> None:
-    """A snapshot of ``theirs`` is refused with ``words``, and the session goes on as one that never saw it."""
-    foreign = Snapshot(theirs, "elsewhere", 10, 2, host_arrays(theirs.layout(10, 2)))
-    session.reset()
-    with Session(session.model, 256, "q4_0", "f16") as undisturbed:
-        for each in (session, undisturbed):
-            partly_committed(each, 3)
-        with pytest.raises(SnapshotMismatch) as caught:
-            session.restore(foreign)
-        assert str(caught.value).startswith(words)
-        assert_goes_on(undisturbed, session)
+def test_a_file_holds_the_snapshot(snapshot: Snapshot, path: Path) -> None:
+    loaded = Snapshot.load(path)
+    for name in ("fingerprint", "sequence", "length", "replay"):
+        assert getattr(loaded, name) == getattr(snapshot, name)
+    assert list(loaded.arrays) == list(snapshot.arrays)
+    for name, values in snapshot.arrays.items():
+        assert np.array_equal(loaded.arrays[name], values)
+        assert not loaded.arrays[name].flags.writeable
 
 
-def differs(field: str, theirs: Any, ours: Any) -> str:
-    return f"restore: {field} of the snapshot is {theirs!r}, that of this session is {ours!r}; open the session as"
+def test_the_file_is_a_safetensors_file(snapshot: Snapshot, path: Path) -> None:
+    with safetensors.safe_open(path, "numpy") as file:
+        assert set(file.keys()) == set(snapshot.arrays)
+        for name, values in snapshot.arrays.items():
+            assert np.array_equal(file.get_tensor(name), values)
+        assert json.loads(file.metadata()["pydflash.snapshot"])["length"] == 2
 
 
-@pytest.mark.parametrize("field", ["format", "model", "taps"])
-def test_every_field_of_the_fingerprint_decides(model_of: Load, field: str) -> None:
-    assert {f.name for f in dataclasses.fields(Fingerprint)} == {"format", "model", "draft", "taps", "layers"}
-    with Session(model_of("equal"), 256, "q4_0", "f16") as session:
-        ours = getattr(session.fingerprint, field)
-        theirs = other_value(ours)
-        refuses(session, dataclasses.replace(session.fingerprint, **{field: theirs}), differs(field, theirs, ours))
+def test_an_empty_session_can_be_kept_in_a_file(model_of: Load, tmp_path: Path) -> None:
+    with Session(model_of("equal"), 64) as session:
+        session.snapshot().save(tmp_path / "empty")
+        wanted = session.forward([1, 2]).logits
+        session.commit(2)
+        session.restore(Snapshot.load(tmp_path / "empty"))
+        assert session.length == 0
+        assert np.array_equal(session.forward([1, 2]).logits, wanted)
 
 
-@pytest.mark.parametrize(
-    ("kind", "field"), [(kind, f.name) for kind in (KVSpec, DeltaSpec) for f in dataclasses.fields(kind)]
-)
-def test_every_field_of_a_layer_decides(model_of: Load, kind: type, field: str) -> None:
-    with Session(model_of("equal"), 256, "q4_0", "f16") as session:
-        layers = list(session.fingerprint.layers)
-        last = max(i for i, layer in enumerate(layers) if isinstance(layer, kind))
-        ours = getattr(layers[last], field)
-        theirs = other_value(ours)
-        layers[last] = dataclasses.replace(layers[last], **{field: theirs})  # type: ignore[type-var]
-        refuses(session, dataclasses.replace(session.fingerprint, layers=tuple(layers)), differs(field, theirs, ours))
+def test_only_the_owner_reads_the_file(path: Path) -> None:
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_the_kind_and_the_number_of_layers_decide(model_of: Load) -> None:
-    with Session(model_of("equal"), 256, "q4_0", "f16") as session:
-        ours = session.fingerprint
-        assert [type(layer) for layer in ours.layers] == [DeltaSpec, DeltaSpec, DeltaSpec, KVSpec]
-        for layers in (ours.layers[:-1], (*ours.layers, ours.layers[-1]), ours.layers[::-1], ()):
-            refuses(session, dataclasses.replace(ours, layers=layers), "restore: the kind of each layer of the snapsh")
-
-
-def test_the_snapshot_of_a_draft_session_is_no_session_s(model_of: Load) -> None:
-    with Session(model_of("equal"), 256) as session:
-        layers = (RingSpec(0, False, 1e7, 2, 64),)
-        theirs = dataclasses.replace(session.fingerprint, draft="digest", layers=layers)
-        with pytest.raises(SnapshotMismatch, match="the snapshot is that of a draft session, this is a session"):
-            session.restore(Snapshot(theirs, "elsewhere", 10, 0, host_arrays(theirs.layout(10, 0))))
-
-
-@pytest.mark.parametrize(
-    ("options", "field"),
-    [
-        ({"cache_k": "q8_0"}, "cache_k"),
-        ({"cache_v": "q4_0"}, "cache_v"),
-        ({"k_rotation": "none"}, "k_basis"),
-        ({"v_rotation": "hadamard-64"}, "v_basis"),
-    ],
-    ids=str,
-)
-def test_a_session_opened_otherwise_refuses(
-    model_of: Load, options: dict[str, Any], field: str, tmp_path: Path
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(
+    snapshot: Snapshot, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also what comes from a file, whose fingerprint is that of the session that wrote it."""
-    model = model_of("ratio3")
-    usual = {"cache_k": "q4_0", "cache_v": "q8_0"}
-    with Session(model, 64, **usual) as session, Session(model, 64, **(usual | options)) as other:
-        prefilled(session, 5)
-        session.snapshot().save(tmp_path / "file")
-        for snapshot in (session.snapshot(), Snapshot.load(tmp_path / "file")):
-            with pytest.raises(SnapshotMismatch, match=f"restore: {field} of the snapshot is"):
-                other.restore(snapshot)
-        assert other.length == 0
-        assert np.isfinite(go_on(other)).all()
+    before = path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        snapshot.save(path)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_model_of_the_same_shape_with_other_weights_refuses(model_of: Load, tmp_path: Path) -> None:
-    with Session(model_of("equal"), 64) as session:
-        snapshot = session.snapshot()
-    path = write_target(tmp_path / "other.gguf", GEOMETRIES["equal"], seed=2)
-    with load_model(path, "cpu", threads=1) as model, Session(model, 64) as session:
-        with pytest.raises(SnapshotMismatch, match=r"restore: model of the snapshot is '[0-9a-f]{64}', that of"):
-            session.restore(snapshot)
-        session.forward([1])
+def test_a_symlink_is_followed_and_a_device_is_left_alone(snapshot: Snapshot, path: Path) -> None:
+    link = path.with_name("latest")
+    link.symlink_to(path.name)
+    path.write_bytes(b"old")
+    snapshot.save(link)
+    assert link.is_symlink()
+    assert Snapshot.load(path).length == 2
+    master, device = os.openpty()  # a device in a folder where not even root makes files, should this test fail
+    try:
+        with pytest.raises(WriteError, match="is no regular file"):
+            snapshot.save(os.ttyname(device))
+        assert stat.S_ISCHR(os.stat(os.ttyname(device)).st_mode)
+    finally:
+        os.close(master)
+        os.close(device)
 
 
-def test_arrays_that_do_not_fit_the_fingerprint_make_no_snapshot(model_of: Load) -> None:
-    with Session(model_of("equal"), 64) as session:
-        prefilled(session, 5)
-        good = session.snapshot()
-    for name, values in good.arrays.items():
-        for bad in (values[:-1], values.astype(np.float64), values[..., ::-1]):
-            with pytest.raises(ShapeError, match=f"{name} of shape"):
-                dataclasses.replace(good, arrays={**good.arrays, name: bad})
-    with pytest.raises(ShapeError, match=r"it needs state\.0"):
-        dataclasses.replace(good, arrays={})
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("length", "replay"), [(40, 17), (3, 4), (-1, 0), (3, -1), ((1 << 24) + 1, 0)])
-def test_counts_that_no_session_can_have_make_no_snapshot(model_of: Load, length: int, replay: int) -> None:
-    """A window of more rows than the tape has would be written beyond it."""
-    with Session(model_of("all_recurrent"), 64) as session:
-        fingerprint = session.fingerprint
-    with pytest.raises(ShapeError, match=f"a snapshot of {length} positions with {replay} rows to replay"):
-        Snapshot(fingerprint, "", length, replay, host_arrays(fingerprint.layout(length, max(0, replay))))
+def test_any_flipped_byte_is_refused(path: Path) -> None:
+    content = path.read_bytes()
+    header = 8 + struct.unpack("<Q", content[:8])[0]
+    places = [*range(header), *np.random.default_rng(1).integers(header, len(content), 200).tolist(), len(content) - 1]
+    rng = np.random.default_rng(2)
+    for place in places:
+        changed = bytearray(content)
+        changed[place] ^= int(rng.integers(1, 256))
+        path.write_bytes(changed)
+        refused(path, REFUSALS)
+    path.write_bytes(content)
+    assert Snapshot.load(path).length == 2
+
+
+def test_any_other_length_is_refused(path: Path) -> None:
+    content = path.read_bytes()
+    for count in [*range(0, 40), *range(40, len(content), 997), len(content) - 1]:
+        path.write_bytes(content[:count])
+        refused(path, "is not a snapshot, found|truncated or damaged, it has [0-9,]+ bytes and its header requires")
+    path.write_bytes(content + b"\0")
+    refused(path, rf"it has {len(content) + 1:,} bytes and its header requires {len(content):,}")
+
+
+def test_other_kinds_of_files_are_refused(model_of: Load, tmp_path: Path) -> None:
+    refused(tmp_path / "nothing", "does not exist; check its spelling")
+    refused(tmp_path, "is not a regular file")
+    (tmp_path / "empty").touch()
+    refused(tmp_path / "empty", "is not a snapshot, found 0 bytes")
+    (tmp_path / "text").write_text("a text that is longer than eight bytes\n" * 100)
+    refused(tmp_path / "text", "is not a snapshot")
+    (tmp_path / "model.gguf").write_bytes(model_of("equal").path.read_bytes()[:10_000])
+    refused(tmp_path / "model.gguf", "is not a snapshot, found a GGUF file; give a file that Snapshot.save wrote")
+    header = b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}'
+    (tmp_path / "other.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"abcd")
+    refused(tmp_path / "other.safetensors", "is not a snapshot or is damaged: its header lacks a snapshot's metadata")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[" * 100_000, b'{"__metadata__":' * 10_000, b"null", b"[]", b'{"__metadata__":7}', b"\xff\xfe{}", b"9" * 9000,
+        b'{"__metadata__":{"pydflash.snapshot":1,"sha256":2}}',
+        b'{"__metadata__":{"pydflash.snapshot":"{}","sha256":""}}',
+    ],
+    ids=lambda header: header[:40].decode("latin-1"),
+)  # fmt: skip
+def test_headers_made_to_hurt_are_refused(tmp_path: Path, header: bytes) -> None:
+    path = tmp_path / "hostile"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(100))
+    refused(path, REFUSALS)
+
+
+@pytest.mark.parametrize("size", [0, 1, 101, 1 << 20, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+def test_a_header_of_an_impossible_size_is_refused_unread(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "hostile"
+    path.write_bytes(struct.pack("<Q", size) + b"{}" + b" " * 98)
+    refused(path, "is not a snapshot, found 108 bytes without a header of a valid size")
+
+
+def parts(path: Path) -> tuple[dict[str, Any], dict[str, Any], bytes]:
+    """Header, statement and data of a file."""
+    content = path.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + length])
+    return header, json.loads(header["__metadata__"]["pydflash.snapshot"]), content[8 + length :]
+
+
+def spelled(header: dict[str, Any], statement: dict[str, Any], data: bytes) -> bytes:
+    """A file of these with a right checksum."""
+    text = json.dumps(statement, separators=(",", ":"))
+    digest = hashlib.sha256(text.encode() + data).hexdigest()
+    metadata = {"__metadata__": {"pydflash.snapshot": text, "sha256": digest}}
+    head = json.dumps(header | metadata, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    return struct.pack("<Q", len(head)) + head + data
+
+
+def forge(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the statement of a file, and make its checksum right again."""
+    header, statement, data = parts(path)
+    change(statement)
+    path.write_bytes(spelled(header, statement, data))
+
+
+def test_a_forgery_that_changes_nothing_is_read(path: Path) -> None:
+    """The helper is right, so that the refusals below are for what was changed."""
+    before = path.read_bytes()
+    forge(path, lambda statement: None)
+    assert path.read_bytes() == before
+    forge(path, lambda statement: statement.update(sequence="a"))
+    assert Snapshot.load(path).sequence == "a"
+
+
+def delta(statement: dict[str, Any]) -> dict[str, Any]:
+    """What the statement says of the first layer, a delta-net layer."""
+    layer: dict[str, Any] = statement["fingerprint"]["layers"][0]
+    assert layer["kind"] == "delta"
+    return layer
+
+
+def attention(statement: dict[str, Any]) -> dict[str, Any]:
+    """What the statement says of the last layer, an attention layer."""
+    layer: dict[str, Any] = statement["fingerprint"]["layers"][-1]
+    assert layer["kind"] == "attention"
+    return layer
+
+
+@pytest.mark.parametrize("found", [1, 3, 0, -2, "2", 2.5, None, [2]], ids=repr)
+def test_a_file_of_another_format_is_refused_with_both_numbers(path: Path, found: Any) -> None:
+    forge(path, lambda statement: statement["fingerprint"].update(format=found))
+    refused(path, rf"has format {re.escape(repr(found))}, this version reads 2; take the snapshot again")
+
+
+def test_the_arrays_lie_layer_by_layer(path: Path) -> None:
+    header, statement, data = parts(path)
+    names = [f"{part}.{i}" for i in range(3) for part in ("state", "window")] + ["k.3", "v.3"]
+    assert [name for name in header if name != "__metadata__"] == names
+    assert statement["fingerprint"]["format"] == FORMAT == 2
+    assert [layer["kind"] for layer in statement["fingerprint"]["layers"]] == ["delta"] * 3 + ["attention"]
+    ends = [header[name]["data_offsets"] for name in names]
+    assert [start for start, _ in ends] == [0, *(end for _, end in ends[:-1])]
+    assert ends[-1][1] == len(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.update(length=3), "its arrays are not those that its fingerprint requires"),
+        (lambda s: s.update(length=(1 << 31) - 1), "metadata are not those of a snapshot"),
+        (lambda s: s.update(length=1 << 24), "its arrays are not those"),
+        (lambda s: s.update(length=-1), "metadata are not those"),
+        (lambda s: s.update(length=2.0), "metadata are not those"),
+        (lambda s: s.update(length=True), "metadata are not those"),
+        (lambda s: s.update(length="2"), "metadata are not those"),
+        (lambda s: s.update(length=10**4000), "metadata are not those"),
+        (lambda s: s.update(replay=3), "2 positions with 3 rows to replay"),
+        (lambda s: s.update(replay=0), "its arrays are not those"),
+        (lambda s: s.update(replay=17, length=40), "40 positions with 17 rows to replay"),
+        (lambda s: s.update(sequence=7), "metadata are not those"),
+        (lambda s: s.pop("replay"), "metadata are not those"),
+        (lambda s: s.update(fingerprint=[]), "metadata are not those"),
+        (lambda s: s["fingerprint"].pop("model"), "metadata are not those"),
+        (lambda s: s["fingerprint"].pop("layers"), "metadata are not those"),
+        (lambda s: s["fingerprint"].update(draft=None), "metadata are not those"),
+        (lambda s: s["fingerprint"].update(taps=[0, "1"]), "metadata are not those"),
+        (lambda s: s["fingerprint"].update(taps=7), "metadata are not those"),
+        (lambda s: s["fingerprint"].update(layers=7), "metadata are not those"),
+        (lambda s: s["fingerprint"].update(layers=[7]), "metadata are not those"),
+        (lambda s: s["fingerprint"].update(layers={}), "its arrays are not those"),
+        (lambda s: s["fingerprint"]["layers"].reverse(), "its arrays are not those"),
+        (lambda s: s["fingerprint"]["layers"].pop(), "its arrays are not those"),
+        (lambda s: s["fingerprint"]["layers"].append(s["fingerprint"]["layers"][0]), "its arrays are not those"),
+        (lambda s: delta(s).update(kind="mamba"), "metadata are not those"),
+        (lambda s: delta(s).update(kind=[]), "metadata are not those"),
+        (lambda s: delta(s).update(kind="attention"), "metadata are not those"),
+        (lambda s: delta(s).update(kind="ring"), "metadata are not those"),
+        (lambda s: delta(s).pop("kind"), "metadata are not those"),
+        (lambda s: delta(s).pop("v_heads"), "metadata are not those"),
+        (lambda s: delta(s).update(v_heads=True), "metadata are not those"),
+        (lambda s: delta(s).update(state_size=33), "its arrays are not those"),
+        (lambda s: delta(s).update(state_size=1 << 31), "metadata are not those"),
+        (lambda s: attention(s).update(cache_k="q9_9"), "metadata are not those"),
+        (lambda s: attention(s).update(cache_k="f32"), "its arrays are not those"),
+        (lambda s: attention(s).update(head_size=33), "metadata are not those"),
+        (lambda s: attention(s).update(head_size=1 << 30, kv_heads=1 << 30), "its arrays are not those"),
+        (lambda s: attention(s).update(rope_base=10), "metadata are not those"),
+    ],
+)
+def test_a_statement_that_lies_is_refused(path: Path, change: Callable[[dict[str, Any]], object], words: str) -> None:
+    forge(path, change)
+    refused(path, words)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (DeltaSpec(1, 1, 32, conv_kernel=0), DeltaSpec(1, 1, 32, conv_kernel=2)),  # together, no byte is missing
+        (DeltaSpec(1, 0, state_size=2**31 - 1, conv_kernel=1),),
+    ],
+    ids=["a negative size", "a size that is none, but for its product"],
+)
+def test_sizes_that_no_array_has_are_refused(path: Path, layers: tuple[DeltaSpec, ...]) -> None:
+    fingerprint = Fingerprint(FORMAT, "model", "", (), layers)
+    statement = {"sequence": "", "length": 0, "replay": 0, "fingerprint": fingerprint.as_json()}
+    header: dict[str, Any] = {"__metadata__": {}}
+    end = 0
+    for name, (shape, dtype) in fingerprint.layout(0, 0).items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, end)}
+    path.write_bytes(spelled(header, statement, bytes(end)))
+    refused(path, "its arrays cannot be made")
+
+
+def test_text_that_is_no_text_is_refused(path: Path) -> None:
+    header, statement, data = parts(path)
+    statement["sequence"] = "\ud800"  # half a character, which JSON can spell and UTF-8 cannot
+    header["__metadata__"] = {"pydflash.snapshot": json.dumps(statement, separators=(",", ":")), "sha256": "0" * 64}
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    path.write_bytes(struct.pack("<Q", len(head)) + head + data)
+    refused(path, REFUSALS)
+
+
+def test_a_file_larger_than_the_memory_is_refused_before_memory_is_taken(path: Path) -> None:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    _, statement, _ = parts(path)
+    rows, k_width, v_width = 1 << 24, 72, 136
+    layers = list(range(memory // (rows * k_width) + 1))
+    statement |= {"length": rows}
+    statement["fingerprint"]["layers"] = [attention(statement)] * len(layers)
+    header: dict[str, Any] = {"__metadata__": {}}
+    end = 0
+    for layer in layers:
+        for side, width in (("k", k_width), ("v", v_width)):
+            start, end = end, end + rows * width
+            header[f"{side}.{layer}"] = {"dtype": "U8", "shape": [rows, width], "data_offsets": [start, end]}
+    path.write_bytes(spelled(header, statement, b""))
+    os.truncate(path, path.stat().st_size + end)  # a sparse file: no disk is taken
+    refused(path, "this machine has [0-9,]+ bytes of memory")
+    path.unlink()

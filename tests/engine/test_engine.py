@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-import pydflash
 from pydflash.decode import Sampler, SamplingParams
 from pydflash.engine import Engine
 from pydflash.errors import (
@@ -18,12 +14,9 @@ from pydflash.errors import (
     DraftMismatch,
     LoadError,
     NoDevice,
-    SessionClosed,
     ShapeError,
-    StateError,
     UnsupportedArchitecture,
 )
-from pydflash.text import StopFilter
 from tests.tiny import GEOMETRIES, write_draft, write_target
 
 PROMPT = "the cat sat on"
@@ -203,172 +196,6 @@ def test_what_was_held_back_for_a_stop_string_comes_at_the_end(engine: Engine) -
     assert engine.generate(PROMPT, greedy(20, stop=(never,))).text == free.text
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 50])
-@pytest.mark.parametrize(
-    ("text", "stop", "expected"),
-    [
-        ("one two three", ("two",), "one "),
-        ("aaab", ("aab",), "a"),
-        ("abcabd", ("abd",), "abc"),
-        ("xabc", ("xabc", "bc"), ""),  # both end together: the longer one wins
-        ("xabcd", ("xabcd", "bc"), "xa"),  # the first to be complete wins
-        ("nothing", ("zzz",), "nothing"),
-        ("almos", ("almost",), "almos"),
-        ("anything", (), "anything"),
-    ],
-)
-def test_the_stop_filter_does_not_depend_on_how_text_is_cut(
-    size: int, text: str, stop: tuple[str, ...], expected: str
-) -> None:
-    out, stop_filter, met = "", StopFilter(stop), False
-    for start in range(0, len(text), size):
-        piece, met = stop_filter.push(text[start : start + size])
-        out += piece
-        if met:
-            break
-    assert out + ("" if met else stop_filter.flush()) == expected
-
-
-# --- life cycle -------------------------------------------------------------------------------------------------------
-
-
-def test_closing_a_stream_cancels_and_the_engine_is_usable_at_once(speculating: Engine) -> None:
-    whole = speculating.generate(PROMPT, greedy())
-    for steps in (0, 1, 3):
-        stream = speculating.stream(PROMPT, greedy())
-        for _ in range(steps):
-            next(stream)
-        stream.close()
-        assert speculating.generate(PROMPT, greedy()).tokens == whole.tokens
-
-
-def test_leaving_the_loop_cancels(engine: Engine) -> None:
-    for _ in engine.stream(PROMPT, greedy()):
-        break
-    assert len(engine.generate(PROMPT, greedy(4)).tokens) == 4
-
-
-def test_an_unfinished_stream_gives_way_to_the_next_call_of_its_thread_and_says_so(engine: Engine) -> None:
-    wanted = engine.generate(PROMPT, greedy()).tokens
-    first, second = engine.stream(PROMPT, greedy()), engine.stream(PROMPT, greedy())
-    next(first)
-    assert tuple(token for chunk in second for token in chunk.tokens) == wanted
-    with pytest.raises(StateError, match="has generated something else since"):
-        next(first)
-    assert list(first) == []
-
-
-def test_a_stream_that_a_traceback_holds_does_not_lock_the_engine(engine: Engine) -> None:
-    wanted = engine.generate(PROMPT, greedy()).tokens
-
-    def consume() -> None:
-        stream = engine.stream(PROMPT, greedy())
-        for _ in stream:
-            raise KeyError("the consumer's own")
-
-    held: list[BaseException] = []
-    for caller in (lambda f: f(), lambda f: run_in_a_thread(f)):
-        try:
-            caller(consume)
-        except KeyError as error:
-            held.append(error)  # with its traceback, whose frame holds the stream
-        assert engine.generate(PROMPT, greedy()).tokens == wanted
-    assert len(held) == 2
-
-
-def run_in_a_thread(function: Callable[[], object]) -> None:
-    """Raises what ``function`` raised there, like a future."""
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            function()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-
-
-def test_another_thread_is_refused_while_one_generates(engine: Engine) -> None:
-    with engine.stream(PROMPT, greedy()) as stream:
-        next(stream)
-        with pytest.raises(StateError, match="generating already for another thread"):
-            run_in_a_thread(lambda: engine.generate(PROMPT))
-        assert sum(len(chunk.tokens) for chunk in stream) == 47
-
-
-@pytest.mark.parametrize("how", ["stream.close", "engine.cancel", "engine.close"])
-@pytest.mark.parametrize("where", ["in the prompt", "while decoding"])
-def test_any_thread_can_end_a_generation(target_path: Path, draft_path: Path, how: str, where: str) -> None:
-    prompt = [5] * (1500 if where == "in the prompt" else 20)
-    with Engine.load(target_path, draft_path, chunk=32, **OPTIONS | {"max_context": 4096}) as engine:  # type: ignore[arg-type]
-        stream, chunks, begun = engine.stream(prompt, greedy(2000)), [], threading.Event()
-
-        def consume() -> None:
-            begun.set()
-            chunks.extend(stream)
-
-        worker = threading.Thread(target=consume)
-        worker.start()
-        begun.wait()
-        while where == "while decoding" and not chunks:
-            time.sleep(0.001)
-        {"stream.close": stream.close, "engine.cancel": engine.cancel, "engine.close": engine.close}[how]()
-        worker.join(timeout=20)
-        assert not worker.is_alive()
-        tokens = [token for chunk in chunks for token in chunk.tokens]
-        assert len(tokens) < 2000
-        assert all(chunk.finish_reason in (None, "cancelled") for chunk in chunks)
-        if how != "engine.close":
-            assert len(engine.generate("again", greedy(5)).tokens) == 5
-
-
-def test_a_cancelled_generate_returns_what_there_is(target_path: Path) -> None:
-    with Engine.load(target_path, **OPTIONS | {"max_context": 4096}) as engine:  # type: ignore[arg-type]
-        whole = engine.generate(PROMPT, greedy(3000))
-        timer = threading.Timer(0.05, engine.cancel)
-        timer.start()
-        done = engine.generate(PROMPT, greedy(3000))
-        timer.join()
-        assert done.finish_reason == "cancelled"
-        assert done.tokens == whole.tokens[: len(done.tokens)]
-        assert done.stats.tokens == len(done.tokens) < 3000
-
-
-def test_a_stream_asked_by_two_threads_at_once_refuses_one(engine: Engine) -> None:
-    stream, errors, counts = engine.stream("x " * 200, greedy()), [], []
-
-    def consume() -> None:
-        try:
-            counts.append(sum(len(chunk.tokens) for chunk in stream))
-        except StateError as error:
-            errors.append(str(error))
-
-    threads = [threading.Thread(target=consume) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(errors) <= 1
-    assert all("another thread waits for this stream's next chunk" in error for error in errors)
-    stream.close()
-
-
-def test_a_closed_engine_says_so(target_path: Path, draft_path: Path) -> None:
-    engine = Engine.load(target_path, draft_path, **OPTIONS)  # type: ignore[arg-type]
-    stream, unstarted = engine.stream(PROMPT, greedy()), engine.stream(PROMPT, greedy())
-    next(stream)
-    engine.close()
-    engine.close()
-    assert list(stream) == list(unstarted) == []
-    with pytest.raises(SessionClosed, match="closed"):
-        engine.stream(PROMPT)
-
-
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
@@ -445,11 +272,3 @@ def test_explain_tells_how_long_a_proposal_can_be(
     with Engine.load(target_path, draft_path, draft_max=draft_max, **OPTIONS) as engine:  # type: ignore[arg-type]
         value = {s.name: s.value for s in engine.settings()}["most tokens of a proposal"]
     assert str(value).startswith(f"{most}, ")
-
-
-def test_the_public_names_resolve() -> None:
-    for name in pydflash.__all__:
-        assert getattr(pydflash, name) is not None
-    assert set(pydflash.__all__) <= set(dir(pydflash))
-    with pytest.raises(AttributeError, match="nothing"):
-        pydflash.nothing  # noqa: B018

@@ -1,59 +1,25 @@
-"""Which basis a K cache is stored in is one rule, and no basis changes what exact attention computes."""
+"""No basis of K or V changes what exact attention computes; which pairs of cache types a device takes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import pytest
 
 from pydflash.errors import ConfigError
 from pydflash.ggml_types import GGMLType
-from pydflash.kv_format import K_BASES, k_basis
+from pydflash.kv_format import CACHE_TYPES, K_BASES, V_BASES
 from pydflash.models import Model, load_model
+from pydflash.native.traits import CPU, CUDA
 from pydflash.runtime import Session
+from pydflash.state import check_pair
 from pydflash.state.kv import rotation_signs
 from tests.helpers import nmse, run_chunks
 from tests.tiny import GEOMETRIES, write_target
 
 Load = Callable[..., Model]
-
-Q4, Q8, F16, F32 = GGMLType.Q4_0, GGMLType.Q8_0, GGMLType.F16, GGMLType.F32
-
-# K type, head size, requested, basis
-TABLE = [
-    (Q4, 256, "auto", "hadamard-256"),
-    (Q4, 128, "auto", "hadamard-128"),
-    (Q4, 64, "auto", "hadamard-64"),
-    (Q4, 96, "auto", "none"),  # none of 256, 128 and 64 divides it
-    (Q4, 64, "hadamard-64", "hadamard-64"),
-    (Q4, 256, "hadamard-64", "hadamard-64"),
-    (Q4, 256, "signed-128", "signed-128"),
-    (Q4, 256, "none", "none"),
-    (Q8, 256, "auto", "hadamard-256"),
-    (Q8, 256, "hadamard-256", "hadamard-256"),
-    (F16, 256, "auto", "none"),
-    (F16, 128, "hadamard-128", "hadamard-128"),
-    (F32, 256, "auto", "none"),
-]
-
-
-@pytest.mark.parametrize(("k_type", "size", "requested", "basis"), TABLE)
-def test_the_rule(k_type: GGMLType, size: int, requested: str, basis: str) -> None:
-    assert k_basis(k_type, size, requested).name == basis
-
-
-@pytest.mark.parametrize("requested", ["Hadamard-256", "wht", "", "hadamard-32"])
-def test_an_unknown_basis_lists_the_valid_ones(requested: str) -> None:
-    valid = "valid values are auto, none, hadamard-256, hadamard-128, hadamard-64, signed-128"
-    with pytest.raises(ConfigError, match=valid):
-        k_basis(Q4, 256, requested)
-
-
-@pytest.mark.parametrize(("size", "requested"), [(128, "hadamard-256"), (64, "hadamard-128"), (64, "signed-128")])
-def test_a_group_that_does_not_divide_the_head_lists_those_that_do(size: int, requested: str) -> None:
-    with pytest.raises(ConfigError, match=f"does not divide heads of {size}; valid values are auto, none"):
-        k_basis(Q4, size, requested)
 
 
 def test_the_signs_are_fixed() -> None:
@@ -66,7 +32,7 @@ def test_the_signs_are_fixed() -> None:
 
 
 @pytest.mark.parametrize("basis", [name for name in K_BASES if name != "none"])
-def test_a_rotated_f32_cache_gives_the_same_logits(model_of: Load, basis: str) -> None:
+def test_an_f32_cache_with_k_rotated_gives_the_same_logits(model_of: Load, basis: str) -> None:
     """The rotation is orthonormal: scores change by float32 rounding, an NMSE of 1e-13, and more in later layers."""
     model = model_of("gqa6")
     tokens = np.random.default_rng(0).integers(0, 512, 40).tolist()
@@ -92,3 +58,43 @@ def test_rotation_saves_a_q4_0_cache_from_outlier_channels(
                 rows[name, k] = run_chunks(session, tokens, 8)
     exact = rows["none", "f32"]
     assert nmse(rows[basis, "q4_0"], exact) < nmse(rows["none", "q4_0"], exact) / 2
+
+
+@pytest.mark.parametrize("basis", [name for name in V_BASES if name != "none"])
+def test_an_f32_cache_with_v_rotated_gives_the_same_logits(model_of: Load, basis: str) -> None:
+    """Attention's output is linear in V, and the rotation is its own inverse: float32 rounding is left, 1e-13."""
+    model = model_of("gqa6")
+    tokens = np.random.default_rng(0).integers(0, 512, 40).tolist()
+    with Session(model, 64, "f32", "f32") as plain, Session(model, 64, "f32", "f32", v_rotation=basis) as rotated:
+        wanted, got = run_chunks(plain, tokens, 8), run_chunks(rotated, tokens, 8)
+        assert 0 < nmse(got, wanted) < 1e-11
+        plain.reset()
+        rotated.reset()
+        assert nmse(rotated.forward(tokens, "all").logits, plain.forward(tokens, "all").logits) < 1e-11
+
+
+def test_k_and_v_rotate_independently(model_of: Load) -> None:
+    model = model_of("gqa6")
+    tokens = np.random.default_rng(0).integers(0, 512, 40).tolist()
+    with (
+        Session(model, 64, "f32", "f32") as plain,
+        Session(model, 64, "f32", "f32", "signed-128", "hadamard-64") as both,
+    ):
+        assert 0 < nmse(run_chunks(both, tokens, 8), run_chunks(plain, tokens, 8)) < 1e-11
+
+
+# --- pairs of types ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("k", "v"), list(product(CACHE_TYPES, CACHE_TYPES)))
+def test_the_cpu_takes_every_pair(k: str, v: str) -> None:
+    check_pair(CACHE_TYPES[k], CACHE_TYPES[v], CPU.cache_types)
+
+
+@pytest.mark.parametrize(("k", "v"), list(product(CACHE_TYPES, CACHE_TYPES)))
+def test_cuda_takes_every_pair_without_f32_and_names_those_with_it(k: str, v: str) -> None:
+    if GGMLType.F32 in (CACHE_TYPES[k], CACHE_TYPES[v]):
+        with pytest.raises(ConfigError, match=f"cache_k {k} with cache_v {v}: .* f16, bf16, q8_0, q4_0"):
+            check_pair(CACHE_TYPES[k], CACHE_TYPES[v], CUDA.cache_types)
+    else:
+        check_pair(CACHE_TYPES[k], CACHE_TYPES[v], CUDA.cache_types)

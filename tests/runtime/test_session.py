@@ -212,14 +212,6 @@ def test_every_error_is_one_that_a_caller_can_catch(session: Session) -> None:
             call()
 
 
-def test_rolling_back_the_27b_model_takes_at_most_40_mib(capsys: pytest.CaptureFixture[str]) -> None:
-    layers, spec = 48, DeltaSpec(k_heads=16, v_heads=48, state_size=128, conv_kernel=4)
-    tape, states = (layers * 4 * math.prod(shape) for shape in (spec.window_shape(TAPE_ROWS), spec.state_shape))
-    with capsys.disabled():
-        print(f"\nrollback of the 27B geometry: {tape / 2**20:.1f} MiB; a copy of its states: {states / 2**20:.0f} MiB")
-    assert tape <= 40 * 2**20
-
-
 def test_the_session_holds_one_copy_of_its_states_and_the_tape(model_of: Load) -> None:
     model = model_of("ratio3")
     with Session(model, 64) as session:

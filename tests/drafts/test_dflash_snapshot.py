@@ -20,7 +20,7 @@ from pydflash.errors import SessionClosed, SnapshotMismatch, StateError
 from pydflash.models import Model, load_model
 from pydflash.runtime import Session
 from pydflash.state import RingSpec, host_arrays
-from tests.decode.conftest import Pair
+from tests.helpers import Pair
 from tests.shipped import DRAFT, TARGET, held_out_prompts, needs_pair
 
 PairOf = Callable[..., Pair]
@@ -371,7 +371,7 @@ def open_shipped(model: Model, draft: Draft, context: int) -> Sessions:
 PROGRAM = """
 import json, sys
 from pydflash import Snapshot
-from tests.decode.test_draft_snapshot import decode, load_pair, open_shipped
+from tests.drafts.test_dflash_snapshot import decode, load_pair, open_shipped
 pair = open_shipped(*load_pair(), 2048)
 pair.restore((Snapshot.load(sys.argv[1]), Snapshot.load(sys.argv[2])))
 print(json.dumps(decode(*pair, int(sys.argv[3]))))

@@ -60,8 +60,8 @@ def captured(path: Path, tokens: list[int]) -> Array:
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_f32_logits_equal_the_oracle(target: Target, name: str) -> None:
-    path, tokens = target(name, "f32"), tokens_for(name)
+def test_f32_logits_equal_the_oracle(target_of: Target, name: str) -> None:
+    path, tokens = target_of(name, "f32"), tokens_for(name)
     got, wanted = engine_rows(path, tokens), Reference(path).forward(tokens)
     assert cosine(got, wanted) >= COSINE
     assert nmse(got, wanted) < FLOAT32_NMSE
@@ -69,14 +69,14 @@ def test_f32_logits_equal_the_oracle(target: Target, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", K_QUANT_GEOMETRIES)
-def test_f16_logits_equal_the_oracle(target: Target, name: str) -> None:
-    path, tokens = target(name, "f16"), tokens_for(name)
+def test_f16_logits_equal_the_oracle(target_of: Target, name: str) -> None:
+    path, tokens = target_of(name, "f16"), tokens_for(name)
     assert cosine(engine_rows(path, tokens), Reference(path).forward(tokens)) >= COSINE
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_f16_logits_equal_the_oracle_that_rounds_activations_to_f16(target: Target, name: str) -> None:
-    path, tokens = target(name, "f16"), tokens_for(name)
+def test_f16_logits_equal_the_oracle_that_rounds_activations_to_f16(target_of: Target, name: str) -> None:
+    path, tokens = target_of(name, "f16"), tokens_for(name)
     got = engine_rows(path, tokens)
     rounding = RoundedReference(path).forward(tokens)
     assert nmse(got, rounding) < nmse(got, Reference(path).forward(tokens))
@@ -86,8 +86,8 @@ def test_f16_logits_equal_the_oracle_that_rounds_activations_to_f16(target: Targ
 
 @pytest.mark.parametrize("types", ["bf16", "q8_0", "q4_0", "q4_k", "q5_k", "q6_k", "q4_k_m"])
 @pytest.mark.parametrize("name", K_QUANT_GEOMETRIES)
-def test_quantised_logits_equal_the_oracle_that_rounds_activations(target: Target, name: str, types: str) -> None:
-    path, tokens = target(name, types), tokens_for(name)
+def test_quantised_logits_equal_the_oracle_that_rounds_activations(target_of: Target, name: str, types: str) -> None:
+    path, tokens = target_of(name, types), tokens_for(name)
     got, plain = engine_rows(path, tokens), Reference(path).forward(tokens)
     rounding = RoundedReference(path).forward(tokens)
     assert nmse(got, rounding) < nmse(got, plain) / 4
@@ -96,8 +96,8 @@ def test_quantised_logits_equal_the_oracle_that_rounds_activations(target: Targe
 
 @pytest.mark.parametrize("types", ["q8_0", "q4_0", "q4_k", "q5_k", "q6_k", "q4_k_m"])
 @pytest.mark.parametrize("name", K_QUANT_GEOMETRIES)
-def test_rows_that_no_rounding_flips_agree_to_float32(target: Target, name: str, types: str) -> None:
-    path, tokens = target(name, types), tokens_for(name, 16)
+def test_rows_that_no_rounding_flips_agree_to_float32(target_of: Target, name: str, types: str) -> None:
+    path, tokens = target_of(name, types), tokens_for(name, 16)
     rounding = RoundedReference(path)
     rounding.forward(tokens)
     errors = [nmse(row, wanted) for row, wanted in zip(captured(path, tokens)[:, 0], rounding.hidden[0])]
@@ -105,8 +105,8 @@ def test_rows_that_no_rounding_flips_agree_to_float32(target: Target, name: str,
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_captured_layers_are_the_oracle_s_residual_stream(target: Target, name: str) -> None:
-    path, tokens = target(name, "f32"), tokens_for(name, 13)
+def test_captured_layers_are_the_oracle_s_residual_stream(target_of: Target, name: str) -> None:
+    path, tokens = target_of(name, "f32"), tokens_for(name, 13)
     oracle = Reference(path)
     oracle.forward(tokens)
     got = captured(path, tokens)
@@ -114,8 +114,8 @@ def test_captured_layers_are_the_oracle_s_residual_stream(target: Target, name: 
         assert nmse(got[:, layer], oracle.hidden[layer]) < FLOAT32_NMSE, layer
 
 
-def test_layers_are_captured_in_the_order_asked_for(target: Target) -> None:
-    with load_model(target("equal", "f32"), "cpu", threads=1) as model:
+def test_layers_are_captured_in_the_order_asked_for(target_of: Target) -> None:
+    with load_model(target_of("equal", "f32"), "cpu", threads=1) as model:
         taken = {}
         for capture in ((0, 1, 2), (2, 0), (3,)):
             with Session(model, 256, capture=capture) as session:
@@ -128,8 +128,8 @@ def test_layers_are_captured_in_the_order_asked_for(target: Target) -> None:
     assert not np.array_equal(taken[3,][:, 0], taken[0, 1, 2][:, 2])
 
 
-def test_prefill_captures_the_rows_of_its_last_chunk(target: Target) -> None:
-    path, tokens = target("ratio3", "f32"), tokens_for("ratio3", 40)
+def test_prefill_captures_the_rows_of_its_last_chunk(target_of: Target) -> None:
+    path, tokens = target_of("ratio3", "f32"), tokens_for("ratio3", 40)
     oracle = Reference(path)
     oracle.forward(tokens)
     with load_model(path, "cpu", threads=1) as model, Session(model, 256, "f32", "f32", capture=(0, 2)) as session:
@@ -140,15 +140,15 @@ def test_prefill_captures_the_rows_of_its_last_chunk(target: Target) -> None:
         assert nmse(out[:40, place], oracle.hidden[layer]) < FLOAT32_NMSE
 
 
-def test_a_multi_token_prediction_block_is_skipped(target: Target) -> None:
-    with load_model(target("mtp", "f32"), "cpu", threads=1) as model:
+def test_a_multi_token_prediction_block_is_skipped(target_of: Target) -> None:
+    with load_model(target_of("mtp", "f32"), "cpu", threads=1) as model:
         assert model.config.layers == 4
         assert not any(name.startswith("blk.4.") for name in model.config.tensors())
 
 
-def test_the_head_runs_for_the_rows_asked_for(target: Target) -> None:
+def test_the_head_runs_for_the_rows_asked_for(target_of: Target) -> None:
     tokens = tokens_for("equal", 9)
-    with load_model(target("equal", "q8_0"), "cpu", threads=1) as model, Session(model, 256) as session:
+    with load_model(target_of("equal", "q8_0"), "cpu", threads=1) as model, Session(model, 256) as session:
         every = session.forward(tokens, "all")
         assert every.logits.shape == (9, model.config.vocab)
         assert every.logits.dtype == np.float32
@@ -164,8 +164,8 @@ def test_the_head_runs_for_the_rows_asked_for(target: Target) -> None:
             _ = nothing.logits
 
 
-def test_an_output_is_refused_after_the_next_forward(target: Target) -> None:
-    with load_model(target("equal", "q8_0"), "cpu", threads=1) as model, Session(model, 256) as session:
+def test_an_output_is_refused_after_the_next_forward(target_of: Target) -> None:
+    with load_model(target_of("equal", "q8_0"), "cpu", threads=1) as model, Session(model, 256) as session:
         first = session.forward([1])
         read = first.logits.copy()
         session.commit(1)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from pydflash import cli
@@ -20,9 +18,9 @@ from pydflash.engine import Engine
 from pydflash.errors import ConfigError, OutOfMemory
 from pydflash.measure import ab, ab_report
 from pydflash.measure.ab import compare, parse_arm
-from pydflash.measure.ab_report import Arm, Outcome, Protocol, Report, Sample
+from pydflash.measure.ab_report import Arm, Protocol, Report, Sample
 from pydflash.measure.bench import WARM_UPS
-from pydflash.measure.verdict import Estimate, fewest, median_interval, noise_floor, paired_ratios, verdict
+from pydflash.measure.verdict import Estimate, paired_ratios
 from tests.shipped import DRAFT, TARGET, TEST_DATA, needs_pair
 
 OPTIONS = {"device": "cpu", "threads": 1, "max_context": 256}
@@ -113,74 +111,7 @@ def fakes(
     return engines, log, lambda: now[0]
 
 
-def sample(arm: str, repeat: int, *chunk_seconds: float, chunk: int = 32, prompt_tokens: int | None = None) -> Sample:
-    """A run whose chunks took ``chunk_seconds``, the last one full unless ``prompt_tokens`` says otherwise."""
-    tokens = prompt_tokens or chunk * len(chunk_seconds)
-    return Sample(
-        arm, repeat, 0, tokens, sum(chunk_seconds), chunk, chunk_seconds, 8, 8.0, (0,) * 9, 8, 0, 0, (), (), (0,) * 8
-    )
-
-
 STEADY = {"A": (1.0,), "B": (1.0,), "again": (1.0,)}
-
-
-# --- statistics -------------------------------------------------------------------------------------------------------
-
-
-def test_ratios_are_paired_by_repeat() -> None:
-    assert paired_ratios([1.0, 2.0, 4.0], [2.0, 2.0, 1.0]) == [2.0, 1.0, 0.25]
-
-
-@pytest.mark.parametrize(
-    ("n", "rank", "coverage"), [(6, 1, 0.96875), (7, 1, 0.984375), (9, 2, 0.9609375), (15, 4, 0.96484375)]
-)
-def test_the_interval_is_that_of_the_sign_test(n: int, rank: int, coverage: float) -> None:
-    """Ranks and coverages as tables of the sign test give them."""
-    values = [float(value) for value in np.random.default_rng(n).permutation(np.arange(1, n + 1))]
-    assert median_interval(values) == Estimate((n + 1) / 2, float(rank), float(n + 1 - rank), coverage)
-
-
-def test_the_interval_holds_the_median_as_often_as_it_says() -> None:
-    draws = np.random.default_rng(0).exponential(size=(4000, 9))
-    found = [median_interval(row.tolist()) for row in draws]
-    share = np.mean([estimate.low <= math.log(2) <= estimate.high for estimate in found])
-    sigma = math.sqrt(0.9609375 * (1 - 0.9609375) / len(draws))
-    assert abs(share - 0.9609375) < 4 * sigma
-
-
-def test_too_few_repeats_give_no_interval() -> None:
-    assert fewest() == 6
-    with pytest.raises(ConfigError, match="at least 6"):
-        median_interval([1.0] * 5)
-    with pytest.raises(ConfigError, match="6 or more"):
-        Protocol(repeats=5)
-
-
-def test_the_noise_floor_is_the_end_of_the_interval_that_is_farther_from_1() -> None:
-    assert noise_floor(Estimate(1.001, 0.997, 1.002, 0.95)) == pytest.approx(0.003)
-    assert noise_floor(Estimate(1.001, 1.0005, 1.004, 0.95)) == pytest.approx(0.004)
-
-
-@pytest.mark.parametrize(
-    ("ratio", "floor", "options", "kind", "said"),
-    [
-        ((1.012, 1.008, 1.016), 0.003, {}, "faster", "B is faster by 1.20 % [0.80, 1.60]"),
-        ((0.988, 0.984, 0.992), 0.003, {}, "slower", "B is slower by 1.20 % [0.80, 1.60]"),
-        ((0.988, 0.984, 0.992), 0.003, {"lower_is_better": True}, "faster", "B is faster by 1.20 % [0.80, 1.60]"),
-        ((1.002, 1.001, 1.003), 0.003, {}, "no difference", "no difference beyond the noise floor of 0.30 %"),
-        ((1.0, 1.0, 1.0), 0.0, {}, "no difference", "no difference beyond the noise floor of 0.00 %"),
-        ((1.04, 0.99, 1.09), 0.003, {}, "undecided", "0 is in the interval"),
-        ((1.002, 0.998, 1.003), 0.003, {"within": 0.3}, "within", "within +-0.3 %"),
-        ((1.002, 1.001, 1.004), 0.003, {"within": 0.3}, "no difference", "not shown to be within +-0.3 %; no diff"),
-        ((0.95, 0.94, 0.96), 0.003, {"within": 1.0}, "slower", "not shown to be within +-1 %; B is slower by 5.00 %"),
-    ],
-)
-def test_the_verdict(
-    ratio: tuple[float, float, float], floor: float, options: dict[str, float], kind: str, said: str
-) -> None:
-    found = verdict(Estimate(*ratio, 0.95), floor, **options)  # type: ignore[arg-type]
-    assert found.kind == kind
-    assert said in found.text
 
 
 # --- what can be asked for --------------------------------------------------------------------------------------------
@@ -345,104 +276,6 @@ def test_arms_with_chunks_of_other_sizes_read_as_much_at_a_turn() -> None:
         [(128, 1.0), (128, 1.0), (70, 1.0)],
         [(128, 2.0), (128, 2.0), (70, 2.0)],
     ]
-
-
-# --- what the pieces of a prompt show ---------------------------------------------------------------------------------
-
-
-def prefill(samples: Sequence[Sample], within: float | None = None, *, lockstep: bool = True) -> Outcome:
-    return ab_report.outcomes(samples, within, cycles=False, lockstep=lockstep)[0]
-
-
-def test_pieces_are_paired_and_the_fastest_of_each_are_summed_up() -> None:
-    """B takes 1 1/4 times as long; in every other repeat one of its two pieces takes twice that."""
-    slow = ((2.5, 2.5), (1.25, 5.0))
-    samples = [
-        of
-        for repeat in range(6)
-        for of in (
-            sample("A", repeat, 1.0, 2.0 + repeat),
-            sample("B", repeat, *slow[repeat % 2]),
-            sample("A'", repeat, 1.0 + repeat, 2.0),
-        )
-    ]
-    chunks = prefill(samples).chunks
-    assert chunks is not None
-    assert chunks.ratios[:6] == pytest.approx([1 / 2.5, 2 / 2.5, 1 / 1.25, 3 / 5.0, 1 / 2.5, 4 / 2.5])
-    assert chunks.again_ratios[:4] == [1.0, 1.0, 1 / 2, 3 / 2]
-    assert chunks.ratio == median_interval(chunks.ratios)
-    assert chunks.again == median_interval(chunks.again_ratios)
-    assert chunks.noise_floor == noise_floor(chunks.again)
-    assert chunks.tokens == 32
-    assert chunks.fastest == ab_report.Fastest(64 / 3.0, 64 / 3.75, 64 / 3.0, pytest.approx(0.8), 1.0)
-
-
-def test_a_slow_piece_in_most_runs_does_not_hide_that_arms_are_equal() -> None:
-    """One of four pieces of each run takes up to a third longer: sums differ by percents, most pieces by nothing."""
-    rng = np.random.default_rng(3)
-    samples = []
-    for repeat in range(9):
-        drift = 1.0 + repeat  # of the machine, the same for all arms
-        for arm, slower in (("A", 1.0), ("B", 1.001), ("A'", 1.0)):
-            seconds = np.full(4, drift * slower)
-            seconds[rng.integers(4)] *= 1.0 + rng.random() / 3
-            samples.append(sample(arm, repeat, *seconds.tolist()))
-    by_chunk, by_run = prefill(samples, 0.3), prefill(samples, 0.3, lockstep=False)
-    assert by_chunk.verdict.kind == "within"
-    assert by_run.verdict.kind != "within"
-    assert by_run.chunks is None
-    assert by_chunk.chunks is not None
-    assert by_chunk.chunks.ratio.median == pytest.approx(1 / 1.001)
-    assert by_chunk.chunks.ratio.confidence > 0.95
-    assert by_chunk.ratio == by_run.ratio
-
-
-def test_the_interval_by_chunk_holds_the_ratio_as_often_as_it_says() -> None:
-    """Noise of either kind, of a repeat and of a piece, neither of which makes anything faster; B takes 1 % longer."""
-    rng = np.random.default_rng(5)
-    found = []
-    for _ in range(400):
-        seconds = 1.0 + rng.exponential(0.05, (1, 9, 1)) + rng.exponential(0.004, (3, 9, 4))
-        seconds[1] *= 1.01
-        runs = zip(ab_report.ARMS, seconds.tolist())
-        samples = [sample(arm, repeat, *run) for arm, rows in runs for repeat, run in enumerate(rows)]
-        chunks = prefill(samples).chunks
-        assert chunks is not None
-        found.append(chunks.ratio)
-    share = np.mean([estimate.low <= 1 / 1.01 <= estimate.high for estimate in found])
-    claimed = found[0].confidence
-    assert abs(share - claimed) < 4 * math.sqrt(claimed * (1 - claimed) / len(found))
-
-
-def test_only_arms_in_lockstep_with_prompts_of_several_pieces_are_compared_by_chunk() -> None:
-    def of(tokens: Sequence[int], chunks: Sequence[int], *, lockstep: bool = True) -> ab_report.Chunks | None:
-        return prefill(
-            [
-                sample(arm, repeat, *[1.0] * -(-count // chunk), chunk=chunk, prompt_tokens=count)
-                for arm, chunk in zip(ab_report.ARMS, chunks)
-                for repeat, count in enumerate(tokens)
-            ],
-            lockstep=lockstep,
-        ).chunks
-
-    assert of([64] * 6, (32, 32, 32), lockstep=False) is None
-    assert of([64] * 6, (32, 64, 32)) is None
-    mixed = of([96] * 6, (32, 64, 32))
-    assert mixed is not None
-    assert mixed.ratios == [2.0, 1.0] * 6
-    assert mixed.fastest == ab_report.Fastest(32.0, 48.0, 32.0, 1.5, 1.0)
-    unequal = of([64, 96, 64, 20, 64, 64], (32, 32, 32))
-    assert unequal is not None
-    assert (len(unequal.ratios), unequal.fastest) == (12, None)
-
-
-def test_many_pieces_have_an_interval_too() -> None:
-    """2^n is no float for so many; the ranks are those of the normal law then."""
-    found = median_interval([float(i) for i in range(1, 4097)])
-    assert found.median == 2048.5
-    assert found.low == pytest.approx(2048.5 - 1.96 * 32, abs=1.0)
-    assert found.low + found.high == 4097.0
-    assert 0.95 <= found.confidence < 0.953
 
 
 # --- the protocol -----------------------------------------------------------------------------------------------------

@@ -12,8 +12,7 @@ from pydflash.drafts import DraftSession, load_draft
 from pydflash.errors import ConfigError, SessionClosed, ShapeError, StateError
 from pydflash.models import load_model
 from pydflash.runtime import Session
-from tests.decode.conftest import Pair
-from tests.helpers import Array, cosine
+from tests.helpers import Array, Pair, cosine
 from tests.reference.dflash import DraftReference
 from tests.reference.qwen35 import Reference
 

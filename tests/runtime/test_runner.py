@@ -38,27 +38,27 @@ def rows_of(
     + [("ratio3", types) for types in ("f16", "bf16", "q8_0", "q4_0", "q4_k", "q5_k", "q6_k", "q4_k_m")]
     + [("tied", "q4_k_m"), ("gqa6", "q4_k_m")],
 )
-def test_rows_are_bit_equal_at_every_width_up_to_16(target: Target, name: str, types: str) -> None:
+def test_rows_are_bit_equal_at_every_width_up_to_16(target_of: Target, name: str, types: str) -> None:
     tokens = tokens_for(name)
-    with load_model(target(name, types), "cpu", threads=1) as model:
+    with load_model(target_of(name, types), "cpu", threads=1) as model:
         single = rows_of(model, tokens, 1)
         for width in range(2, 17):
             assert np.array_equal(rows_of(model, tokens, width), single), width
 
 
 @pytest.mark.parametrize("cache", CACHES, ids="/".join)
-def test_rows_are_bit_equal_over_every_cache(target: Target, cache: tuple[str, str]) -> None:
+def test_rows_are_bit_equal_over_every_cache(target_of: Target, cache: tuple[str, str]) -> None:
     tokens = tokens_for("gqa6")
-    with load_model(target("gqa6", "q8_0"), "cpu", threads=1) as model:
+    with load_model(target_of("gqa6", "q8_0"), "cpu", threads=1) as model:
         single = rows_of(model, tokens, 1, cache)
         for width in (2, 3, 7, 8, 16):
             assert np.array_equal(rows_of(model, tokens, width, cache), single), width
 
 
-def test_rows_are_bit_equal_for_random_cuts_and_discarded_forwards(target: Target) -> None:
+def test_rows_are_bit_equal_for_random_cuts_and_discarded_forwards(target_of: Target) -> None:
     rng = np.random.default_rng(8)
     tokens = tokens_for("ratio3", 120)
-    with load_model(target("ratio3", "q4_k_m"), "cpu", threads=1) as model:
+    with load_model(target_of("ratio3", "q4_k_m"), "cpu", threads=1) as model:
         single = rows_of(model, tokens, 1)
         with Session(model, 256) as session:
             done = 0
@@ -75,26 +75,26 @@ def test_rows_are_bit_equal_for_random_cuts_and_discarded_forwards(target: Targe
 
 
 @pytest.mark.parametrize("types", ["f32", "q8_0", "q4_k_m"])
-def test_threads_do_not_change_a_bit(target: Target, types: str) -> None:
+def test_threads_do_not_change_a_bit(target_of: Target, types: str) -> None:
     tokens = tokens_for("ratio3", 10)
     results = []
     for threads in (1, 2):
-        with load_model(target("ratio3", types), "cpu", threads=threads) as model:
+        with load_model(target_of("ratio3", types), "cpu", threads=threads) as model:
             results.append(rows_of(model, tokens, 5))
     assert np.array_equal(*results)
 
 
 @pytest.mark.parametrize("types", ["f32", "q4_k_m"])
-def test_the_size_of_the_cache_never_changes_a_bit(target: Target, types: str) -> None:
+def test_the_size_of_the_cache_never_changes_a_bit(target_of: Target, types: str) -> None:
     tokens = tokens_for("gqa6")
-    with load_model(target("gqa6", types), "cpu", threads=1) as model:
+    with load_model(target_of("gqa6", types), "cpu", threads=1) as model:
         results = [rows_of(model, tokens, 16, context=n) for n in (33, 256, 257, 1000, 4096)]
     assert all(np.array_equal(results[0], other) for other in results[1:])
 
 
-def test_what_an_earlier_text_left_in_the_cache_never_changes_a_bit(target: Target) -> None:
+def test_what_an_earlier_text_left_in_the_cache_never_changes_a_bit(target_of: Target) -> None:
     tokens = tokens_for("gqa6")
-    with load_model(target("gqa6", "q8_0"), "cpu", threads=1) as model, Session(model, 256) as session:
+    with load_model(target_of("gqa6", "q8_0"), "cpu", threads=1) as model, Session(model, 256) as session:
         fresh = run_chunks(session, tokens, 7)
         session.reset()
         wide = session.forward(tokens, "all").logits
@@ -110,13 +110,13 @@ def test_what_an_earlier_text_left_in_the_cache_never_changes_a_bit(target: Targ
 
 @pytest.mark.parametrize("types", ["f32", "f16", "q8_0", "q4_k_m"])
 @pytest.mark.parametrize("name", ["ratio3", "gqa6"])
-def test_prefill_agrees_with_single_steps_within_rounding(target: Target, name: str, types: str) -> None:
+def test_prefill_agrees_with_single_steps_within_rounding(target_of: Target, name: str, types: str) -> None:
     """Wider steps take ggml's faster kernels: other orders of sums, which may flip the rounding of an activation.
 
     A flip is worth what the rounding itself is worth, so the two may differ by no more than single steps and the oracle
     without any rounding do; for f32 weights, which round nothing, by float32 arithmetic.
     """
-    path, tokens = target(name, types), tokens_for(name, 150)
+    path, tokens = target_of(name, types), tokens_for(name, 150)
     with load_model(path, "cpu", threads=1) as model:
         single = rows_of(model, tokens, 1, ("f32", "f32"))
         explained = max(1e-10, nmse(single, Reference(path).forward(tokens)))
@@ -132,9 +132,9 @@ def test_prefill_agrees_with_single_steps_within_rounding(target: Target, name: 
 
 
 @pytest.mark.parametrize("count", [17, 31, 32, 33, 100])
-def test_padding_rows_of_a_wide_step_change_nothing(target: Target, count: int) -> None:
+def test_padding_rows_of_a_wide_step_change_nothing(target_of: Target, count: int) -> None:
     tokens = tokens_for("odd", 200)
-    with load_model(target("odd", "f32"), "cpu", threads=1) as model, Session(model, 256, "f32", "f32") as session:
+    with load_model(target_of("odd", "f32"), "cpu", threads=1) as model, Session(model, 256, "f32", "f32") as session:
         whole = run_chunks(session, tokens, 16)
         session.reset()
         got = session.forward(tokens[:count], "all").logits
@@ -145,7 +145,7 @@ def test_padding_rows_of_a_wide_step_change_nothing(target: Target, count: int) 
 
 
 @pytest.mark.parametrize("cache", CACHES[1:], ids="/".join)
-def test_lossy_caches_stay_close_to_the_f32_cache(target: Target, cache: tuple[str, str]) -> None:
+def test_lossy_caches_stay_close_to_the_f32_cache(target_of: Target, cache: tuple[str, str]) -> None:
     """The logits' NMSE stays below the square of the relative error with which a cache keeps K and V.
 
     Of a normal value, f16 and bf16 lose 2^-11 and 2^-8 over sqrt(12), q8_0 2.5 / 127 and q4_0 2.5 / 8 over sqrt(12),
@@ -155,7 +155,7 @@ def test_lossy_caches_stay_close_to_the_f32_cache(target: Target, cache: tuple[s
     lost = {"f16": 2**-11, "bf16": 2**-8, "q8_0": 2.5 / 127, "q4_0": 2.5 / 8}
     bound = max(lost[name] for name in cache) ** 2 / 12
     tokens = tokens_for("gqa6", 64)
-    with load_model(target("gqa6", "f32"), "cpu", threads=1) as model:
+    with load_model(target_of("gqa6", "f32"), "cpu", threads=1) as model:
         exact = rows_of(model, tokens, 16, ("f32", "f32"))
         error = nmse(rows_of(model, tokens, 16, cache), exact)
     assert 0 < error < bound

@@ -16,8 +16,7 @@ from pydflash.errors import ConfigError, ContextFull, ShapeError
 from pydflash.ggml_types import GGMLType
 from pydflash.native import Arena
 from pydflash.runtime import DeviceProposal, Output, Session
-from tests.decode.conftest import Pair
-from tests.helpers import run_chunks
+from tests.helpers import Pair, run_chunks
 from tests.reference.dflash import DraftReference, speculative_reference
 from tests.reference.qwen35 import Array, Reference
 
