@@ -4,6 +4,8 @@
 
 #include "ggml-impl.h"
 
+#include <atomic>
+
 namespace {
 
 bool is_noop(const ggml_tensor * t) {
@@ -230,25 +232,38 @@ bool fuse_sigmoid_gate(pydflash_cuda * cuda, cursor c, products & p) {
            multiply(cuda, p, b);
 }
 
+std::atomic<int64_t> fused_runs[PYDFLASH_FUSED_KINDS];
+
 }  // namespace
+
+int64_t pydflash_fused_runs(int kind) { return fused_runs[kind]; }
 
 int pydflash_fuse(pydflash_cuda * cuda, ggml_cgraph * cgraph, int i) {
     const ggml_tensor * node = cgraph->nodes[i];
     const cursor c = { cgraph, i };
-    products     p;
-    bool         fused = false;
+    products            p;
+    pydflash_fused_kind kind  = PYDFLASH_FUSED_LINEAR;
+    bool                fused = false;
     if (node->op == GGML_OP_CUSTOM) {
         fused = is_linear(node) && fuse_linear(cuda, c, p);
     } else if (node->op == GGML_OP_GLU) {
+        kind  = PYDFLASH_FUSED_SWIGLU;
         fused = fuse_swiglu(cuda, c, p);
     } else if (node->op == GGML_OP_RMS_NORM) {
+        kind  = PYDFLASH_FUSED_RMS_NORM;
         fused = fuse_rms_norm(cuda, c, p);
         if (!fused) {
             p     = products();
+            kind  = PYDFLASH_FUSED_GATED_NORM;
             fused = fuse_gated_norm(cuda, c, p);
         }
     } else if (node->op == GGML_OP_CONT) {
+        kind  = PYDFLASH_FUSED_SIGMOID_GATE;
         fused = fuse_sigmoid_gate(cuda, c, p);
     }
-    return fused ? p.last - i : 0;
+    if (!fused) {
+        return 0;
+    }
+    fused_runs[kind]++;
+    return p.last - i;
 }

@@ -113,6 +113,7 @@ const char * pydflash_cuda_load(const char * path);
 bool pydflash_cuda_forked(void);
 int pydflash_cuda_device_count(void);
 ggml_backend_t pydflash_cuda_init(int device);
+int64_t pydflash_cuda_fused_runs(int kind);
 struct ggml_threadpool * pydflash_threadpool_new(int n_threads);
 int pydflash_threads_try(int count, size_t stack, size_t left);
 bool pydflash_can_allocate(size_t size);

@@ -22,6 +22,7 @@ static const char * pydflash_build_info(void) {
 /* CUDA is loaded on first use, so that a machine without a driver can still import the package. Returns NULL or why not. */
 static ggml_backend_t (*cuda_init)(int device);
 static int (*cuda_device_count)(void);
+static int64_t (*cuda_fused_runs)(int kind);
 static pid_t cuda_process;  /* a child of fork() cannot use what its parent initialised */
 
 static const char * pydflash_cuda_load(const char * path) {
@@ -34,6 +35,7 @@ static const char * pydflash_cuda_load(const char * path) {
     }
     *(void **) &cuda_device_count = dlsym(library, "ggml_backend_cuda_get_device_count");
     *(void **) &cuda_init         = dlsym(library, "ggml_backend_cuda_init");
+    *(void **) &cuda_fused_runs   = dlsym(library, "pydflash_fused_runs");
     cuda_process = getpid();
     return cuda_init && cuda_device_count ? NULL : "the library lacks ggml_backend_cuda_init";
 }
@@ -44,6 +46,10 @@ static bool pydflash_cuda_forked(void) {
 
 static int pydflash_cuda_device_count(void) {
     return cuda_device_count ? cuda_device_count() : 0;
+}
+
+static int64_t pydflash_cuda_fused_runs(int kind) {
+    return cuda_fused_runs ? cuda_fused_runs(kind) : 0;
 }
 
 static ggml_backend_t pydflash_cuda_init(int device) {

@@ -169,7 +169,7 @@ class DraftSession:
             )
         if n > self.target.chunk:
             raise StateError(
-                f"commit({n}): the target has the features of its last {self.target.chunk} rows only; forward at most "
+                f"commit({n}): the target has the features of only its last {self.target.chunk} rows; forward at most "
                 "so many at a time, or open it with a larger chunk"
             )
         if self._kept and n > EXACT_ROWS:

@@ -137,6 +137,13 @@ def test_commands_and_measurements_are_nobody_s_means(name: str) -> None:
     assert {folder(i.module) for i in IMPORTS if folder(i.name) == name} <= ENDS[name]
 
 
+def test_contributing_shows_the_same_order() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    picture = next(block for block in text.split("\n\n") if block.startswith("    ") and "<-" in block)
+    floors = [{name.strip() for name in floor.split(",")} for floor in picture.replace("\n", " ").split("<-")]
+    assert floors == [set(names) for names in LAYERS]
+
+
 def test_the_rules_of_this_page_are_not_out_of_date() -> None:
     assert all(name in MODULES for name in FROM_OUTSIDE)
     assert all(name in RANK for name in (*NATIVE, *ENDS))
