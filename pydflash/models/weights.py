@@ -35,7 +35,8 @@ class Linear:
 def find_tensors(file: GGUFFile, expected: Mapping[str, Shape]) -> dict[str, TensorInfo]:
     """The file's entries for ``expected`` (name to row-major shape), in these shapes.
 
-    ggml does not tell (1, C) from (C,), so files have either where the other is expected. Raises MissingTensor, or LoadError when a shape differs, a vector is not f32, or ggml has no product with a type.
+    ggml does not tell (1, C) from (C,), and files have either for the other. Raises MissingTensor, or LoadError when a
+    shape differs, a vector is not f32, or ggml has no product with a type.
     """
     found: dict[str, TensorInfo] = {}
     for name, shape in expected.items():
