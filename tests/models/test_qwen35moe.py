@@ -67,7 +67,8 @@ def engine_rows(path: Path, tokens: list[int], width: int = 8) -> Array:
 def captured(path: Path, tokens: list[int]) -> Array:
     """(rows, layers, hidden) of one forward."""
     with load_model(path, "cpu", threads=1) as model:
-        with Session(model, 256, "f32", "f32", capture=tuple(range(model.config.layers))) as session:
+        layers = tuple(range(model.config.layers))
+        with Session(model, 256, "f32", "f32", capture=layers) as session:
             session.forward(tokens, "none")
             out = np.empty(session.features.shape, np.float32)
             model.backend.read(session.features, out)
