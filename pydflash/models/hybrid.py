@@ -89,18 +89,18 @@ class HybridConfig(ABC):
             "tied": "output.weight" not in file.tensors,
             "recurrent": _recurrent_layers(keys, layers),
         }
-        config = cls(**common, **cls._read_feed_forward(keys))
+        config = cls(**common, **cls._read_feed_forward(keys, layers))
         config._check(keys)
         return config
 
     @classmethod
     @abstractmethod
-    def _read_feed_forward(cls, keys: Keys) -> Mapping[str, Any]:
+    def _read_feed_forward(cls, keys: Keys, layers: int) -> Mapping[str, Any]:
         """The subclass's own fields."""
 
     @abstractmethod
-    def _feed_forward_tensors(self) -> Mapping[str, Shape]:
-        """Of a layer: name after ``blk.N.`` to shape."""
+    def _feed_forward_tensors(self, layer: int) -> Mapping[str, Shape]:
+        """Of ``layer``: name after ``blk.N.`` to shape."""
 
     def _check(self, keys: Keys) -> None:
         file, prefix = keys.file, keys.prefix
@@ -165,7 +165,7 @@ class HybridConfig(ABC):
             shapes["output.weight"] = (self.vocab, c)
         for i, recurrent in enumerate(self.recurrent):
             block: dict[str, Shape] = {
-                "attn_norm.weight": (c,), "post_attention_norm.weight": (c,), **self._feed_forward_tensors(),
+                "attn_norm.weight": (c,), "post_attention_norm.weight": (c,), **self._feed_forward_tensors(i),
             }  # fmt: skip
             if recurrent:
                 block |= {

@@ -23,10 +23,10 @@ class Config(HybridConfig):
     ffn: int
 
     @classmethod
-    def _read_feed_forward(cls, keys: Keys) -> Mapping[str, Any]:
+    def _read_feed_forward(cls, keys: Keys, _layers: int) -> Mapping[str, Any]:
         return {"ffn": keys.number("feed_forward_length")}
 
-    def _feed_forward_tensors(self) -> Mapping[str, Shape]:
+    def _feed_forward_tensors(self, _layer: int) -> Mapping[str, Shape]:
         return SwiGLU.tensors("ffn_{}", self.hidden, self.ffn)
 
 

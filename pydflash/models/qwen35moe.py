@@ -7,7 +7,7 @@ Source: Qwen3.5's reference code.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydflash import ops
@@ -23,8 +23,7 @@ __all__ = ["Config", "Qwen35MoE"]
 @dataclass(frozen=True)
 class Config(HybridConfig):
     """``experts``, ``used``: of which run for a row. ``expert_ffn``, ``shared_ffn``: inner columns of a routed expert
-    and of the shared one. ``fused``: gate and up matrices lie in one tensor. ``gate_shape``: of the shared expert's
-    gate, (C,) or (1, C)."""
+    and of the shared one. ``fused``: per layer, whether gate and up matrices lie in one tensor."""
 
     architecture = "qwen35moe"
 
@@ -32,37 +31,45 @@ class Config(HybridConfig):
     used: int
     expert_ffn: int
     shared_ffn: int
-    fused: bool
-    gate_shape: Shape
+    fused: tuple[bool, ...] = field(repr=False)
 
     @classmethod
-    def _read_feed_forward(cls, keys: Keys) -> Mapping[str, Any]:
-        tensors = keys.file.tensors
+    def _read_feed_forward(cls, keys: Keys, layers: int) -> Mapping[str, Any]:
         experts, used = keys.number("expert_count"), keys.number("expert_used_count")
-        scale = keys.file.get(f"{keys.prefix}expert_weights_scale", float, default=1.0)
-        if used > experts or scale not in (0.0, 1.0):
-            found = f"{used} of {experts} experts are used, their weights scaled by {scale:g}"
-            raise BadMetadata(f"{keys.file.path}: {found}; at most all, and no scale, are supported")
-        dense = keys.number("feed_forward_length", 0, default=0)  # absent where the experts' own lengths are told
-        gate = tensors.get("blk.0.ffn_gate_inp_shexp.weight")
+        _check_routing(keys, experts, used)
+        # A file that does not give the experts' own lengths divides a dense feed-forward among those that run.
+        dense = keys.number("feed_forward_length", 0, default=0)
         return {
             "experts": experts,
             "used": used,
-            "expert_ffn": keys.number("expert_feed_forward_length", default=dense // used),
-            "shared_ffn": keys.number("expert_shared_feed_forward_length", default=dense),
-            "fused": "blk.0.ffn_gate_up_exps.weight" in tensors,
-            "gate_shape": gate.shape if gate is not None else (keys.number("embedding_length"),),
+            "expert_ffn": keys.number("expert_feed_forward_length", default=dense // used or None),
+            "shared_ffn": keys.number("expert_shared_feed_forward_length", default=dense or None),
+            "fused": tuple(f"blk.{i}.ffn_gate_up_exps.weight" in keys.file.tensors for i in range(layers)),
         }
 
-    def _feed_forward_tensors(self) -> Mapping[str, Shape]:
+    def _feed_forward_tensors(self, layer: int) -> Mapping[str, Shape]:
         E, F, c = self.experts, self.expert_ffn, self.hidden
         routed: dict[str, Shape] = {"ffn_gate_inp.weight": (E, c), "ffn_down_exps.weight": (E, c, F)}
-        if self.fused:
+        if self.fused[layer]:
             routed["ffn_gate_up_exps.weight"] = (E, 2 * F, c)
         else:
             routed |= {"ffn_gate_exps.weight": (E, F, c), "ffn_up_exps.weight": (E, F, c)}
         shared = SwiGLU.tensors("ffn_{}_shexp", c, self.shared_ffn)
-        return {**routed, "ffn_gate_inp_shexp.weight": self.gate_shape, **shared}
+        return {**routed, "ffn_gate_inp_shexp.weight": (1, c), **shared}
+
+
+def _check_routing(keys: Keys, experts: int, used: int) -> None:
+    """Raises BadMetadata when a file asks for another choice of experts or for other weights than are computed."""
+    scale = keys.file.get(f"{keys.prefix}expert_weights_scale", float, default=1.0)
+    groups = keys.number("expert_group_count", 0, default=0)
+    rules = {
+        "expert_used_count": (used <= experts, f"{used} of {experts} experts"),
+        "expert_weights_scale": (scale in (0.0, 1.0), f"{scale:g}; only 1, or 0 for none, is supported"),
+        "expert_group_count": (groups <= 1, f"{groups}; a choice of groups before that of experts is not supported"),
+    }
+    for key, (holds, found) in rules.items():
+        if not holds:
+            raise BadMetadata(f"{keys.file.path}: {keys.prefix}{key}: {found}")
 
 
 class MixtureOfExperts:
@@ -70,24 +77,22 @@ class MixtureOfExperts:
 
     def __init__(self, weights: Weights, layer: int, config: Config) -> None:
         block = f"blk.{layer}"
-        self.config = config
+        self.used = config.used
         self.ffn_gate_inp = weights.linear(f"{block}.ffn_gate_inp")
-        names = ("ffn_gate_up_exps",) if config.fused else ("ffn_gate_exps", "ffn_up_exps")
+        names = ("ffn_gate_up_exps",) if config.fused[layer] else ("ffn_gate_exps", "ffn_up_exps")
         self.gate_up_exps = [weights[f"{block}.{name}.weight"] for name in names]
         self.ffn_down_exps = weights[f"{block}.ffn_down_exps.weight"]
-        self.ffn_gate_inp_shexp = weights[f"{block}.ffn_gate_inp_shexp.weight"]
+        self.ffn_gate_inp_shexp = weights.linear(f"{block}.ffn_gate_inp_shexp")
         self.shared = SwiGLU(weights, f"{block}.ffn_{{}}_shexp")
 
     def __call__(self, x: Tensor) -> Tensor:
         """(T, C) to (T, C)."""
-        c = self.config
         logits = self.ffn_gate_inp(x)  # (T, E)
-        ids = ops.top_k(logits, c.used)  # (T, k)
-        hidden = [ops.experts(x, weight, ids) for weight in self.gate_up_exps]
-        gate, up = hidden[0].split([c.expert_ffn, c.expert_ffn]) if c.fused else hidden  # (T, k, F) each
+        ids = ops.top_k(logits, self.used)  # (T, k)
+        hidden = [ops.experts(x, weight, ids) for weight in self.gate_up_exps]  # (T, k, 2F) or (T, k, F) twice
+        gate, up = hidden if len(hidden) == 2 else hidden[0].split([hidden[0].shape[2] // 2] * 2)
         routed = ops.mix_experts(ops.swiglu(gate, up), self.ffn_down_exps, ids, logits)  # weights sum to 1
-        weight = self.ffn_gate_inp_shexp.within(x.home).reshape(1, c.hidden)
-        return routed + self.shared(x) * ops.sigmoid(ops.linear(x, weight))  # the gate is (T, 1)
+        return routed + self.shared(x) * ops.sigmoid(self.ffn_gate_inp_shexp(x))  # the gate is (T, 1)
 
 
 class Qwen35MoE(Hybrid):

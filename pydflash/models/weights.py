@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,10 @@ class Linear:
 
 
 def find_tensors(file: GGUFFile, expected: Mapping[str, Shape]) -> dict[str, TensorInfo]:
-    """The file's entries for ``expected`` (name to row-major shape).
+    """The file's entries for ``expected`` (name to row-major shape), in these shapes.
 
-    Raises MissingTensor, or LoadError when a shape differs, a vector is not f32, or ggml has no product with a type.
+    ggml does not tell (1, C) from (C,), and files have either for the other. Raises MissingTensor, or LoadError when a
+    shape differs, a vector is not f32, or ggml has no product with a type.
     """
     found: dict[str, TensorInfo] = {}
     for name, shape in expected.items():
@@ -43,7 +45,7 @@ def find_tensors(file: GGUFFile, expected: Mapping[str, Shape]) -> dict[str, Ten
             raise MissingTensor(
                 f"{file.path}: tensor {name!r} of shape {shape} is missing; the file is incomplete or of another model"
             )
-        if info.shape != shape:
+        if _without_leading_ones(info.shape) != _without_leading_ones(shape):
             raise LoadError(f"{file.path}: tensor {name!r} has shape {info.shape}; its metadata asks for {shape}")
         if (len(shape) == 1 or "conv1d" in name) and info.type != GGMLType.F32:
             raise LoadError(
@@ -53,8 +55,12 @@ def find_tensors(file: GGUFFile, expected: Mapping[str, Shape]) -> dict[str, Ten
             raise LoadError(
                 f"{file.path}: tensor {name!r} is {info.type.name}, not a type of weights; convert the file again"
             )
-        found[name] = info
+        found[name] = replace(info, shape=shape)
     return found
+
+
+def _without_leading_ones(shape: Shape) -> Shape:
+    return shape[next((axis for axis, size in enumerate(shape) if size != 1), len(shape)) :]
 
 
 class Weights:

@@ -142,7 +142,13 @@ RANDOM = Texts(4, 512, parting=320, judged=64)
 SHIPPED = Texts(20, 192, parting=0, judged=128)
 
 
-def distances(path: Path, texts: Sequence[Sequence[int]], folder: Path, plan: Texts) -> Distances:
+def distances(
+    path: Path,
+    texts: Sequence[Sequence[int]],
+    folder: Path,
+    plan: Texts,
+    oracles: Sequence[type[Reference]] = (RoundedReference, Reference),
+) -> Distances:
     split = plan.parting > 0
     peer = peer_logits_of_many(path, texts, [1, 16], folder, start=plan.parting, flash=split, threads=2 if split else 1)
     rows = []
@@ -155,12 +161,12 @@ def distances(path: Path, texts: Sequence[Sequence[int]], folder: Path, plan: Te
     engines = [np.stack(rows).astype(np.float64), peer[1].astype(np.float64), peer[16].astype(np.float64)]
     ours, single, wide = (logits[:, -plan.judged :] for logits in engines)
     count, first = EXACT
-    oracles = []
-    for oracle in (RoundedReference, Reference):
+    exact = []
+    for oracle in oracles:
         logits = np.stack([oracle(path).forward(text[:first]) for text in texts[:count]])
-        oracles.append(np.stack([nmse_by_row(e[:count, :first], logits).mean(1) for e in engines[::2]]))
+        exact.append(np.stack([nmse_by_row(e[:count, :first], logits).mean(1) for e in engines[::2]]))
     between = (nmse_by_row(ours, single) + nmse_by_row(ours, wide)) / 2
-    return Distances(between, nmse_by_row(wide, single), *oracles)
+    return Distances(between, nmse_by_row(wide, single), *exact)
 
 
 @pytest.mark.parametrize("types", ["q8_0", "q4_0", "q4_k_m", "q6_k"])
