@@ -294,3 +294,13 @@ def test_a_wrong_shape_names_both(
     with pytest.raises(LoadError) as caught:
         load_model(path, "cpu")
     assert f"'{full}' has shape {shape}; its metadata asks for (" in str(caught.value)
+
+
+@pytest.mark.parametrize("tensor", ["ffn_gate_exps", "ffn_down_shexp", "attn_norm"])
+def test_a_factor_beside_a_tensor_is_refused_by_name(written: Callable[..., Path], tensor: str) -> None:
+    """Some types come with one; products without it would be wrong in every value. Another tensor stands for it."""
+    full, scale = f"blk.2.{tensor}.weight", f"blk.2.{tensor}.scale"
+    spare = "blk.2.attn_gate.weight"
+    path = written(change=lambda slot: slot._replace(name=scale, shape=(8,)) if slot.name == spare else slot)
+    with pytest.raises(LoadError, match=f"'{full}' has a factor of its own, '{scale}'"):
+        load_model(path, "cpu")
