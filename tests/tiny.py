@@ -180,7 +180,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Value) -> None:
     elif isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
-        (writer.add_uint32 if value >= 0 else writer.add_int32)(key, value)
+        writer.add_int32(key, value) if value < 0 else writer.add_uint32(key, value)
     elif isinstance(value, float):
         writer.add_float32(key, value)
     else:

@@ -36,7 +36,7 @@ def find_tensors(file: GGUFFile, expected: Mapping[str, Shape]) -> dict[str, Ten
     """The file's entries for ``expected`` (name to row-major shape), in these shapes.
 
     ggml does not tell (1, C) from (C,), and files have either for the other. Raises MissingTensor, or LoadError when a
-    shape differs, a vector is not f32, or ggml has no product with a type.
+    shape differs, a vector is not f32, ggml has no product with a type, or a tensor is to be scaled.
     """
     found: dict[str, TensorInfo] = {}
     for name, shape in expected.items():
@@ -44,6 +44,12 @@ def find_tensors(file: GGUFFile, expected: Mapping[str, Shape]) -> dict[str, Ten
         if info is None:
             raise MissingTensor(
                 f"{file.path}: tensor {name!r} of shape {shape} is missing; the file is incomplete or of another model"
+            )
+        scale = f"{name.removesuffix('weight')}scale"
+        if scale in file.tensors:
+            raise LoadError(
+                f"{file.path}: tensor {name!r} has a factor of its own, {scale!r}, which no product here is "
+                "multiplied by; convert the model to another type"
             )
         if _without_leading_ones(info.shape) != _without_leading_ones(shape):
             raise LoadError(f"{file.path}: tensor {name!r} has shape {info.shape}; its metadata asks for {shape}")
