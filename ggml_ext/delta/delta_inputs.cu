@@ -5,7 +5,7 @@
 // move the window. A channel's window is touched by one thread only, so the op needs no synchronisation. The kernel
 // reads each raw value once (plus K-1 per tile) and writes each result once: device memory bounds it in prefill, its
 // launch at the few rows of decoding. Measured on an H100 80GB HBM3 (3.35 TB/s), 2026-11-27: 2,048 rows of the 27B
-// geometry in 125 us a layer = 1.4 TB/s, 40 % of the bound.
+// geometry in 125 us a layer = 1.4 TB/s, 40 % of the bound; steps of 1 and 16 rows 8.2 us (ncu), launch and latency.
 #include "delta_inputs.h"
 #include "ext_cuda.cuh"
 

@@ -12,6 +12,10 @@
 //
 // The values of a chunk are scaled so that the largest has a magnitude in [128, 256): no half and no sum overflows,
 // and no scale of the whole row is needed, which would cost another pass.
+//
+// Launching bounds the kernels that write it. Measured on an H100 80GB HBM3, 2026-11-27, ncu, 27B geometry, 1 and 16 rows:
+// rms_norm 4.4 and 4.3 us, gated_norm 3.3 and 3.5, swiglu 3.2 and 3.7, sigmoid_gate 3.4 and 3.5, plain 3.0 to 3.4; the
+// 2.2 MB that swiglu reads at 16 rows would take 0.65 us (18 % of its time).
 #pragma once
 
 #include "linear.cuh"
