@@ -1,8 +1,8 @@
 """A `qwen35moe` model computes what the numpy oracle computes, in steps of any width, and a bad file is named.
 
-The rules, and the reasons for the tolerances, are those of test_logits.py and test_widths.py. What is new is a choice:
-the router's logits decide which experts run for a row. Where the rounding of activations moves two of them past each
-other, the oracle that does not round runs another expert, and is as far off as if its weights were others. So its
+The rules, and the reasons for the tolerances, are those of test_hybrid.py and runtime/test_runner.py. What is new is a
+choice: the router's logits decide which experts run for a row. Where the rounding of activations moves two of them past
+each other, the oracle that does not round runs another expert, and is as far off as if its weights were others. So its
 distance has no bound to state; it is the measure of what rounding is worth, and the oracle that rounds as the engine
 does has to be many times closer.
 """
@@ -31,22 +31,10 @@ Target = Callable[[str, str], Path]
 # Rows of moe_fused do not divide into blocks of K-quants.
 QUANTISED = [("moe", types) for types in WEIGHT_TYPES[2:]] + [("moe_fused", t) for t in ("bf16", "q8_0", "q4_0")]
 EVERY = [(name, types) for name in MOE_GEOMETRIES for types in ("f32", "f16")] + QUANTISED
-COSINE, FLOAT32_NMSE = 0.99999, 1e-11  # test_logits.py
-CLOSER = 16  # 60 times and more was seen; without other experts, test_logits.py asks for 4
+COSINE, FLOAT32_NMSE = 0.99999, 1e-11  # test_hybrid.py
+CLOSER = 16  # 60 times and more was seen; without other experts, test_hybrid.py asks for 4
 SENSITIVE = ("moe_fused",)  # rows of 128 and states of 32, as there
 COUNT = 40
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
-    """(geometry name, weight types) to the path of a file, the same for equal arguments."""
-    folder = tmp_path_factory.mktemp("experts")
-
-    def write(name: str, types: str) -> Path:
-        path = folder / f"{name}-{types}.gguf"
-        return path if path.exists() else write_target(path, MOE_GEOMETRIES[name], types=types, seed=1)
-
-    return write
 
 
 def tokens_for(name: str, count: int = COUNT) -> list[int]:
@@ -80,16 +68,16 @@ def captured(path: Path, tokens: list[int]) -> Array:
 
 @pytest.mark.parametrize("width", [1, 8, 16, COUNT])
 @pytest.mark.parametrize("name", MOE_GEOMETRIES)
-def test_f32_logits_equal_the_oracle(target: Target, name: str, width: int) -> None:
-    path, tokens = target(name, "f32"), tokens_for(name)
+def test_f32_logits_equal_the_oracle(target_of: Target, name: str, width: int) -> None:
+    path, tokens = target_of(name, "f32"), tokens_for(name)
     got, wanted = engine_rows(path, tokens, width), MoEReference(path).forward(tokens)
     assert nmse(got, wanted) < FLOAT32_NMSE
     assert np.array_equal(got.argmax(1), wanted.argmax(1))
 
 
 @pytest.mark.parametrize("name", MOE_GEOMETRIES)
-def test_captured_layers_are_the_oracle_s_residual_stream(target: Target, name: str) -> None:
-    path, tokens = target(name, "f32"), tokens_for(name)
+def test_captured_layers_are_the_oracle_s_residual_stream(target_of: Target, name: str) -> None:
+    path, tokens = target_of(name, "f32"), tokens_for(name)
     oracle = MoEReference(path)
     oracle.forward(tokens)
     for count in (13, COUNT):  # a step that is exact and one that is wide
@@ -99,8 +87,8 @@ def test_captured_layers_are_the_oracle_s_residual_stream(target: Target, name: 
 
 
 @pytest.mark.parametrize("name", MOE_GEOMETRIES)
-def test_f16_logits_equal_the_oracle_that_rounds_activations_to_f16(target: Target, name: str) -> None:
-    path, tokens = target(name, "f16"), tokens_for(name, 24)
+def test_f16_logits_equal_the_oracle_that_rounds_activations_to_f16(target_of: Target, name: str) -> None:
+    path, tokens = target_of(name, "f16"), tokens_for(name, 24)
     got, rounding = engine_rows(path, tokens), RoundedMoEReference(path).forward(tokens)
     assert nmse(got, rounding) < nmse(got, MoEReference(path).forward(tokens))
     if name not in SENSITIVE:
@@ -108,15 +96,15 @@ def test_f16_logits_equal_the_oracle_that_rounds_activations_to_f16(target: Targ
 
 
 @pytest.mark.parametrize(("name", "types"), QUANTISED)
-def test_quantised_logits_equal_the_oracle_that_rounds_activations(target: Target, name: str, types: str) -> None:
-    path, tokens = target(name, types), tokens_for(name, 24)
+def test_quantised_logits_equal_the_oracle_that_rounds_activations(target_of: Target, name: str, types: str) -> None:
+    path, tokens = target_of(name, types), tokens_for(name, 24)
     got, plain = engine_rows(path, tokens), MoEReference(path).forward(tokens)
     assert nmse(got, RoundedMoEReference(path).forward(tokens)) < nmse(got, plain) / CLOSER
 
 
 @pytest.mark.parametrize(("name", "types"), QUANTISED)
-def test_rows_that_no_rounding_flips_agree_to_float32(target: Target, name: str, types: str) -> None:
-    path, tokens = target(name, types), tokens_for(name, 16)
+def test_rows_that_no_rounding_flips_agree_to_float32(target_of: Target, name: str, types: str) -> None:
+    path, tokens = target_of(name, types), tokens_for(name, 16)
     rounding = RoundedMoEReference(path)
     rounding.forward(tokens)
     errors = [nmse(row, wanted) for row, wanted in zip(captured(path, tokens)[:, 0], rounding.hidden[0])]
@@ -127,27 +115,27 @@ def test_rows_that_no_rounding_flips_agree_to_float32(target: Target, name: str,
 
 
 @pytest.mark.parametrize(("name", "types"), EVERY)
-def test_rows_are_bit_equal_at_every_width_up_to_16(target: Target, name: str, types: str) -> None:
+def test_rows_are_bit_equal_at_every_width_up_to_16(target_of: Target, name: str, types: str) -> None:
     tokens = tokens_for(name, 33)
-    with load_model(target(name, types), "cpu", threads=1) as model:
+    with load_model(target_of(name, types), "cpu", threads=1) as model:
         single = rows_of(model, tokens, 1, "q8_0")
         for width in range(2, 17):
             assert np.array_equal(rows_of(model, tokens, width, "q8_0"), single), width
 
 
 @pytest.mark.parametrize("types", ["f32", "q8_0", "q4_k_m"])
-def test_threads_do_not_change_a_bit(target: Target, types: str) -> None:
+def test_threads_do_not_change_a_bit(target_of: Target, types: str) -> None:
     tokens, results = tokens_for("moe"), []
     for threads in (1, 2):
-        with load_model(target("moe", types), "cpu", threads=threads) as model:
+        with load_model(target_of("moe", types), "cpu", threads=threads) as model:
             results.append([rows_of(model, tokens, width) for width in (1, 5, COUNT)])
     assert all(np.array_equal(*each) for each in zip(*results))
 
 
 @pytest.mark.parametrize(("name", "types"), EVERY)
-def test_prefill_agrees_with_single_steps_within_rounding(target: Target, name: str, types: str) -> None:
-    """As of test_widths.py: no further than single steps are from the oracle that rounds nothing."""
-    path, tokens = target(name, types), tokens_for(name, 100)
+def test_prefill_agrees_with_single_steps_within_rounding(target_of: Target, name: str, types: str) -> None:
+    """As of runtime/test_runner.py: no further than single steps are from the oracle that rounds nothing."""
+    path, tokens = target_of(name, types), tokens_for(name, 100)
     with load_model(path, "cpu", threads=1) as model:
         single = rows_of(model, tokens, 1)
         explained = max(1e-10, nmse(single, MoEReference(path).forward(tokens)))
@@ -274,8 +262,8 @@ def test_absurd_metadata_is_refused_by_name(written: Callable[..., Path], key: s
 
 
 @pytest.mark.parametrize("name", MOE_GEOMETRIES)
-def test_every_tensor_is_missed_by_name(written: Callable[..., Path], target: Target, name: str) -> None:
-    with load_model(target(name, "f32"), "cpu", threads=1) as model:
+def test_every_tensor_is_missed_by_name(written: Callable[..., Path], target_of: Target, name: str) -> None:
+    with load_model(target_of(name, "f32"), "cpu", threads=1) as model:
         names = [n for n in model.config.tensors() if n.startswith(("blk.0.ffn", "blk.3.ffn"))]
     assert len(names) == 2 * (7 if name == "moe_fused" else 8)
     for gone in names:

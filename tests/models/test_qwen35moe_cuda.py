@@ -18,17 +18,13 @@ import pytest
 from pydflash.decode import Sampler, SamplingParams, autoregressive, collect, speculative
 from pydflash.drafts import DraftSession, load_draft
 from pydflash.models import Model, load_model
-from pydflash.native import cuda_device_count
 from pydflash.runtime import Session
 from tests.helpers import Array, nmse, run_chunks
 from tests.models.test_qwen35moe_decoding import Scripted
 from tests.reference.qwen35moe import MoEReference
-from tests.tiny import MOE_GEOMETRIES, WEIGHT_TYPES, write_draft, write_target
+from tests.tiny import MOE_GEOMETRIES, WEIGHT_TYPES, write_draft
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not cuda_device_count(), reason="no CUDA device, or a build without CUDA"),
-]
+pytestmark = pytest.mark.cuda
 
 Target = Callable[[str, str], Path]
 
@@ -38,18 +34,6 @@ QUANTISED = [("moe", types) for types in WEIGHT_TYPES[3:]] + [("moe_fused", type
 EVERY = [(name, types) for name in MOE_GEOMETRIES for types in ("f32", "f16", "bf16")] + QUANTISED
 MORE_ROUNDINGS = 4  # test_cuda.py
 TEXTS, WIDE_TEXTS = (24, 8), (12, 24)  # how many, of how many tokens
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
-    """(geometry name, weight types) to the path of a file, the same for equal arguments."""
-    folder = tmp_path_factory.mktemp("experts")
-
-    def write(name: str, types: str) -> Path:
-        path = folder / f"{name}-{types}.gguf"
-        return path if path.exists() else write_target(path, MOE_GEOMETRIES[name], types=types, seed=1)
-
-    return write
 
 
 def tokens_for(name: str, *shape: int) -> list[int]:
@@ -82,36 +66,36 @@ def oracle_rows(path: Path, texts: list[list[int]]) -> list[Array]:
 
 
 @pytest.mark.parametrize("name", MOE_GEOMETRIES)
-def test_logits_of_f32_weights_are_as_near_the_oracle_as_f16_rounding_allows(target: Target, name: str) -> None:
+def test_logits_of_f32_weights_are_as_near_the_oracle_as_f16_rounding_allows(target_of: Target, name: str) -> None:
     texts = tokens_for(name, *TEXTS)
-    oracle = oracle_rows(target(name, "f32"), texts)
-    allowed = MORE_ROUNDINGS * typical(rows_on("cpu", target(name, "f16"), texts), oracle)
-    assert typical(rows_on("cuda", target(name, "f32"), texts), oracle) < allowed
+    oracle = oracle_rows(target_of(name, "f32"), texts)
+    allowed = MORE_ROUNDINGS * typical(rows_on("cpu", target_of(name, "f16"), texts), oracle)
+    assert typical(rows_on("cuda", target_of(name, "f32"), texts), oracle) < allowed
 
 
 @pytest.mark.parametrize(("name", "types"), QUANTISED)
 def test_logits_of_quantised_weights_are_nearer_the_oracle_than_the_cpu_s(
-    target: Target, name: str, types: str
+    target_of: Target, name: str, types: str
 ) -> None:
     """11 bits of an activation, or all of them, instead of 8."""
-    path, texts = target(name, types), tokens_for(name, *TEXTS)
+    path, texts = target_of(name, types), tokens_for(name, *TEXTS)
     oracle = oracle_rows(path, texts)
     assert typical(rows_on("cuda", path, texts), oracle) < typical(rows_on("cpu", path, texts), oracle)
 
 
 @pytest.mark.parametrize(("name", "types"), [("moe", "q4_k_m"), ("moe", "q8_0"), ("moe_fused", "q8_0")])
-def test_prefill_is_as_near_the_oracle_as_8_bit_rounding_allows(target: Target, name: str, types: str) -> None:
+def test_prefill_is_as_near_the_oracle_as_8_bit_rounding_allows(target_of: Target, name: str, types: str) -> None:
     """ggml's products for wide steps round activations to 8 bits in blocks of 32 for every quantised type."""
-    path, texts = target(name, types), tokens_for(name, *WIDE_TEXTS)
+    path, texts = target_of(name, types), tokens_for(name, *WIDE_TEXTS)
     oracle = oracle_rows(path, texts)
     allowed = MORE_ROUNDINGS * typical(rows_on("cpu", path, texts), oracle)
     assert typical(rows_on("cuda", path, texts), oracle) < allowed
 
 
 @pytest.mark.parametrize(("name", "types"), EVERY)
-def test_rows_are_bit_equal_at_every_width_up_to_16(target: Target, name: str, types: str) -> None:
+def test_rows_are_bit_equal_at_every_width_up_to_16(target_of: Target, name: str, types: str) -> None:
     tokens = tokens_for(name, 40)
-    with load_model(target(name, types), "cuda") as model:
+    with load_model(target_of(name, types), "cuda") as model:
         rows = []
         for width in range(1, 17):
             with Session(model, 256, "q8_0", "q8_0") as session:
@@ -122,9 +106,9 @@ def test_rows_are_bit_equal_at_every_width_up_to_16(target: Target, name: str, t
 
 @pytest.mark.parametrize("n", range(17))
 @pytest.mark.parametrize(("name", "types"), [("moe", "q4_k_m"), ("moe", "f32"), ("moe_fused", "q8_0")])
-def test_commit_n_equals_a_fresh_run_of_those_n(target: Target, name: str, types: str, n: int) -> None:
+def test_commit_n_equals_a_fresh_run_of_those_n(target_of: Target, name: str, types: str, n: int) -> None:
     tokens, block, following = tokens_for(name, 19), tokens_for(name, 16)[::-1], [7, 8, 9]
-    with load_model(target(name, types), "cuda") as model:
+    with load_model(target_of(name, types), "cuda") as model:
         with Session(model, 256, "q4_0", "q8_0") as session:
             run_chunks(session, tokens, 8)
             session.forward(block, "none")
@@ -137,9 +121,9 @@ def test_commit_n_equals_a_fresh_run_of_those_n(target: Target, name: str, types
 
 @pytest.mark.parametrize("n", [0, 1, 9, 16])
 @pytest.mark.parametrize(("name", "types"), [("moe", "q4_k_m"), ("moe_fused", "q8_0")])
-def test_a_restored_session_goes_on_bit_for_bit(target: Target, name: str, types: str, n: int) -> None:
+def test_a_restored_session_goes_on_bit_for_bit(target_of: Target, name: str, types: str, n: int) -> None:
     tokens, block, following = tokens_for(name, 40), tokens_for(name, 16)[::-1], tokens_for(name, 30)
-    with load_model(target(name, types), "cuda") as model:
+    with load_model(target_of(name, types), "cuda") as model:
         session, restored = Session(model, 256, "q4_0", "q8_0"), Session(model, 900, "q4_0", "q8_0", chunk=64)
         with session, restored:
             session.forward(tokens, "none")
@@ -161,12 +145,12 @@ def greedy(model: Model) -> Sampler:
 @pytest.mark.parametrize("cache", CACHES, ids="/".join)
 @pytest.mark.parametrize(("name", "types"), [("moe", "q4_k_m"), ("moe_fused", "q8_0")])
 def test_any_draft_gives_the_autoregressive_text(
-    target: Target, tmp_path: Path, name: str, types: str, cache: tuple[str, str]
+    target_of: Target, tmp_path: Path, name: str, types: str, cache: tuple[str, str]
 ) -> None:
     """A draft that is right up to any place of the block, and one with random weights."""
     prompt, limits = tokens_for(name, 21), {"max_tokens": 60}
     draft_path = write_draft(tmp_path / "draft.gguf", MOE_GEOMETRIES[name], layers=3, window=24, seed=2)
-    with load_model(target(name, types), "cuda") as model, load_draft(draft_path, model) as draft:
+    with load_model(target_of(name, types), "cuda") as model, load_draft(draft_path, model) as draft:
         with Session(model, 256, *cache) as session:
             wanted = collect(autoregressive(session, prompt, greedy(model), **limits))[0]
         known, rng = [*prompt, *wanted, *[0] * 32], np.random.default_rng(4)

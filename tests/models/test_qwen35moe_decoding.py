@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -30,23 +30,6 @@ PROMPT = np.random.default_rng(0).integers(0, 320, 21).tolist()
 TOKENS = 60
 
 ModelOf = Callable[[str, str], Model]
-
-
-@pytest.fixture(scope="module")
-def model_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelOf]:
-    """(geometry name, weight types) to a loaded model, the same for equal arguments."""
-    folder = tmp_path_factory.mktemp("experts")
-    loaded: dict[tuple[str, str], Model] = {}
-
-    def load(name: str, types: str) -> Model:
-        if (name, types) not in loaded:
-            path = write_target(folder / f"{name}-{types}.gguf", MOE_GEOMETRIES[name], types=types, seed=1)
-            loaded[name, types] = load_model(path, "cpu", threads=1)
-        return loaded[name, types]
-
-    yield load
-    for model in loaded.values():
-        model.close()
 
 
 def draw(model: Model, count: int, seed: int) -> list[int]:
@@ -123,6 +106,9 @@ class Scripted:
 
     def commit(self, n: int) -> None:
         pass
+
+    def sizes(self) -> dict[str, int]:
+        return {}
 
     flush = reset = close = lambda self: None
 
