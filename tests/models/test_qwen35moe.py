@@ -1,8 +1,8 @@
 """A `qwen35moe` model computes what the numpy oracle computes, in steps of any width, and a bad file is named.
 
-The rules, and the reasons for the tolerances, are those of test_hybrid.py and runtime/test_runner.py. What is new is a
-choice: the router's logits decide which experts run for a row. Where the rounding of activations moves two of them past
-each other, the oracle that does not round runs another expert, and is as far off as if its weights were others. So its
+The rules, and the reasons for the tolerances, are those of test_logits.py and test_widths.py. What is new is a choice:
+the router's logits decide which experts run for a row. Where the rounding of activations moves two of them past each
+other, the oracle that does not round runs another expert, and is as far off as if its weights were others. So its
 distance has no bound to state; it is the measure of what rounding is worth, and the oracle that rounds as the engine
 does has to be many times closer.
 """
@@ -31,8 +31,8 @@ Target = Callable[[str, str], Path]
 # Rows of moe_fused do not divide into blocks of K-quants.
 QUANTISED = [("moe", types) for types in WEIGHT_TYPES[2:]] + [("moe_fused", t) for t in ("bf16", "q8_0", "q4_0")]
 EVERY = [(name, types) for name in MOE_GEOMETRIES for types in ("f32", "f16")] + QUANTISED
-COSINE, FLOAT32_NMSE = 0.99999, 1e-11  # test_hybrid.py
-CLOSER = 16  # 60 times and more was seen; without other experts, test_hybrid.py asks for 4
+COSINE, FLOAT32_NMSE = 0.99999, 1e-11  # test_logits.py
+CLOSER = 16  # 60 times and more was seen; without other experts, test_logits.py asks for 4
 SENSITIVE = ("moe_fused",)  # rows of 128 and states of 32, as there
 COUNT = 40
 
@@ -115,9 +115,9 @@ def test_rows_that_no_rounding_flips_agree_to_float32(target_of: Target, name: s
 
 
 @pytest.mark.parametrize(("name", "types"), EVERY)
-def test_rows_are_bit_equal_at_every_width_up_to_16(target_of: Target, name: str, types: str) -> None:
+def test_rows_are_bit_equal_at_every_width_up_to_16(target_of: Target, device: str, name: str, types: str) -> None:
     tokens = tokens_for(name, 33)
-    with load_model(target_of(name, types), "cpu", threads=1) as model:
+    with load_model(target_of(name, types), device, threads=1) as model:
         single = rows_of(model, tokens, 1, "q8_0")
         for width in range(2, 17):
             assert np.array_equal(rows_of(model, tokens, width, "q8_0"), single), width
@@ -134,7 +134,7 @@ def test_threads_do_not_change_a_bit(target_of: Target, types: str) -> None:
 
 @pytest.mark.parametrize(("name", "types"), EVERY)
 def test_prefill_agrees_with_single_steps_within_rounding(target_of: Target, name: str, types: str) -> None:
-    """As of runtime/test_runner.py: no further than single steps are from the oracle that rounds nothing."""
+    """As of test_widths.py: no further than single steps are from the oracle that rounds nothing."""
     path, tokens = target_of(name, types), tokens_for(name, 100)
     with load_model(path, "cpu", threads=1) as model:
         single = rows_of(model, tokens, 1)
@@ -294,3 +294,13 @@ def test_a_wrong_shape_names_both(
     with pytest.raises(LoadError) as caught:
         load_model(path, "cpu")
     assert f"'{full}' has shape {shape}; its metadata asks for (" in str(caught.value)
+
+
+@pytest.mark.parametrize("tensor", ["ffn_gate_exps", "ffn_down_shexp", "attn_norm"])
+def test_a_factor_beside_a_tensor_is_refused_by_name(written: Callable[..., Path], tensor: str) -> None:
+    """Some types come with one; products without it would be wrong in every value. Another tensor stands for it."""
+    full, scale = f"blk.2.{tensor}.weight", f"blk.2.{tensor}.scale"
+    spare = "blk.2.attn_gate.weight"
+    path = written(change=lambda slot: slot._replace(name=scale, shape=(8,)) if slot.name == spare else slot)
+    with pytest.raises(LoadError, match=f"'{full}' has a factor of its own, '{scale}'"):
+        load_model(path, "cpu")
