@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +17,12 @@ from pydflash.native import Backend, cuda_device_count
 from tests.helpers import Pair
 from tests.shipped import DRAFT, TARGET
 from tests.tiny import GEOMETRIES, MOE_GEOMETRIES, write_draft, write_target
+
+
+def pytest_configure() -> None:
+    """Shells let background jobs ignore these signals, and programs that the tests start would inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,4 +1,4 @@
-"""CUDA launches the runs of nodes of a step together that ggml_ext/fuse.cuh lists, as many as the model has.
+"""CUDA launches the runs of nodes of a step together that ggml_ext/linear/fuse.cuh lists, as many as the model has.
 
 A run that no longer matches, because a line of a model file moved, costs speed and changes no result: only a count
 shows it. On CUDA the library counts what it launched. Elsewhere its matching is compiled for the host, with kernels
@@ -21,10 +21,11 @@ from pydflash._ffi import ffi, lib
 from pydflash.drafts import DraftSession
 from pydflash.models import Model
 from pydflash.native import Graph
+from pydflash.native.traits import CUDA
 from pydflash.runtime import Session
 from tests.helpers import Pair
 
-ROOT = Path(__file__).parents[2]
+EXT = Path(__file__).parents[2] / "ggml_ext"
 KINDS = ("rms_norm", "swiglu", "gated_norm", "sigmoid_gate", "linear")
 """In the order of ``pydflash_fused_kind``."""
 GXX = shutil.which("g++") or shutil.which("c++")
@@ -33,15 +34,19 @@ Runs = dict[str, int]
 
 
 def of_target(model: Model) -> Runs:
-    """The runs of a step: two norms a layer and the head's; what is normalised per head has heads of 128."""
+    """The runs of a step: two norms a layer and the head's; what is normalised per head has heads of 128.
+
+    Experts read what is normalised, too, so that the norm before them stands alone; their router and the shared
+    expert's products are a run of their own.
+    """
     c = model.config
-    norms = c.state_size == 128
+    norms, experts = c.state_size == 128, c.architecture == "qwen35moe"
     return {
-        "rms_norm": 2 * c.layers + 1,
+        "rms_norm": c.layers + 1 + (0 if experts else c.layers),
         "swiglu": c.layers,
         "gated_norm": len(c.delta_layers) if norms else 0,
         "sigmoid_gate": len(c.attention_layers),
-        "linear": 0 if norms else len(c.delta_layers),
+        "linear": (0 if norms else len(c.delta_layers)) + (c.layers if experts else 0),
     }
 
 
@@ -58,7 +63,7 @@ def counted(read: Callable[[int], int], work: Callable[[], object]) -> Runs:
 
 
 def test_the_kinds_are_those_of_the_header() -> None:
-    header = (ROOT / "ggml_ext" / "fuse.cuh").read_text()
+    header = (EXT / "linear" / "fuse.cuh").read_text()
     names = [line.strip(" ,") for line in header.splitlines() if line.strip().startswith("PYDFLASH_FUSED_")]
     assert names == [f"PYDFLASH_FUSED_{name.upper()}" for name in KINDS] + ["PYDFLASH_FUSED_KINDS"]
 
@@ -119,7 +124,7 @@ extern "C" void walk(ggml_cgraph * graph) {  // as ggml-cuda does
 
 
 @pytest.fixture(scope="module")
-def matching(ggml_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def matching(include_paths: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """fuse.cu for the host, as a library: ``walk(graph)``, ``pydflash_fused_runs(kind)``."""
     if GXX is None:
         pytest.skip("no C++ compiler (g++)")
@@ -127,14 +132,13 @@ def matching(ggml_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Any
     (folder / "cuda_runtime.h").write_text(CUDA_RUNTIME)
     (folder / "host.cpp").write_text(HOST)
     libraries = Path(pydflash._ffi._ggml.__file__).parent
-    paths = [folder, ROOT / "ggml_ext", ggml_source / "include", ggml_source / "src"]
-    command = [GXX, "-shared", "-fPIC", *(f"-I{path}" for path in paths)]
-    command += ["-x", "c++", "-std=c++17", str(folder / "host.cpp"), str(ROOT / "ggml_ext" / "fuse.cu")]
+    command = [GXX, "-shared", "-fPIC", f"-I{folder}", *include_paths]
+    command += ["-x", "c++", "-std=c++17", str(folder / "host.cpp"), str(EXT / "linear" / "fuse.cu")]
     command += [
         "-x",
         "c",
         "-std=gnu11",
-        str(ROOT / "ggml_ext" / "node.c"),
+        str(EXT / "node.c"),
         "-x",
         "none",
         str(libraries / "libggml-base.so"),
@@ -150,7 +154,7 @@ def matching(ggml_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Any
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[Model], None]:
     """Lets sessions of a model on the CPU build the graphs of a CUDA device, and run none of them."""
     monkeypatch.setattr(Graph, "run", lambda graph: None)
-    return lambda model: monkeypatch.setattr(model.backend, "is_cuda", True)
+    return lambda model: monkeypatch.setattr(model.backend, "traits", CUDA)
 
 
 def walked(library: Any, graph: Graph) -> Runs:
@@ -172,6 +176,17 @@ def test_the_graphs_for_cuda_hold_every_run(
         session.forward(draft.propose([2]), "all")
         assert [walked(matching, step.graph) for step in session._runner.narrow] == [of_target(pair.model)] * 2
         assert [walked(matching, block.graph) for block in draft._blocks] == [of_block(3)]
+
+
+@pytest.mark.parametrize(("name", "types"), [("moe", "q4_k_m"), ("moe_fused", "f16")])
+def test_the_graphs_of_a_model_with_experts_hold_every_run(
+    model_of: Callable[..., Model], matching: Any, as_on_cuda: Callable[[Model], None], name: str, types: str
+) -> None:
+    model = model_of(name, types)
+    as_on_cuda(model)
+    with Session(model, 256) as session:
+        session.forward([1])
+        assert [walked(matching, step.graph) for step in session._runner.narrow] == [of_target(model)]
 
 
 def test_a_wide_step_is_not_for_these_kernels(

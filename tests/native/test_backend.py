@@ -1,14 +1,15 @@
-"""Devices are opened by name or refused with the reason; memory is zeroed, counted and freed."""
+"""Devices are opened by name or refused with the reason, and say what they are like."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from pydflash._ffi import cuda_library
-from pydflash.errors import ConfigError, NoDevice, OutOfMemory
+from pydflash.errors import ConfigError, NoDevice
 from pydflash.ggml_types import GGMLType
+from pydflash.kv_format import CACHE_TYPES
 from pydflash.native import Arena, Backend, Graph, cuda_device_count
+from pydflash.native.traits import CPU, CUDA
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "CPU", "", "cuda:99999", "vulkan"])
@@ -48,21 +49,11 @@ def test_closing_twice_is_harmless() -> None:
         thing.close()
 
 
-def test_memory_that_nobody_has_is_refused_with_its_size() -> None:
-    with Backend("cpu", threads=1) as backend, pytest.raises(OutOfMemory, match=r"a moon needs .* bytes on cpu"):
-        Arena(backend, {"x": ((1 << 24, 1 << 20), GGMLType.F32)}, "a moon")
+def test_traits_are_those_of_the_kind_of_device(backend: Backend) -> None:
+    assert backend.traits == (CUDA if backend.is_cuda else CPU)
+    assert set(backend.traits.cache_types) <= set(CACHE_TYPES.values())
 
 
-def test_an_arena_starts_as_zeros_and_is_cleared_to_zeros() -> None:
-    with Backend("cpu", threads=1) as backend:
-        arena = Arena(backend, {"x": ((3, 32), GGMLType.F32)}, "x")
-        out = np.empty((3, 32), np.float32)
-        backend.read(arena["x"], out)
-        assert not out.any()
-        backend.write(arena["x"], np.ones((3, 32), np.float32))
-        backend.read(arena["x"], out)
-        assert out.all()
-        arena.clear()
-        backend.read(arena["x"], out)
-        assert not out.any()
-        arena.close()
+def test_the_kinds_of_device_differ_in_every_trait() -> None:
+    """One that all share would be no trait."""
+    assert all(here != there for here, there in zip(CPU, CUDA, strict=True))
