@@ -1,7 +1,7 @@
 """Check that left_out.cpp defines what the built files of ggml's CUDA back end name and lack, and nothing else.
 
-``python check_left_out.py NM OBJECT...``, run when libggml-cuda has been linked, which has shown that nothing is missing
-(``-z defs``). A body that is built too, or that nobody names, is a leftover of another ggml: a build stops and names it.
+``python check_left_out.py NM OBJECT...`` runs after libggml-cuda has been linked, which has shown that nothing is
+missing (``-z defs``). It stops the build at a leftover: a body that another object defines as well, or that none names.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ STUBS = "left_out.cpp"
 
 def symbols(nm: str, objects: list[str], which: str) -> set[str]:
     """The external names that are defined (``--defined-only``) or open (``--undefined-only``) in ``objects``."""
+    if not objects:
+        return set()
     command = [nm, "--extern-only", "--format=posix", which, *objects]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {line.split()[0] for line in output.splitlines() if not line.endswith(":") and line.strip()}
