@@ -44,7 +44,7 @@ def examine() -> Report:
     report.fact("built with CUDA", f"{info['cuda']}: {info['why']}")
     if info["cuda"] == "ON":
         report.fact("CUDA toolkit, GPU architectures", f"{info['nvcc']}, {info['architectures']}")
-        report.fact("K-V type pairs of prefill attention", info["fa_quants"])
+        report.fact("CUDA kernels of ggml's", info["kernels"])
     report.fact("built for this processor only", info["native"])
     _devices(report, built=info["cuda"] == "ON")
     return report

@@ -1,7 +1,7 @@
 # ggml as pinned in ggml.toml, with our hooks in its CUDA back end.
 #
 # Sets GGML_SOURCE, PYDFLASH_CUDA_ENABLED, PYDFLASH_BUILD_INFO and PYDFLASH_ARCH_FLAGS; defines the targets ggml-base,
-# ggml-cpu and (when enabled) ggml-cuda.
+# ggml-cpu and (when enabled) ggml-cuda, with PYDFLASH_CUDA_TARGETS, which also check it.
 
 if(PYDFLASH_GGML_SOURCE)
   set(GGML_SOURCE "${PYDFLASH_GGML_SOURCE}")
@@ -36,6 +36,9 @@ elseif(PYDFLASH_NVCC)
 else()
   set(PYDFLASH_CUDA_WHY "no CUDA toolkit (nvcc) was found")
 endif()
+if(NOT PYDFLASH_CUDA_KERNELS MATCHES "^(needed|all)$")
+  message(FATAL_ERROR "PYDFLASH_CUDA_KERNELS is \"${PYDFLASH_CUDA_KERNELS}\"; choose needed or all")
+endif()
 if(PYDFLASH_CUDA_ENABLED)
   message(STATUS "pydflash: CUDA back end ON (${PYDFLASH_CUDA_WHY}); choose with PYDFLASH_CUDA=ON|OFF")
 else()
@@ -53,7 +56,10 @@ set(GGML_CUDA ${PYDFLASH_CUDA_ENABLED})
 set(GGML_CUDA_GRAPHS ON)   # off by default outside llama.cpp
 set(GGML_CUDA_NCCL OFF)
 set(GGML_CUDA_FA_QUANTS "f16-f16;bf16-bf16;q4_0-q4_0;q8_0-q8_0;q4_0-q8_0;q8_0-q4_0" CACHE STRING
-    "K-V type pairs of ggml's flash attention, or 'all'")
+    "K-V type pairs of ggml's vector attention, or 'all'; read with PYDFLASH_CUDA_KERNELS=all only")
+if(PYDFLASH_CUDA_KERNELS STREQUAL "needed")
+  set(GGML_CUDA_FA_QUANTS "f16-f16")  # the pair that ggml always names; no vector attention is built
+endif()
 if(PYDFLASH_CUDA_ENABLED AND NOT CMAKE_CUDA_COMPILER)
   set(CMAKE_CUDA_COMPILER "${PYDFLASH_NVCC}")
 endif()
@@ -69,6 +75,15 @@ endforeach()
 # The instruction sets of ggml's CPU back end (-march=native unless GGML_NATIVE is OFF), for our own code too.
 get_target_property(PYDFLASH_ARCH_FLAGS ggml-cpu COMPILE_OPTIONS)
 list(FILTER PYDFLASH_ARCH_FLAGS INCLUDE REGEX "^(-m|-[DU]__ARM_)")
+
+# --- What the libraries export: no C++ name, or a libstdc++ inside takes the place of another library's ------------
+foreach(library ggml-base ggml-cpu ggml-cuda)
+  if(TARGET ${library})
+    set(EXPORTS "${CMAKE_CURRENT_LIST_DIR}/exports.map")
+    target_link_options(${library} PRIVATE "LINKER:--version-script=${EXPORTS}" "LINKER:-z,defs")
+    set_property(TARGET ${library} APPEND PROPERTY LINK_DEPENDS "${EXPORTS}")
+  endif()
+endforeach()
 
 # --- Our operations: one folder for each module of pydflash/ops, which include one another by name ---------------
 set(PYDFLASH_EXT "${CMAKE_CURRENT_SOURCE_DIR}/ggml_ext")
@@ -92,9 +107,14 @@ if(PYDFLASH_CUDA_ENABLED)
   set_source_files_properties("${CUDA_HOOKED}" ${OUR_CUDA} "${PYDFLASH_EXT}/node.c"
     TARGET_DIRECTORY ggml-cuda PROPERTIES
     INCLUDE_DIRECTORIES "${PYDFLASH_EXT_FOLDERS};${GGML_SOURCE}/src;${GGML_SOURCE}/src/ggml-cuda")
+  get_target_property(CUDA_ARCHITECTURES ggml-cuda CUDA_ARCHITECTURES)
+  set(PYDFLASH_CUDA_TARGETS ggml-cuda)
+  if(PYDFLASH_CUDA_KERNELS STREQUAL "needed")
+    include("${CMAKE_CURRENT_LIST_DIR}/needed_kernels.cmake")
+  endif()
 endif()
 
 file(STRINGS "${CMAKE_CURRENT_LIST_DIR}/ggml.toml" GGML_PIN REGEX "^ggml ")
 string(REGEX REPLACE ".*\"(.*)\"" "\\1" GGML_PIN "${GGML_PIN}")
-set(PYDFLASH_BUILD_INFO "cuda=${PYDFLASH_CUDA_ENABLED}|why=${PYDFLASH_CUDA_WHY}|nvcc=${CUDAToolkit_VERSION}|architectures=${CMAKE_CUDA_ARCHITECTURES}|fa_quants=${GGML_CUDA_FA_QUANTS}|native=${GGML_NATIVE}|ggml=${GGML_PIN}")
+set(PYDFLASH_BUILD_INFO "cuda=${PYDFLASH_CUDA_ENABLED}|why=${PYDFLASH_CUDA_WHY}|nvcc=${CUDAToolkit_VERSION}|architectures=${CUDA_ARCHITECTURES}|kernels=${PYDFLASH_CUDA_KERNELS}|fa_quants=${GGML_CUDA_FA_QUANTS}|native=${GGML_NATIVE}|ggml=${GGML_PIN}")
 string(REPLACE ";" "," PYDFLASH_BUILD_INFO "${PYDFLASH_BUILD_INFO}")

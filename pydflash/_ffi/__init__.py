@@ -79,7 +79,7 @@ def check(result: Any, what: str) -> Any:
 
 
 def build_info() -> dict[str, str]:
-    """What was chosen when the extension was built: cuda, why, nvcc, architectures, fa_quants, native, ggml."""
+    """What the build chose: cuda, why, nvcc, architectures, kernels, fa_quants, native, ggml."""
     text = ffi.string(lib.pydflash_build_info()).decode()
     return dict(item.split("=", 1) for item in text.split("|"))
 

@@ -29,7 +29,7 @@ static const char * pydflash_cuda_load(const char * path) {
     if (cuda_init) {
         return NULL;
     }
-    void * library = dlopen(path, RTLD_NOW | RTLD_GLOBAL);
+    void * library = dlopen(path, RTLD_NOW | RTLD_LOCAL);  /* cuBLAS and the rest are not for other libraries to find */
     if (!library) {
         return dlerror();
     }

@@ -50,8 +50,8 @@ def attention(
 
 
 def attention_prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor, kv_heads: int) -> Tensor:
-    """Softmax attention of any number of rows by ggml's flash attention: q (T, H, D), mask (T, P) f16 added to the
-    scores."""
+    """Softmax attention of more than 16 rows by ggml's flash attention: q (T, H, D), mask (T, P) f16 added to the
+    scores. CUDA has no kernel for fewer rows."""
     _check_attention("attention_prefill", q, k_cache, v_cache, kv_heads)
     rows, heads, size = q.shape
     slots = k_cache.shape[0]

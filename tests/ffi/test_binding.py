@@ -29,7 +29,7 @@ def test_success_passes_through(success: object) -> None:
 
 def test_the_build_says_what_it_holds() -> None:
     info = build_info()
-    assert {"cuda", "why", "ggml"} <= set(info)
+    assert {"cuda", "why", "kernels", "ggml"} <= set(info)
     assert info["cuda"] in ("ON", "OFF")
     assert info["why"]
 

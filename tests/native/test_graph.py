@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pydflash._ffi import ffi, lib
+from pydflash._ffi import build_info, ffi, lib
 from pydflash.errors import DeviceError
 from pydflash.ggml_types import GGMLType
 from pydflash.native import Backend, Graph
@@ -50,6 +50,21 @@ def test_an_operation_that_the_device_lacks_is_named_before_the_run() -> None:
         with pytest.raises(DeviceError, match=r"cpu cannot run SET_ROWS"):
             graph.finish()
         graph.close()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("weight", "rows"), [(GGMLType.F32, 2), (GGMLType.Q8_0, 1), (GGMLType.Q8_0, 16), (GGMLType.Q3_K, 32)]
+)
+def test_a_product_whose_kernel_was_not_built_is_refused(cuda: Backend, weight: GGMLType, rows: int) -> None:
+    if build_info()["kernels"] == "all":
+        pytest.skip("this build has all of ggml's kernels")
+    graph = Graph(cuda, 64)
+    x, matrix = graph.input((rows, 256), GGMLType.F32), graph.input((8, 256), weight)
+    graph.effect(x.derive(lib.ggml_mul_mat(graph.context, matrix.c, x.c), (rows, 8)))
+    with pytest.raises(DeviceError, match="cannot run MUL_MAT"):
+        graph.finish()
+    graph.close()
 
 
 def test_a_graph_grows_with_its_operations() -> None:
