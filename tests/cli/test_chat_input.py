@@ -21,9 +21,12 @@ DEADLINE = 40.0  # seconds; a busy machine takes a few to start Python
 ON, OFF = "\x1b[?2004h", "\x1b[?2004l"
 CONTROL_C, CONTROL_D, ENTER = "\x03", "\x04", "\r"
 
-# A shell on a terminal of its own, which it controls; no fork in this process, which has threads.
+# A shell on a terminal of its own, which it controls; no fork in this process, which has threads. A process that was
+# started by nohup or in the background ignores some signals, and its children would.
 SHELL = """
-import os, sys
+import os, signal, sys
+for name in ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM"):
+    signal.signal(getattr(signal, name), signal.SIG_DFL)
 terminal = os.open(sys.argv[1], os.O_RDWR)
 for descriptor in range(3):
     os.dup2(terminal, descriptor)
