@@ -27,23 +27,30 @@
 
 using namespace pydflash_attention;
 
-static const char * const NAMES[] = { "f16", "bf16", "q8_0", "q4_0" };
-static const format FORMATS[] = { format::F16, format::BF16, format::Q8_0, format::Q4_0 };
+struct cache_type { ggml_type type; const char * name; };
 
-__host__ __device__ static int block_bytes(format f) {
-    return of_format(f, [](auto F) { return decltype(F)::BLOCK; });
+static const cache_type TYPES[] = {
+    { GGML_TYPE_F16, "f16" }, { GGML_TYPE_BF16, "bf16" }, { GGML_TYPE_Q8_0, "q8_0" }, { GGML_TYPE_Q4_0, "q4_0" },
+};
+
+static const char * name_of(ggml_type type) {
+    return std::find_if(std::begin(TYPES), std::end(TYPES), [=](const cache_type & t) { return t.type == type; })->name;
+}
+
+__host__ __device__ static int block_bytes(ggml_type type) {
+    return of_format(type, [](auto f) { return decltype(f)::BLOCK; });
 }
 
 // ---- the cache on the host: 32 values at a time ----
 
-static void store_block(format f, const float * x, uint8_t * block) {
-    if (f == format::F16 || f == format::BF16) {
+static void store_block(ggml_type type, const float * x, uint8_t * block) {
+    if (type == GGML_TYPE_F16 || type == GGML_TYPE_BF16) {
         for (int i = 0; i < 32; i++) {
             uint32_t word;
             std::memcpy(&word, &x[i], 4);
             const half     h    = __float2half(x[i]);
             const uint16_t bf16 = (uint16_t) ((word + 0x7fff + ((word >> 16) & 1)) >> 16);
-            std::memcpy(block + 2 * i, f == format::F16 ? (const void *) &h : (const void *) &bf16, 2);
+            std::memcpy(block + 2 * i, type == GGML_TYPE_F16 ? (const void *) &h : (const void *) &bf16, 2);
         }
         return;
     }
@@ -51,12 +58,12 @@ static void store_block(format f, const float * x, uint8_t * block) {
     for (int i = 0; i < 32; i++) {
         largest = std::fabs(x[i]) > std::fabs(largest) ? x[i] : largest;
     }
-    const half  d       = __float2half(f == format::Q8_0 ? std::fabs(largest) / 127 : largest / -8);
+    const half  d       = __float2half(type == GGML_TYPE_Q8_0 ? std::fabs(largest) / 127 : largest / -8);
     const float inverse = __half2float(d) != 0 ? 1 / __half2float(d) : 0;
     std::memcpy(block, &d, 2);
     for (int i = 0; i < 32; i++) {
         const int q = (int) std::lround(x[i] * inverse);
-        if (f == format::Q8_0) {
+        if (type == GGML_TYPE_Q8_0) {
             block[2 + i] = (uint8_t) (int8_t) std::clamp(q, -127, 127);
         } else {
             const int nibble = std::clamp(q + 8, 0, 15);
@@ -65,18 +72,18 @@ static void store_block(format f, const float * x, uint8_t * block) {
     }
 }
 
-static void load_block(format f, const uint8_t * block, float * x) {
+static void load_block(ggml_type type, const uint8_t * block, float * x) {
     half d;
     std::memcpy(&d, block, 2);
     for (int i = 0; i < 32; i++) {
-        if (f == format::F16) {
+        if (type == GGML_TYPE_F16) {
             half h;
             std::memcpy(&h, block + 2 * i, 2);
             x[i] = __half2float(h);
-        } else if (f == format::BF16) {
+        } else if (type == GGML_TYPE_BF16) {
             const uint32_t word = (uint32_t) (block[2 * i] | block[2 * i + 1] << 8) << 16;
             std::memcpy(&x[i], &word, 4);
-        } else if (f == format::Q8_0) {
+        } else if (type == GGML_TYPE_Q8_0) {
             x[i] = __half2float(d) * (int8_t) block[2 + i];
         } else {
             x[i] = __half2float(d) * ((i < 16 ? block[2 + i] & 15 : block[2 + i - 16] >> 4) - 8);
@@ -85,14 +92,14 @@ static void load_block(format f, const uint8_t * block, float * x) {
 }
 
 struct cache {
-    format               f;
+    ggml_type            type;
     int64_t              stride;
     std::vector<uint8_t> bytes;
     std::vector<float>   values;
 };
 
-static cache make_cache(format f, int slots, int columns, std::mt19937 & random) {
-    cache c = { f, (int64_t) columns / 32 * block_bytes(f), {}, {} };
+static cache make_cache(ggml_type type, int slots, int columns, std::mt19937 & random) {
+    cache c = { type, (int64_t) columns / 32 * block_bytes(type), {}, {} };
     c.bytes.resize(slots * c.stride);
     c.values.resize((size_t) slots * columns);
     std::normal_distribution<float> normal;
@@ -101,9 +108,9 @@ static cache make_cache(format f, int slots, int columns, std::mt19937 & random)
         for (float & v : x) {
             v = normal(random);
         }
-        uint8_t * block = c.bytes.data() + i / 32 * block_bytes(f);
-        store_block(f, x, block);
-        load_block(f, block, &c.values[i]);
+        uint8_t * block = c.bytes.data() + i / 32 * block_bytes(type);
+        store_block(type, x, block);
+        load_block(type, block, &c.values[i]);
     }
     return c;
 }
@@ -111,12 +118,12 @@ static cache make_cache(format f, int slots, int columns, std::mt19937 & random)
 // ---- one case ----
 
 struct setup {
-    int    rows, heads, kv_heads, head_size, slots;
-    int    length;  // positions in the sequence; more than slots in a ring
-    bool   causal;
-    int    window;
-    bool   ring;
-    format k, v;
+    int       rows, heads, kv_heads, head_size, slots;
+    int       length;  // positions in the sequence; more than slots in a ring
+    bool      causal;
+    int       window;
+    bool      ring;
+    ggml_type k, v;
 };
 
 template <typename T>
@@ -150,7 +157,7 @@ static job make_job(const setup & s, const float * q, const uint8_t * k, const u
     j.positions = positions, j.slot_positions = slot_positions, j.out = out;
     j.k_stride = (int64_t) s.kv_heads * s.head_size / 32 * block_bytes(s.k);
     j.v_stride = (int64_t) s.kv_heads * s.head_size / 32 * block_bytes(s.v);
-    j.k_format = s.k, j.v_format = s.v;
+    j.k_type = s.k, j.v_type = s.v;
     j.rows = s.rows, j.heads = s.heads, j.kv_heads = s.kv_heads, j.slots = s.slots, j.chunks = chunk_count(s.slots);
     j.causal = s.causal, j.window = s.window;
     j.scale_log2 = LOG2_E / std::sqrt((float) s.head_size);
@@ -300,7 +307,7 @@ static bool check(const setup & s, const machine & m, std::mt19937 & random) {
     std::printf("%s T %2d H %2d/%d D %3d P %5d length %5d %s window %4d %s k %-4s v %-4s  error %.1e  "
                 "rows %s splits %s P %s\n",
                 pass ? "PASS" : "FAIL", s.rows, s.heads, s.kv_heads, s.head_size, s.slots, s.length,
-                s.causal ? "causal" : "full  ", s.window, s.ring ? "ring" : "line", NAMES[(int) s.k], NAMES[(int) s.v],
+                s.causal ? "causal" : "full  ", s.window, s.ring ? "ring" : "line", name_of(s.k), name_of(s.v),
                 error,
                 rows ? "=" : "DIFFER", splits ? "=" : "DIFFER", longer ? "=" : "DIFFER");
     return pass;
@@ -309,14 +316,14 @@ static bool check(const setup & s, const machine & m, std::mt19937 & random) {
 static int check_all(const machine & m) {
     std::mt19937 random(1);
     std::vector<setup> cases;
-    for (format k : FORMATS) {
-        for (format v : FORMATS) {
-            cases.push_back({ 5, 6, 1, 64, 288, 250, true, 0, false, k, v });
-            cases.push_back({ 8, 8, 2, 128, 256, 700, false, 100, true, k, v });
-            cases.push_back({ 16, 12, 2, 256, 320, 300, true, 0, false, k, v });
+    for (const cache_type & k : TYPES) {
+        for (const cache_type & v : TYPES) {
+            cases.push_back({ 5, 6, 1, 64, 288, 250, true, 0, false, k.type, v.type });
+            cases.push_back({ 8, 8, 2, 128, 256, 700, false, 100, true, k.type, v.type });
+            cases.push_back({ 16, 12, 2, 256, 320, 300, true, 0, false, k.type, v.type });
         }
     }
-    const format F = format::F16, Q8 = format::Q8_0, Q4 = format::Q4_0, B = format::BF16;
+    const ggml_type F = GGML_TYPE_F16, Q8 = GGML_TYPE_Q8_0, Q4 = GGML_TYPE_Q4_0, B = GGML_TYPE_BF16;
     for (int rows : { 1, 3, 8, 16 }) {
         cases.push_back({ rows, 24, 4, 256, 1024, 900, true, 0, false, Q4, Q8 });    // the target
         cases.push_back({ rows, 32, 8, 128, 512, 2000, false, 256, true, F, F });    // the draft
@@ -413,7 +420,7 @@ static void time_case(setup s, int bucket, const machine & m) {
     const double flops = 4.0 * s.rows * s.heads * s.head_size * length;
     std::printf("T %2d H %2d/%d D %3d length %6d bucket %6d k %-4s v %-4s %8.1f us  (%.1f .. %.1f)  "
                 "bytes floor %6.1f us  %4.0f TFLOP/s\n",
-                s.rows, s.heads, s.kv_heads, s.head_size, length, bucket, NAMES[(int) s.k], NAMES[(int) s.v],
+                s.rows, s.heads, s.kv_heads, s.head_size, length, bucket, name_of(s.k), name_of(s.v),
                 times[times.size() / 2], times.front(), times.back(), floor, flops / times[times.size() / 2] * 1e-6);
     CUDA(cudaEventDestroy(start));
     CUDA(cudaEventDestroy(stop));
@@ -426,8 +433,8 @@ static void time_case(setup s, int bucket, const machine & m) {
 }
 
 static void time_all(const machine & m) {
-    const format F = format::F16, Q8 = format::Q8_0, Q4 = format::Q4_0;
-    const auto target = [](int rows, int length, format k, format v) {
+    const ggml_type F = GGML_TYPE_F16, Q8 = GGML_TYPE_Q8_0, Q4 = GGML_TYPE_Q4_0;
+    const auto target = [](int rows, int length, ggml_type k, ggml_type v) {
         return setup{ rows, 24, 4, 256, 0, length, true, 0, false, k, v };
     };
     for (int rows : { 1, 16 }) {

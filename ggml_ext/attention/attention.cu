@@ -32,7 +32,7 @@ namespace {
 bool read_node(const ggml_tensor * node, job * j) {
     const ggml_tensor * q = node->src[0], * k = node->src[1], * v = node->src[2], * slot_positions = node->src[4];
     const int32_t * params = pydflash_node_params(node);
-    if (!find_format(k->type, j->k_format) || !find_format(v->type, j->v_format)) {
+    if (!has_format(k->type) || !has_format(v->type)) {
         return false;
     }
     j->q              = (const float *) q->data;
@@ -41,6 +41,8 @@ bool read_node(const ggml_tensor * node, job * j) {
     j->positions      = (const int32_t *) node->src[3]->data;
     j->slot_positions = slot_positions ? (const int32_t *) slot_positions->data : nullptr;
     j->out            = (float *) node->data;
+    j->k_type         = k->type;
+    j->v_type         = v->type;
     j->k_stride       = (int64_t) k->nb[1];
     j->v_stride       = (int64_t) v->nb[1];
     j->rows           = (int) q->ne[2];

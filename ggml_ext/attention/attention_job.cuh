@@ -17,7 +17,7 @@ struct job {
     float2 *        stats;     // (T * H, chunks): maximum (base 2) and sum
     float *         partials;  // (T * H, chunks, D), unnormalised
     int64_t         k_stride, v_stride;  // bytes between slots
-    format          k_format, v_format;
+    ggml_type       k_type, v_type;
     int             rows, heads, kv_heads, slots, chunks;
     int             causal, window;
     float           scale_log2;  // scale * LOG2_E: the kernel works in powers of two
@@ -76,18 +76,18 @@ struct slice {
 
 // The same facts of a format that is known at run time.
 template <int D>
-__host__ __device__ __forceinline__ int k_stride(format f) {
-    return of_format(f, [](auto F) { return slice<decltype(F), D>::K_STRIDE; });
+__host__ __device__ __forceinline__ int k_stride(ggml_type type) {
+    return of_format(type, [](auto f) { return slice<decltype(f), D>::K_STRIDE; });
 }
 
 template <int D>
-__host__ __device__ __forceinline__ int v_stride(format f) {
-    return of_format(f, [](auto F) { return slice<decltype(F), D>::V_STRIDE; });
+__host__ __device__ __forceinline__ int v_stride(ggml_type type) {
+    return of_format(type, [](auto f) { return slice<decltype(f), D>::V_STRIDE; });
 }
 
 template <int D>
-__host__ __device__ __forceinline__ int copy_piece(format f) {
-    return of_format(f, [](auto F) { return slice<decltype(F), D>::PIECE; });
+__host__ __device__ __forceinline__ int copy_piece(ggml_type type) {
+    return of_format(type, [](auto f) { return slice<decltype(f), D>::PIECE; });
 }
 
 }  // namespace pydflash_attention

@@ -35,7 +35,7 @@ struct tiles_at {
         q = shared;
         p = q + S::Q_BYTES;
         k = p + S::P_BYTES;
-        v = k + S::SLOTS * k_stride<D>(j.k_format);
+        v = k + S::SLOTS * k_stride<D>(j.k_type);
     }
 };
 
@@ -123,7 +123,7 @@ static __device__ __forceinline__ void fetch(char * tile, const char * rows, int
 
 template <int D, int NT>
 static __device__ __forceinline__ void fetch_keys(const job & j, const share<D, NT> & own, char * k_tile, int tile) {
-    with_format(j.k_format, [&](auto f) {
+    with_format(j.k_type, [&](auto f) {
         using L = slice<decltype(f), D>;
         const char * rows = j.k + (own.begin + tile * tiling<D, NT>::SLOTS) * j.k_stride + own.kv_head * L::BYTES;
         fetch<decltype(f), D, L::K_STRIDE>(k_tile, rows, j.k_stride, own.count - tile * tiling<D, NT>::SLOTS);
@@ -133,7 +133,7 @@ static __device__ __forceinline__ void fetch_keys(const job & j, const share<D, 
 
 template <int D, int NT>
 static __device__ __forceinline__ void fetch_values(const job & j, const share<D, NT> & own, char * v_tile, int tile) {
-    with_format(j.v_format, [&](auto f) {
+    with_format(j.v_type, [&](auto f) {
         using L = slice<decltype(f), D>;
         const char * rows = j.v + (own.begin + tile * tiling<D, NT>::SLOTS) * j.v_stride + own.kv_head * L::BYTES;
         fetch<decltype(f), D, L::V_STRIDE>(v_tile, rows, j.v_stride, own.count - tile * tiling<D, NT>::SLOTS);
@@ -185,7 +185,7 @@ template <int D, int NT>
 static __device__ __forceinline__ void write_partials(const job & j, const share<D, NT> & own,
                                                       const columns_of<D, NT> & col, int parity,
                                                       const output<D, NT> & o, const place<D, NT> & at) {
-    const bool pairs = !in_order(j.v_format);  // load_v's order: a thread has dimensions 2 g and 2 g + 1
+    const bool pairs = !in_order(j.v_type);  // load_v's order: a thread has dimensions 2 g and 2 g + 1
 #pragma unroll
     for (int i = 0; i < 2 * NT; i++) {
         const int nt = i / 2, e = i % 2, item = col.item[8 * nt + 2 * at.t + e];
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(tiling<D, NT>::THREADS, tiling<D, NT>::BLOCKS)
             fetch_values<D, NT>(j, own, in.v, tile);
         }
         scores<D, NT> s = {};
-        with_format(j.k_format, [&](auto f) { score<decltype(f), D, NT>(s, in.k, in.q, at); });
+        with_format(j.k_type, [&](auto f) { score<decltype(f), D, NT>(s, in.k, in.q, at); });
         if (state[tile] & MASKED) {
             hide_unseen<D, NT>(j, own.begin + tile * S::SLOTS, col, s, at);
         }
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(tiling<D, NT>::THREADS, tiling<D, NT>::BLOCKS)
         wait_for_copies<1>();
         __syncthreads();  // P, alpha and V are complete
         rescale_output<D, NT>(o, col, at);
-        with_format(j.v_format, [&](auto f) { add_values<decltype(f), D, NT>(o, in.v, in.p, at); });
+        with_format(j.v_type, [&](auto f) { add_values<decltype(f), D, NT>(o, in.v, in.p, at); });
         parity ^= 1;
         tile = following;
     }

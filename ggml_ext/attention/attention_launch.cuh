@@ -9,7 +9,7 @@ namespace pydflash_attention {
 template <int D, int NT>
 static int shared_bytes(const job & j) {
     using S = tiling<D, NT>;
-    return S::Q_BYTES + S::P_BYTES + S::SLOTS * (k_stride<D>(j.k_format) + v_stride<D>(j.v_format));
+    return S::Q_BYTES + S::P_BYTES + S::SLOTS * (k_stride<D>(j.k_type) + v_stride<D>(j.v_type));
 }
 
 // What one configuration costs, in units of a tile with one column tile: the longest block, or all blocks over the SMs.
@@ -32,8 +32,8 @@ static int64_t cost(const job & j, int sm_count, int shared_limit) {
 // Whether the narrowest configuration fits the shared memory of a block, and cp.async the alignment of the slots.
 template <int D>
 static bool fits_size(const job & j, int shared_limit) {
-    return cost<D, 1>(j, 1, shared_limit) != INT64_MAX && j.k_stride % copy_piece<D>(j.k_format) == 0 &&
-           j.v_stride % copy_piece<D>(j.v_format) == 0;
+    return cost<D, 1>(j, 1, shared_limit) != INT64_MAX && j.k_stride % copy_piece<D>(j.k_type) == 0 &&
+           j.v_stride % copy_piece<D>(j.v_type) == 0;
 }
 
 static bool fits(const job & j, int head_size, int shared_limit) {

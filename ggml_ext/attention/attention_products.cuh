@@ -52,7 +52,7 @@ template <int D, int NT>
 static __device__ __forceinline__ void stage_queries(const job & j, char * q_tile, columns_of<D, NT> & col) {
     constexpr int WARPS = D / 32, PARTS = D > 128 ? D / 128 : 1, BATCH = NT == 1 && D == 256 ? 1 : 2;
     const int  lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const bool swap = !in_order(j.k_format);
+    const bool swap = !in_order(j.k_type);
     for (int begin = warp; begin < 8 * NT; begin += WARPS * BATCH) {
         float4 x[BATCH][PARTS];
 #pragma unroll

@@ -4,7 +4,6 @@
 // is a row of blocks of 32 values. A format says how large a block is and how lane 4 g + t reads its share of the A
 // operand of mma.m16n8k16 in f16.
 //
-// TYPE       the type in ggml
 // BLOCK      bytes of 32 values
 // IN_ORDER   whether the values of a fragment stand in their own order; otherwise in one that unpacks two at a time
 // k_padding, v_padding
@@ -147,23 +146,18 @@ struct quantised {
 // ---- the formats ----
 
 struct f16 : sixteen_bits<f16> {
-    static constexpr ggml_type TYPE = GGML_TYPE_F16;
-
     __device__ __forceinline__ static uint32_t key(uint32_t x) { return x; }
     __device__ __forceinline__ static uint32_t value(uint32_t x) { return saturate(x); }
 };
 
 struct bf16 : sixteen_bits<bf16> {
-    static constexpr ggml_type TYPE = GGML_TYPE_BF16;
-
     __device__ __forceinline__ static uint32_t key(uint32_t x) { return from_bf16(x); }
     __device__ __forceinline__ static uint32_t value(uint32_t x) { return from_bf16(x); }
 };
 
 struct q8_0 : quantised<q8_0> {
-    static constexpr ggml_type TYPE    = GGML_TYPE_Q8_0;
-    static constexpr int       BLOCK   = 34;
-    static constexpr bool      NIBBLES = false;
+    static constexpr int  BLOCK   = 34;
+    static constexpr bool NIBBLES = false;
 
     __device__ __forceinline__ static uint4 dequantise(uint32_t x, uint32_t y, half2 d) {
         return make_uint4(from_bytes(x, d), from_bytes(x >> 8, d), from_bytes(y, d), from_bytes(y >> 8, d));
@@ -171,9 +165,8 @@ struct q8_0 : quantised<q8_0> {
 };
 
 struct q4_0 : quantised<q4_0> {
-    static constexpr ggml_type TYPE    = GGML_TYPE_Q4_0;
-    static constexpr int       BLOCK   = 18;
-    static constexpr bool      NIBBLES = true;
+    static constexpr int  BLOCK   = 18;
+    static constexpr bool NIBBLES = true;
 
     __device__ __forceinline__ static uint4 dequantise(uint32_t x, uint32_t, half2 d) {
         return make_uint4(from_nibbles(x, d), from_nibbles(x >> 8, d),
@@ -183,41 +176,34 @@ struct q4_0 : quantised<q4_0> {
 
 // ---- choosing one at run time ----
 
-enum class format { F16, BF16, Q8_0, Q4_0 };
-
-// Calls visit with a value of the format's struct. The kernel branches on formats outside its inner loops, so that
-// pairs of formats do not multiply the number of kernels.
+// Calls `visit` with a value of the format of a ggml type; false when the type has none. The kernel branches on formats
+// outside its inner loops, so that pairs of formats do not multiply the number of kernels.
 template <typename Visitor>
-__device__ __forceinline__ void with_format(format f, Visitor && visit) {
-    switch (f) {
-        case format::F16:  visit(f16());  break;
-        case format::BF16: visit(bf16()); break;
-        case format::Q8_0: visit(q8_0()); break;
-        case format::Q4_0: visit(q4_0()); break;
+__host__ __device__ __forceinline__ bool with_format(ggml_type type, Visitor && visit) {
+    switch (type) {
+        case GGML_TYPE_F16:  visit(f16());  return true;
+        case GGML_TYPE_BF16: visit(bf16()); return true;
+        case GGML_TYPE_Q8_0: visit(q8_0()); return true;
+        case GGML_TYPE_Q4_0: visit(q4_0()); return true;
+        default: return false;
     }
 }
 
-// What `constant` says of the format's struct: a select instead of a branch.
+// What `constant` says of the format's struct; of a type without one, zero.
 template <typename Constant>
-__host__ __device__ __forceinline__ auto of_format(format f, Constant constant) {
-    return f == format::Q8_0 ? constant(q8_0())
-         : f == format::Q4_0 ? constant(q4_0())
-         : f == format::BF16 ? constant(bf16()) : constant(f16());
+__host__ __device__ __forceinline__ auto of_format(ggml_type type, Constant constant) {
+    decltype(constant(f16())) value = {};
+    with_format(type, [&](auto f) { value = constant(f); });
+    return value;
 }
 
-__host__ __device__ __forceinline__ bool in_order(format f) {
-    return of_format(f, [](auto F) { return decltype(F)::IN_ORDER; });
+__host__ __device__ __forceinline__ bool in_order(ggml_type type) {
+    return of_format(type, [](auto f) { return decltype(f)::IN_ORDER; });
 }
 
-// The format of a ggml type; false when attention on CUDA has none.
-__host__ __device__ inline bool find_format(ggml_type type, format & found) {
-    for (format f : { format::F16, format::BF16, format::Q8_0, format::Q4_0 }) {
-        if (of_format(f, [](auto F) { return decltype(F)::TYPE; }) == type) {
-            found = f;
-            return true;
-        }
-    }
-    return false;
+// Whether attention on CUDA reads a type.
+__host__ __device__ inline bool has_format(ggml_type type) {
+    return of_format(type, [](auto f) { return decltype(f)::BLOCK; }) > 0;
 }
 
 }  // namespace pydflash_attention

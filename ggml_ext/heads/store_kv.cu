@@ -31,28 +31,46 @@ struct arguments {
     int             v_group;
 };
 
-template <int D>
-__device__ void put(float v, const table & t, int64_t row, int head, head_scratch<D> & s) {
-    const int i    = threadIdx.x;
-    const int warp = i / 32;
-    char *    to   = t.rows + row * t.row_bytes;
-    switch (t.type) {
-        case GGML_TYPE_F32:  ((float *) to)[head * D + i] = v; return;
-        case GGML_TYPE_F16:  ((half *) to)[head * D + i] = ggml_cuda_cast<half>(v); return;
-        case GGML_TYPE_BF16: ((nv_bfloat16 *) to)[head * D + i] = ggml_cuda_cast<nv_bfloat16>(v); return;
-        default: break;
+// How a row of a table holds the value of each thread: by itself, or in a block of the 32 of a warp.
+template <typename T>
+struct plain {
+    template <int D>
+    __device__ static void put(float v, char * row, int head, head_scratch<D> &) {
+        ((T *) row)[head * D + threadIdx.x] = ggml_cuda_cast<T>(v);
     }
-    __syncthreads();  // the rotation may still be reading
-    s.values[i] = v;
-    __syncwarp();
-    if (i % 32 == 0) {
-        const int block = head * (D / 32) + warp;
-        if (t.type == GGML_TYPE_Q8_0) {
-            quantize_f32_q8_0_block(s.values + 32 * warp, (block_q8_0 *) to + block);
-        } else {
-            quantize_f32_q4_0_block(s.values + 32 * warp, (block_q4_0 *) to + block);
+};
+
+template <typename Block, void (*pack)(const float *, Block *)>
+struct blocks {
+    template <int D>
+    __device__ static void put(float v, char * row, int head, head_scratch<D> & s) {
+        const int i    = threadIdx.x;
+        const int warp = i / 32;
+        __syncthreads();  // the rotation may still be reading
+        s.values[i] = v;
+        __syncwarp();
+        if (i % 32 == 0) {
+            pack(s.values + 32 * warp, (Block *) row + head * (D / 32) + warp);
         }
     }
+};
+
+// Calls `visit` with how tables of a type hold values; false when no table has the type.
+template <typename Visitor>
+__host__ __device__ __forceinline__ bool with_layout(ggml_type type, Visitor && visit) {
+    switch (type) {
+        case GGML_TYPE_F32:  visit(plain<float>()); return true;
+        case GGML_TYPE_F16:  visit(plain<half>()); return true;
+        case GGML_TYPE_BF16: visit(plain<nv_bfloat16>()); return true;
+        case GGML_TYPE_Q8_0: visit(blocks<block_q8_0, quantize_f32_q8_0_block>()); return true;
+        case GGML_TYPE_Q4_0: visit(blocks<block_q4_0, quantize_f32_q4_0_block>()); return true;
+        default: return false;
+    }
+}
+
+template <int D>
+__device__ void put(float v, const table & t, int64_t row, int head, head_scratch<D> & s) {
+    with_layout(t.type, [&](auto layout) { layout.template put<D>(v, t.rows + row * t.row_bytes, head, s); });
 }
 
 template <int D>
@@ -79,9 +97,12 @@ bool is_source(const ggml_tensor * x) {
     return x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float);
 }
 
+struct nothing {
+    template <typename Layout> __host__ __device__ void operator()(Layout) const {}
+};
+
 bool is_table(const ggml_tensor * t) {
-    return t->type == GGML_TYPE_F32 || t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_BF16 ||
-           t->type == GGML_TYPE_Q8_0 || t->type == GGML_TYPE_Q4_0;
+    return with_layout(t->type, nothing());
 }
 
 bool supports(const ggml_tensor * node) {
