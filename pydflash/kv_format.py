@@ -43,13 +43,13 @@ V_BASES = {name: basis for name, basis in K_BASES.items() if not basis.signed}
 def k_basis(k_type: GGMLType, head_size: int, requested: str = "auto") -> Basis:
     """The basis in which a K cache is stored.
 
-    'auto' rotates q4_0 and q8_0, which lose to outlier channels (docs/kv-cache.md), by the largest group that divides
-    the head, and no other type. Raises ConfigError for an unknown name or a group that does not divide ``head_size``.
+    'auto' rotates the types that pack blocks, which lose to outlier channels (docs/kv-cache.md), by the largest group
+    that divides the head, and no float type. Raises ConfigError for an unknown name or a group that does not divide
+    ``head_size``.
     """
     if requested == "auto":
         group = next((g for g in (256, 128, 64) if head_size % g == 0), 0)
-        rotate = k_type in (GGMLType.Q4_0, GGMLType.Q8_0) and group
-        requested = f"hadamard-{group}" if rotate else "none"
+        requested = f"hadamard-{group}" if group and k_type.block_size > 1 else "none"
     return _named("k_rotation", requested, K_BASES, head_size, ("auto",))
 
 

@@ -139,8 +139,8 @@ def relative(got: Array, want: Array) -> float:
 def rounded(x: Array, weight: GGMLType) -> Array:
     """Rows of ``x`` (..., K) as the CPU's dot product with ``weight`` sees them, in x's dtype.
 
-    f16 and bf16 weights round to their own type; Q8_0 and Q4_0 to blocks of 32 with scale max|x|/127 kept as f16;
-    K-quants to blocks of 256 with an f32 scale that sends the largest magnitude to -127.
+    f16 and bf16 weights round to their own type; types of blocks of 32, such as Q8_0, to blocks of 32 with scale
+    max|x|/127 kept as f16; K-quants to blocks of 256 with an f32 scale that sends the largest magnitude to -127.
     """
     values = np.asarray(x, np.float32)
     if weight == GGMLType.F32:
@@ -150,7 +150,7 @@ def rounded(x: Array, weight: GGMLType) -> Array:
     if weight == GGMLType.BF16:
         bits = as_bytes(values, "bf16").view(np.uint16).astype(np.uint32) << np.uint32(16)
         return bits.view(np.float32).reshape(x.shape).astype(x.dtype)
-    small = weight in (GGMLType.Q8_0, GGMLType.Q4_0)
+    small = weight.block_size == 32
     blocks = values.reshape(-1, 32 if small else 256)
     return (_q8_0 if small else _q8_k)(blocks).reshape(x.shape).astype(x.dtype)
 

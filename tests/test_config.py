@@ -118,7 +118,7 @@ def test_an_unknown_argument_is_an_error_that_lists_the_valid_ones() -> None:
         ("max_context", 0, "1 to"),
         ("max_context", True, "integer"),
         ("max_context", 4096.0, "integer"),
-        ("cache_k", "q4_1", "q4_0"),
+        ("cache_k", "q4_k", "q4_0"),
         ("cache_v", "F16", "f16"),
         ("k_rotation", "hadamard", "hadamard-256"),
         ("v_rotation", "auto", "none, hadamard-256, hadamard-128, hadamard-64"),

@@ -8,7 +8,7 @@ import pytest
 
 from pydflash.errors import ConfigError
 from pydflash.ggml_types import GGMLType
-from pydflash.kv_format import V_BASES, k_basis, v_basis
+from pydflash.kv_format import CACHE_TYPES, V_BASES, k_basis, v_basis
 
 Q4, Q8, F16, F32 = GGMLType.Q4_0, GGMLType.Q8_0, GGMLType.F16, GGMLType.F32
 
@@ -33,6 +33,12 @@ TABLE = [
 @pytest.mark.parametrize(("k_type", "size", "requested", "basis"), TABLE)
 def test_the_rule_for_k(k_type: GGMLType, size: int, requested: str, basis: str) -> None:
     assert k_basis(k_type, size, requested).name == basis
+
+
+@pytest.mark.parametrize("name", CACHE_TYPES)
+def test_auto_rotates_a_k_cache_of_blocks_and_no_other(name: str) -> None:
+    blocks = CACHE_TYPES[name].block_size > 1
+    assert k_basis(CACHE_TYPES[name], 256).name == ("hadamard-256" if blocks else "none")
 
 
 @pytest.mark.parametrize("requested", ["Hadamard-256", "wht", "", "hadamard-32"])

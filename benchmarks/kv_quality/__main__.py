@@ -26,10 +26,11 @@ from benchmarks.kv_quality.table import Cell, Source
 from benchmarks.kv_quality.texts import held_out_lines, held_out_prompts, texts
 from benchmarks.speed import numbers
 from pydflash.drafts import load_draft
+from pydflash.kv_format import CACHE_TYPES
 from pydflash.models import Model, load_model
 
 PROMPTS = Path("tests/data/held_out.jsonl")
-TYPES = "f16,bf16,q8_0,q4_0"
+TYPES = [name for name in CACHE_TYPES if name != "f32"]  # f16 is what the others are compared with
 ROTATIONS = "none,hadamard-256,hadamard-128,signed-128"
 
 
@@ -43,8 +44,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("model", type=Path)
     parser.add_argument("--draft", type=Path, help="measure acceptance lengths with this draft")
     parser.add_argument("--prompts", type=Path, default=PROMPTS, help="JSON lines with prompt and continuation")
-    parser.add_argument("--cache-k", type=names, default=names(TYPES), metavar="TYPE,...")
-    parser.add_argument("--cache-v", type=names, default=names(TYPES), metavar="TYPE,...")
+    parser.add_argument("--cache-k", type=names, default=TYPES, metavar="TYPE,...")
+    parser.add_argument("--cache-v", type=names, default=TYPES, metavar="TYPE,...")
     parser.add_argument("--k-rotation", type=names, default=names(ROTATIONS), metavar="BASIS,...")
     parser.add_argument("--v-rotation", type=names, default=["none"], metavar="BASIS,...")
     parser.add_argument("--weights", choices=("file", "f32"), default="file", help="as stored, or a copy in f32")

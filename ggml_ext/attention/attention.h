@@ -12,8 +12,8 @@
 // A row with qpos < 0 is padding. The output of padding, and of a row that sees nothing, is zeros.
 //
 //   src[0]   q                (T, H, D) f32 contiguous; 1 <= T <= 16; D is 64, 128 or 256
-//   src[1]   k                (P, Hkv * D) f32, f16, bf16, q8_0 or q4_0: one row per cache slot; P % 32 == 0; rows may
-//                             be strided (the first P slots of a longer cache)
+//   src[1]   k                (P, Hkv * D) in any type of the cache (docs/kv-cache.md): one row per cache slot;
+//                             P % 32 == 0; rows may be strided (the first P slots of a longer cache)
 //   src[2]   v                (P, Hkv * D) as k; its type may differ from k's
 //   src[3]   positions        (T,) int32
 //   src[4]   slot_positions   (P,) int32, the position each slot holds, negative = empty; optional

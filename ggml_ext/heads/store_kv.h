@@ -8,7 +8,7 @@
 //   src[2]   weight      (D,) f32, K's norm
 //   src[3]   positions   (T,) int32
 //   src[4]   rows        (T,) int32, each within the tables
-//   src[5]   k_table     (P, Hkv * D) f32, f16, bf16, q8_0 or q4_0; updated in place
+//   src[5]   k_table     (P, Hkv * D) in any type of the cache (docs/kv-cache.md); updated in place
 //   src[6]   v_table     (P, Hkv * D) as k_table; its type may differ from k_table's
 //   src[7]   signs       (2, k_group) f32; optional
 //   params   [0] dims   [1] base (float)   [2] eps (float)   [3] k_group   [4] v_group: 0, 64, 128 or 256 dividing D

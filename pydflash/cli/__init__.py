@@ -1,4 +1,4 @@
-"""The command line: ``pydflash demo|generate|chat|info|doctor|explain|convert-draft|bench|ab``.
+"""The command line: ``pydflash COMMAND``, one module a command.
 
 Generated text goes to stdout, everything else to stderr. The engine is imported when a command needs it, so that help
 is fast.

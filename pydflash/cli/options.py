@@ -23,7 +23,7 @@ Decorator = Callable[[Command], Command]
 Model = Annotated[
     Path, typer.Argument(help="GGUF file of the model; the first part of a split one.", show_default=False)
 ]
-Draft = Annotated[Path | None, typer.Option(help="GGUF file of the DFlash draft.")]
+Draft = Annotated[Path | None, typer.Option(help="GGUF file of the draft, or a name: ngram needs no file.")]
 ShowStats = Annotated[bool, typer.Option("--stats", help="Print what the generation cost.")]
 
 

@@ -38,9 +38,8 @@ def load_draft(
     try:
         architecture = file.require("general.architecture", str)
         if architecture not in FILES:
-            known = ", ".join(FILES)
             raise UnsupportedArchitecture(
-                f"{file.path}: architecture {architecture!r} is not a DFlash draft; known are {known}"
+                f"{file.path}: architecture {architecture!r} is not that of a draft; known are {', '.join(FILES)}"
             )
         return FILES[architecture](file, target, progress, causal)
     except BaseException:

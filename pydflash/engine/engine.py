@@ -67,7 +67,7 @@ class Engine:
         environment: Mapping[str, str] | None = None,
         **settings: Unpack[Settings],
     ) -> Engine:
-        """Load a GGUF model and, if given, its draft: a GGUF file, or "ngram" for proposals from the text itself.
+        """Load a GGUF model and, if given, its draft: a GGUF file, or the name of one without a file, such as "ngram".
 
         EngineConfig describes the settings and holds their defaults. None leaves one to the environment
         (``PYDFLASH_<NAME>``; ``environment`` replaces ``os.environ``) or its default. ``progress(bytes_done,

@@ -81,7 +81,7 @@ def store_kv(
 ) -> tuple[Tensor, Tensor]:
     """K through ``norm`` and rotated, and V rotated, into rows of their tables, in one kernel (store_kv.h).
 
-    k and v (T, Hkv, D), strided or not; rows (T,) int32; tables (P, Hkv*D) of f32, f16, bf16, q8_0 or q4_0 each.
+    k and v (T, Hkv, D), strided or not; rows (T,) int32; tables (P, Hkv*D), each of any cache type.
     ``signs`` are K's; a group of 0 does not rotate. Returns both tables after it, with ``set_rows``'s bytes.
     """
     _check_heads("store_kv", k, norm, positions, k_group, signs)

@@ -17,9 +17,11 @@ __all__ = ["FORMAT", "KINDS", "Fingerprint", "check_fingerprint"]
 FORMAT = 2
 """Raised when a version of this package gives the bytes of a snapshot another meaning, or another order."""
 
-KINDS: dict[str, type[KVSpec] | type[DeltaSpec] | type[RingSpec]] = {
-    "attention": KVSpec, "delta": DeltaSpec, "ring": RingSpec,
-}  # fmt: skip
+KINDS: dict[str, type[Any]] = {
+    "attention": KVSpec,
+    "delta": DeltaSpec,
+    "ring": RingSpec,
+}
 """What a layer can remember, by the names that files use."""
 
 
@@ -54,7 +56,7 @@ class Fingerprint:
         """The fingerprint in JSON's types."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
         names = {kind: name for name, kind in KINDS.items()}
-        return plain | {"layers": [{"kind": names[type(layer)], **asdict(layer)} for layer in self.layers]}  # type: ignore[call-overload, index]
+        return plain | {"layers": [{"kind": names[type(layer)], **asdict(layer)} for layer in self.layers]}  # type: ignore[call-overload]
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Fingerprint:

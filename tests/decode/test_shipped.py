@@ -12,6 +12,7 @@ import pytest
 
 from pydflash.decode import Sampler, SamplingParams, Stats, autoregressive, collect, speculative
 from pydflash.drafts import DraftSession, load_draft
+from pydflash.kv_format import CACHE_TYPES
 from pydflash.models import load_model
 from pydflash.runtime import Session
 from tests.helpers import Pair, cosine, dequantised
@@ -74,7 +75,7 @@ def test_speculative_text_is_autoregressive_text_on_200_held_out_prompts(shipped
     assert acceptance_over(shipped_pair, 200, 256) >= 4
 
 
-@pytest.mark.parametrize(("k", "v"), [("q4_0", "q4_0"), ("q4_0", "q8_0"), ("q8_0", "q8_0"), ("f32", "f32")])
+@pytest.mark.parametrize(("k", "v"), [*((name, name) for name in CACHE_TYPES), ("q4_0", "q8_0")])
 def test_speculative_text_is_autoregressive_text_over_every_cache(shipped_pair: Pair, k: str, v: str) -> None:
     for text in held_out_prompts(3):
         generate(shipped_pair, shipped_pair.model.tokenizer.encode(text), 48, k, v)

@@ -17,7 +17,9 @@ import pytest
 from pydflash.decode import Sampler, SamplingParams, autoregressive, speculative
 from pydflash.drafts import Draft, DraftSession, load_draft
 from pydflash.errors import ConfigError, DeviceError
+from pydflash.kv_format import CACHE_TYPES
 from pydflash.models import Model, load_model
+from pydflash.native.traits import CUDA
 from pydflash.runtime import Session
 from tests.helpers import Array, nmse, run_chunks
 from tests.reference.qwen35 import Reference
@@ -28,7 +30,7 @@ pytestmark = pytest.mark.cuda
 
 Target = Callable[[str, str], Path]
 
-CACHES = list(product(("f16", "q8_0", "q4_0"), repeat=2))
+CACHES = list(product([name for name, t in CACHE_TYPES.items() if t in CUDA.cache_types], repeat=2))
 # Twice as many roundings of one size (weights and attention beside activations), and the luck of the draw: the squared
 # error of a few thousand logits, most of which comes from a few amplified values.
 MORE_ROUNDINGS = 4

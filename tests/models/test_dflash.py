@@ -86,7 +86,7 @@ def test_absurd_metadata_of_a_draft_is_refused(
 
 
 def test_a_target_is_no_draft(tmp_path: Path, target: Model) -> None:
-    with pytest.raises(UnsupportedArchitecture, match="'qwen35' is not a DFlash draft"):
+    with pytest.raises(UnsupportedArchitecture, match="'qwen35' is not that of a draft"):
         load_draft(tiny.write_target(tmp_path / "t.gguf", BASE), target)
 
 

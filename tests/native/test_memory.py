@@ -69,7 +69,7 @@ def test_a_mapped_tensor_is_the_memory_that_it_lies_in(cpu: Backend) -> None:
 
 @pytest.mark.cuda
 def test_a_mapped_file_needs_a_device_that_reads_the_memory_of_the_host(cuda: Backend) -> None:
-    with pytest.raises(DeviceError, match="reads the host.s memory, not cuda:0"):
+    with pytest.raises(DeviceError, match="reads the host's memory, not cuda:0"):
         MappedArena(cuda, np.zeros(4096, np.uint8), {})
 
 

@@ -11,12 +11,15 @@ from pydflash import ops
 from pydflash._ffi import ffi, lib
 from pydflash.errors import ShapeError
 from pydflash.ggml_types import GGMLType
+from pydflash.kv_format import CACHE_TYPES
 from pydflash.native import Backend, Graph, Tensor
+from pydflash.native.traits import CPU, CUDA
 from tests.helpers import Array, Packed, compute, packed, relative, rounded
 
 SLOTS, KV_HEADS, GROUP = 160, 2, 3
-CPU_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
-CUDA_TYPES = ("f16", "bf16", "q8_0", "q4_0")
+CPU_TYPES, CUDA_TYPES = ([name for name, t in CACHE_TYPES.items() if t in d.cache_types] for d in (CPU, CUDA))
+SOME_PAIRS = [*((name, name) for name in CUDA_TYPES), ("q4_0", "q8_0")]
+"""Every type on both sides, and a mixed pair."""
 POSITIONS = np.array([0, 1, 31, 32, 63, 64, 65, 100, 127, 128, 129, 130, 131, 132, 133, 159], np.int32)
 
 # The CPU rounds q as the oracle does here, so that float32 arithmetic remains: sums of 256 products in the scores, an
@@ -28,10 +31,6 @@ CUDA_TOLERANCE = 1e-2
 # ggml accumulates f16 values in f16 on the CPU: the roundings of 160 sums, 2^-11 each, walk by 160^0.5 * 2^-11 = 6e-3,
 # and the largest of 25,000 results is a few times that.
 CPU_PREFILL_TOLERANCE = 2.5e-2
-
-
-def types(backend: Backend) -> tuple[str, ...]:
-    return CUDA_TYPES if backend.is_cuda else CPU_TYPES
 
 
 def operands(
@@ -80,7 +79,7 @@ def attend(
 @pytest.mark.parametrize("pair", list(product(CPU_TYPES, CPU_TYPES)), ids="/".join)
 @pytest.mark.parametrize("size", [64, 128, 256])
 def test_every_pair_of_cache_types_equals_the_formula(backend: Backend, size: int, pair: tuple[str, str]) -> None:
-    if not set(pair) <= set(types(backend)):
+    if not {CACHE_TYPES[name] for name in pair} <= set(backend.traits.cache_types):
         pytest.skip("CUDA takes no f32 cache")
     q, k, v = operands(*pair, size)
     got = attend(backend, q, k, v, POSITIONS)
@@ -139,18 +138,18 @@ def test_padding_and_a_row_that_sees_nothing_give_zeros(backend: Backend) -> Non
     assert not attend(backend, q, k, v, positions, held).any()
 
 
-@pytest.mark.parametrize("pair", [("f16", "f16"), ("bf16", "bf16"), ("q8_0", "q8_0"), ("q4_0", "q8_0")], ids="/".join)
+@pytest.mark.parametrize("pair", SOME_PAIRS, ids="/".join)
 def test_garbage_in_slots_that_no_row_sees_changes_no_bit(backend: Backend, pair: tuple[str, str]) -> None:
     q, k, v = operands(*pair)
     positions = np.arange(40, 56, dtype=np.int32)
     clean = attend(backend, q, k, v, positions)
     for table in (k, v):
-        table.data[56:] = 0xFF  # NaN in f16 and bf16, and in the f16 scales of q8_0 and q4_0
+        table.data[56:] = 0xFF  # NaN in f16 and bf16, and in the f16 scales of blocks
     assert np.array_equal(attend(backend, q, k, v, positions), clean)
     assert np.isfinite(clean).all()
 
 
-@pytest.mark.parametrize("pair", [("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "q8_0"), ("q4_0", "q4_0")], ids="/".join)
+@pytest.mark.parametrize("pair", SOME_PAIRS, ids="/".join)
 def test_a_row_is_bit_equal_at_every_width_and_place(backend: Backend, pair: tuple[str, str]) -> None:
     q, k, v = operands(*pair, 256)
     whole = attend(backend, q, k, v, POSITIONS)

@@ -12,6 +12,7 @@ import pytest
 from pydflash import ops
 from pydflash.errors import ShapeError
 from pydflash.ggml_types import GGMLType
+from pydflash.kv_format import CACHE_TYPES
 from pydflash.native import Backend, Graph, Tensor
 from pydflash.ops import NormRope
 from tests.helpers import Array, Packed, compute, packed, relative
@@ -19,7 +20,6 @@ from tests.ops.test_turbo_wht import rotated, signs_of
 from tests.reference import qwen35 as oracle
 
 EPS, BASE = 1e-6, 1e7
-TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 ROWS = (1, 3, 5, 16, 17, 100, 2048)
 # Head size, values under RoPE, rotation group: of the 27B target, of the draft, and every other combination once.
 SHAPES = [(256, 64, 0), (128, 128, 0), (256, 64, 256), (256, 256, 128), (256, 32, 64), (128, 64, 128), (128, 2, 64)]
@@ -151,8 +151,8 @@ def kv_leaves(
     return [random(4, rows, heads, 2 * size), weight_of(size), positions_of(rows), places, *tables]
 
 
-@pytest.mark.parametrize("v_type", TYPES)
-@pytest.mark.parametrize("k_type", TYPES)
+@pytest.mark.parametrize("v_type", CACHE_TYPES)
+@pytest.mark.parametrize("k_type", CACHE_TYPES)
 def test_store_kv_has_the_bytes_of_its_parts_in_every_pair(backend: Backend, k_type: str, v_type: str) -> None:
     shape = (256, 64, 256, 64)
     assert same_bytes(backend, fused_kv(*shape), plain_kv(*shape), *kv_leaves(17, 4, 256, k_type, v_type))

@@ -14,12 +14,15 @@ import pytest
 import typer.main
 
 from pydflash.cli import app, main
+from pydflash.kv_format import CACHE_TYPES
+from pydflash.native.traits import CPU, CUDA
 from tests.shipped import DRAFT, TARGET, needs_pair
 from tools.synth.__main__ import TARGETS, draft_geometry
 from tools.synth.blocks import TYPES
 from tools.synth.layout import Slot, draft_tensors, target_tensors, type_of
 
 ROOT = Path(__file__).parents[2]
+DEVICES = {"CPU": CPU, "CUDA": CUDA}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LOG = (ROOT / "docs" / "log.md").read_text(encoding="utf-8")
 PAGES = {
@@ -191,6 +194,14 @@ def test_the_memory_table_follows_from_the_geometry() -> None:
     table = README.partition("| what | GiB |")[2]
     assert re.findall(r"\| (\d+\.\d\d) \|", table) == [f"{size / 2**30:.2f}" for size in sizes]
     assert re.findall(r"\((\d+) KiB a position\)", table) == [str(size // positions // 1024) for size in sizes[2:6]]
+
+
+def test_the_page_of_cache_types_has_a_row_for_each() -> None:
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| (CPU(?:, CUDA)?) \|", PAGES["docs/kv-cache.md"], re.MULTILINE)
+    assert rows == [
+        (name, f"{8 * t.type_size / t.block_size:g}", ", ".join(n for n, d in DEVICES.items() if t in d.cache_types))
+        for name, t in CACHE_TYPES.items()
+    ]
 
 
 # --- the test command -------------------------------------------------------------------------------------------------

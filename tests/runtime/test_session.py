@@ -20,6 +20,7 @@ from pydflash.errors import (
     StateError,
 )  # fmt: skip
 from pydflash.ggml_types import GGMLType
+from pydflash.kv_format import CACHE_TYPES
 from pydflash.limits import TAPE_ROWS
 from pydflash.models import Model
 from pydflash.native import Arena
@@ -154,7 +155,7 @@ def test_features_need_a_capture(session: Session) -> None:
         ({"max_context": 0}, "max_context is 0; allowed: an integer, 1 to 16777216"),
         ({"max_context": -5}, "max_context"),
         ({"max_context": 10**9}, "max_context"),
-        ({"cache_k": "q5_0"}, "cache_k is 'q5_0'; valid values are f32, f16, bf16, q8_0, q4_0"),
+        ({"cache_k": "q5_k"}, f"cache_k is 'q5_k'; valid values are {', '.join(CACHE_TYPES)}$"),
         ({"cache_v": "F16"}, "cache_v is 'F16'; valid values are"),
         ({"cache_v": ""}, "cache_v"),
         ({"k_rotation": "hadamard"}, "auto, none, hadamard-256, hadamard-128, hadamard-64, signed-128"),

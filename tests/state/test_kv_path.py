@@ -13,11 +13,12 @@ import pytest
 from pydflash._ffi import ffi, lib
 from pydflash.decode import Sampler, SamplingParams, collect, speculative
 from pydflash.drafts import DraftSession
+from pydflash.kv_format import CACHE_TYPES
 from pydflash.runtime import Session
 from tests.helpers import Pair, state_of
 from tests.tiny import GEOMETRIES
 
-LOSSY = ("f16", "bf16", "q8_0", "q4_0")
+LOSSY = [name for name in CACHE_TYPES if name != "f32"]
 # Cache types and bases of K and V.
 CASES = [("f16", "f16", "none", "none"), ("q4_0", "q8_0", "auto", "none"), ("q4_0", "q4_0", "auto", "hadamard-64")]
 CASES += [("q8_0", "bf16", "signed-128", "hadamard-256"), ("q4_0", "f16", "hadamard-64", "hadamard-128")]
