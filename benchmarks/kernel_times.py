@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-try:  # before our libraries: the C++ runtime inside libggml-cuda is not torch's, and torch aborts when it comes second
+try:
     from torch.profiler import ProfilerActivity, profile
 except ImportError:
     raise SystemExit("benchmarks.kernel_times needs PyTorch: pip install torch") from None

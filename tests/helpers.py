@@ -10,10 +10,12 @@ from typing import Any
 import gguf
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from pydflash.drafts import Draft, DraftSession
+from pydflash.errors import ShapeError
 from pydflash.ggml_types import GGMLType
-from pydflash.models import Model
+from pydflash.models import Model, load_model
 from pydflash.native import Backend, Graph, Tensor
 from pydflash.runtime import Session
 from tests.reference.qwen35 import Array, Reference, Weights
@@ -94,6 +96,18 @@ def compute(backend: Backend, build: Callable[..., Tensor | Sequence[Tensor]], *
         return [_read(backend, tensor) for tensor in outputs]
     finally:
         graph.close()
+
+
+Shapes = Sequence[tuple[tuple[int, ...], GGMLType]]
+
+
+def check_refused(backend: Backend, build: Callable[..., Tensor], shapes: Shapes) -> None:
+    """``build`` of inputs of these shapes and types raises a ShapeError."""
+    graph = Graph(backend, 64)
+    tensors = [graph.input(shape, dtype) for shape, dtype in shapes]
+    with pytest.raises(ShapeError):
+        build(*tensors)
+    graph.close()
 
 
 def _leaf(graph: Graph, leaf: Leaf) -> Tensor:
@@ -236,6 +250,23 @@ def run_chunks(session: Session, tokens: Sequence[int], width: int) -> npt.NDArr
         rows.append(session.forward(piece, "all").logits)
         session.commit(len(piece))
     return np.concatenate(rows)
+
+
+def engine_rows(path: Path, tokens: Sequence[int], width: int = 8) -> npt.NDArray[np.float32]:
+    """:func:`run_chunks` of the model in a file, on one thread of the CPU with an f32 cache."""
+    with load_model(path, "cpu", threads=1) as model, Session(model, 256, "f32", "f32") as session:
+        return run_chunks(session, tokens, width)
+
+
+def captured(path: Path, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Residual stream (len(tokens), layers, hidden) of one forward of the model in a file, on the CPU."""
+    with load_model(path, "cpu", threads=1) as model:
+        layers = tuple(range(model.config.layers))
+        with Session(model, 256, "f32", "f32", capture=layers) as session:
+            session.forward(tokens, "none")
+            out = np.empty(session.features.shape, np.float32)
+            model.backend.read(session.features, out)
+    return out[: len(tokens)]
 
 
 def state_of(session: Session, model: Model) -> dict[str, npt.NDArray[Any]]:

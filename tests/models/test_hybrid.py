@@ -21,7 +21,7 @@ import pytest
 from pydflash.errors import StateError
 from pydflash.models import load_model
 from pydflash.runtime import Session
-from tests.helpers import Array, RoundedReference, cosine, nmse, run_chunks
+from tests.helpers import RoundedReference, captured, cosine, engine_rows, nmse
 from tests.reference.qwen35 import Reference
 from tests.tiny import GEOMETRIES, K_QUANT_GEOMETRIES
 
@@ -41,22 +41,6 @@ SENSITIVE = ("equal", "mtp", "listed")
 def tokens_for(name: str, count: int = 24) -> list[int]:
     tokens: list[int] = np.random.default_rng(0).integers(0, GEOMETRIES[name].vocab, count).tolist()
     return tokens
-
-
-def engine_rows(path: Path, tokens: list[int], width: int = 8) -> Array:
-    with load_model(path, "cpu", threads=1) as model, Session(model, 256, "f32", "f32") as session:
-        return run_chunks(session, tokens, width)
-
-
-def captured(path: Path, tokens: list[int]) -> Array:
-    """(rows, layers, hidden) of one forward of at most 16 tokens."""
-    with load_model(path, "cpu", threads=1) as model:
-        layers = tuple(range(model.config.layers))
-        with Session(model, 256, "f32", "f32", capture=layers) as session:
-            session.forward(tokens, "none")
-            out = np.empty(session.features.shape, np.float32)
-            model.backend.read(session.features, out)
-    return out[: len(tokens)]
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)

@@ -1,8 +1,8 @@
 """A `qwen35moe` model computes what the numpy oracle computes, in steps of any width, and a bad file is named.
 
-The rules, and the reasons for the tolerances, are those of test_logits.py and test_widths.py. What is new is a choice:
-the router's logits decide which experts run for a row. Where the rounding of activations moves two of them past each
-other, the oracle that does not round runs another expert, and is as far off as if its weights were others. So its
+The rules, and the reasons for the tolerances, are those of test_hybrid.py and runtime/test_runner.py. What is new is a
+choice: the router's logits decide which experts run for a row. Where the rounding of activations moves two of them past
+each other, the oracle that does not round runs another expert, and is as far off as if its weights were others. So its
 distance has no bound to state; it is the measure of what rounding is worth, and the oracle that rounds as the engine
 does has to be many times closer.
 """
@@ -21,7 +21,7 @@ from pydflash.errors import BadMetadata, LoadError, MissingTensor
 from pydflash.models import Model, load_model
 from pydflash.runtime import Session
 from tests import tiny
-from tests.helpers import Array, RoundedMoEReference, cosine, nmse, run_chunks
+from tests.helpers import Array, RoundedMoEReference, captured, cosine, engine_rows, nmse, run_chunks
 from tests.reference.qwen35moe import MoEReference
 from tests.tiny import MOE_GEOMETRIES, WEIGHT_TYPES, write_target
 from tools.synth.layout import Slot
@@ -31,8 +31,8 @@ Target = Callable[[str, str], Path]
 # Rows of moe_fused do not divide into blocks of K-quants.
 QUANTISED = [("moe", types) for types in WEIGHT_TYPES[2:]] + [("moe_fused", t) for t in ("bf16", "q8_0", "q4_0")]
 EVERY = [(name, types) for name in MOE_GEOMETRIES for types in ("f32", "f16")] + QUANTISED
-COSINE, FLOAT32_NMSE = 0.99999, 1e-11  # test_logits.py
-CLOSER = 16  # 60 times and more was seen; without other experts, test_logits.py asks for 4
+COSINE, FLOAT32_NMSE = 0.99999, 1e-11  # test_hybrid.py
+CLOSER = 16  # 60 times and more was seen; without other experts, test_hybrid.py asks for 4
 SENSITIVE = ("moe_fused",)  # rows of 128 and states of 32, as there
 COUNT = 40
 
@@ -45,22 +45,6 @@ def tokens_for(name: str, count: int = COUNT) -> list[int]:
 def rows_of(model: Model, tokens: list[int], width: int, cache: str = "f32", **options: Any) -> Array:
     with Session(model, 256, cache, cache, **options) as session:
         return run_chunks(session, tokens, width)
-
-
-def engine_rows(path: Path, tokens: list[int], width: int = 8) -> Array:
-    with load_model(path, "cpu", threads=1) as model:
-        return rows_of(model, tokens, width)
-
-
-def captured(path: Path, tokens: list[int]) -> Array:
-    """(rows, layers, hidden) of one forward."""
-    with load_model(path, "cpu", threads=1) as model:
-        layers = tuple(range(model.config.layers))
-        with Session(model, 256, "f32", "f32", capture=layers) as session:
-            session.forward(tokens, "none")
-            out = np.empty(session.features.shape, np.float32)
-            model.backend.read(session.features, out)
-    return out[: len(tokens)]
 
 
 # --- the oracle -------------------------------------------------------------------------------------------------------
@@ -134,7 +118,7 @@ def test_threads_do_not_change_a_bit(target_of: Target, types: str) -> None:
 
 @pytest.mark.parametrize(("name", "types"), EVERY)
 def test_prefill_agrees_with_single_steps_within_rounding(target_of: Target, name: str, types: str) -> None:
-    """As of test_widths.py: no further than single steps are from the oracle that rounds nothing."""
+    """As of runtime/test_runner.py: no further than single steps are from the oracle that rounds nothing."""
     path, tokens = target_of(name, types), tokens_for(name, 100)
     with load_model(path, "cpu", threads=1) as model:
         single = rows_of(model, tokens, 1)

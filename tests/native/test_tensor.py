@@ -9,9 +9,9 @@ import pytest
 from pydflash.errors import ShapeError
 from pydflash.ggml_types import GGMLType
 from pydflash.native import Backend, Graph, Tensor
+from tests.helpers import Shapes, check_refused
 
 F = GGMLType.F32
-Shapes = list[tuple[tuple[int, ...], GGMLType]]
 REFUSED: dict[str, tuple[Callable[..., Tensor], Shapes]] = {
     "add": (lambda x, y: x + y, [((8, 4), F), ((8, 3), F)]),
     "mul with more axes": (lambda x, y: x * y, [((4,), F), ((8, 4), F)]),
@@ -27,12 +27,7 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], Shapes]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_does_not_fit_is_refused_before_ggml(cpu: Backend, name: str) -> None:
-    build, shapes = REFUSED[name]
-    graph = Graph(cpu, 64)
-    tensors = [graph.input(shape, dtype) for shape, dtype in shapes]
-    with pytest.raises(ShapeError):
-        build(*tensors)
-    graph.close()
+    check_refused(cpu, *REFUSED[name])
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from pydflash import ops
-from pydflash.errors import DeviceError, ShapeError
+from pydflash.errors import DeviceError
 from pydflash.ggml_types import GGMLType
 from pydflash.kv_format import CACHE_TYPES
-from pydflash.native import Backend, Graph, Tensor
+from pydflash.native import Backend, Tensor
 from pydflash.ops import norms
-from tests.helpers import Array, Packed, compute, packed, relative
+from tests.helpers import Array, Packed, Shapes, check_refused, compute, packed, relative
 from tests.reference import qwen35 as oracle
 
 RNG = np.random.default_rng(5)
@@ -198,7 +198,6 @@ def test_cuda_gives_the_numbers_of_the_cpu(cuda: Backend, cpu: Backend, name: st
 
 
 F, INT = GGMLType.F32, GGMLType.I32
-Shapes = list[tuple[tuple[int, ...], GGMLType]]
 REFUSED: dict[str, tuple[Callable[..., Tensor], Shapes]] = {
     "get_rows of a vector": (ops.get_rows, [((8,), F), ((2,), INT)]),
     "get_rows by a matrix": (ops.get_rows, [((8, 4), F), ((2, 2), INT)]),
@@ -226,9 +225,4 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], Shapes]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_does_not_fit_is_refused_before_ggml(cpu: Backend, name: str) -> None:
-    build, shapes = REFUSED[name]
-    graph = Graph(cpu, 64)
-    tensors = [graph.input(shape, dtype) for shape, dtype in shapes]
-    with pytest.raises(ShapeError):
-        build(*tensors)
-    graph.close()
+    check_refused(cpu, *REFUSED[name])
