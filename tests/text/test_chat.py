@@ -1,16 +1,15 @@
-"""Chat templates render what their authors meant, refuse what is malformed, and stay inside their sandbox."""
+"""Chat templates render what their authors meant and say what is wrong with them."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
 import pytest
 
-from pydflash.errors import BadMetadata, ConfigError, TemplateError
-from pydflash.text import chat
+from pydflash.errors import BadMetadata, TemplateError
+from pydflash.text import sandbox
 from pydflash.text.chat import ChatTemplate
 
 USER = {"role": "user", "content": "hi"}
@@ -119,146 +118,12 @@ def test_render_errors_inside_macros_name_the_innermost_line() -> None:
         ("{{ x | nothing }}", "line 1: No filter named 'nothing'"),
         ("\n\n{% endfor %}", "line 3"),
         ("{{ " + "(" * 5000 + ")" * 5000 + " }}", "RecursionError"),
-        ("x" * (chat.MAX_SOURCE + 1), "characters"),
+        ("x" * (sandbox.MAX_SOURCE + 1), "characters"),
     ],
 )
 def test_compile_errors_name_line_and_reason(source: str, message: str) -> None:
     with pytest.raises(TemplateError, match=message):
         ChatTemplate(source)
-
-
-def test_text_parts_are_joined() -> None:
-    parts = [{"type": "text", "text": "a"}, {"text": "b"}]
-    assert render("{{ messages[0].content }}", [{"role": "user", "content": parts}]) == "ab"
-
-
-@pytest.mark.parametrize("wrap", [lambda call: {"function": call}, lambda call: call], ids=["openai", "flat"])
-def test_tool_call_arguments_as_json_text_become_a_mapping(wrap: Any) -> None:
-    source = (
-        "{% for call in messages[0].tool_calls %}{% set f = call.function if call.function is defined else call %}"
-        "{{ f.name }}:{% for k, v in f.arguments|items %}{{ k }}={{ v }};{% endfor %}{% endfor %}"
-        "[{{ messages[0].content }}]"
-    )
-    for arguments in ('{"city": "Köln", "n": 2}', {"city": "Köln", "n": 2}):
-        message = {"role": "assistant", "tool_calls": [wrap({"name": "f", "arguments": arguments})]}
-        assert render(source, [message]) == "f:city=Köln;n=2;[]"
-
-
-@pytest.mark.parametrize(
-    ("messages", "where"),
-    [
-        ("hello", "messages is a str"),
-        ({"role": "user"}, "messages is a dict"),
-        ([], "messages is empty"),
-        ([USER, "x"], r"messages\[1\] is a str"),
-        ([USER, {"content": "x"}], r"messages\[1\] has role None"),
-        ([{"role": 3, "content": "x"}], r"messages\[0\] has role 3"),
-        ([USER, USER, {"role": "assistant"}], r"messages\[2\] \(assistant\) has no content"),
-        ([{"role": "user", "content": 5}], r"messages\[0\].content is a int"),
-        ([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}], r"content\[1\] is 'image'"),
-        ([{"role": "user", "content": ["a"]}], r"messages\[0\].content\[0\] is a str"),
-        ([{"role": "assistant", "tool_calls": "f()"}], r"messages\[0\].tool_calls is 'f\(\)'"),
-        ([{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}], r"tool_calls\[0\].* not JSON"),
-        ([{"role": "assistant", "tool_calls": [{"arguments": "[1]"}]}], r"tool_calls\[0\].* not a JSON object"),
-    ],
-)
-def test_malformed_messages_are_refused_with_their_index(messages: Any, where: str) -> None:
-    with pytest.raises(ConfigError, match=where):
-        render("x", messages)
-
-
-def test_malformed_tools_are_refused() -> None:
-    with pytest.raises(ConfigError, match="tools is"):
-        render("x", tools={"name": "f"})
-
-
-ESCAPES = [
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "{{ messages.__class__ }}",
-    "{{ messages|attr('__class__')|string ~ messages|attr('__init__')|string ~ messages.__init__.__globals__ }}",
-    "{{ raise_exception.__globals__['json'] }}",
-    "{{ strftime_now.__code__.co_consts }}",
-    "{{ namespace.__init__.__globals__ }}",
-    "{{ cycler.__init__.__globals__.os.system('true') }}",
-    "{{ self._TemplateReference__context.environment }}",
-    "{{ '{0.__class__.__init__.__globals__}'.format(raise_exception) }}",
-    "{{ ('{0.__class__}'|attr('format'))(1).x.y }}",
-    "{% set f = ''|attr('format_map') %}{{ f({}).x.y }}",
-    "{{ (1).__class__.__base__ }}",
-    "{% include '/etc/passwd' %}",
-    "{% import 'os' as os %}",
-    "{{ messages.append(1) }}",
-    "{{ messages[0].update({'role': 'x'}) }}",
-    "{{ messages[0].pop('role') }}",
-]
-
-
-@pytest.mark.parametrize("source", ESCAPES)
-def test_sandbox_escapes_reach_nothing(source: str) -> None:
-    messages = [dict(USER)]
-    with contextlib.suppress(TemplateError):
-        assert render(source, messages) == ""  # an unsafe attribute that is only printed is undefined, which is empty
-    assert messages == [USER]
-
-
-def test_using_an_unsafe_attribute_is_an_error_that_says_so() -> None:
-    with pytest.raises(TemplateError, match=r"line 1: access to attribute '__class__' of 'list' object is unsafe"):
-        render("{{ messages.__class__.__base__ }}")
-    with pytest.raises(TemplateError, match=r"line 1: access to attribute 'ljust' of 'str' object is unsafe"):
-        render("{{ 'x'.ljust(3) }}")
-
-
-def repeated(step: str) -> str:
-    return f"{{% set n = namespace(v='xx') %}}{{% for i in range(60) %}}{{% set n.v = {step} %}}{{% endfor %}}"
-
-
-BOMBS = {
-    "range": "{% for i in range(100000000) %}{% endfor %}",
-    "output": "{% for i in range(10000) %}{{ 'x' * 10000 }}{% endfor %}",
-    "times": "{{ ('x' * 1000000000)|length }}",
-    "list": "{{ ([1] * 1000000000)|length }}",
-    "power": "{{ 9 ** 999999999 }}",
-    "squares": "{% set n = namespace(v=3) %}{% for i in range(60) %}{% set n.v = n.v * n.v %}{% endfor %}",
-    "plus": repeated("n.v + n.v"),
-    "tilde": repeated("n.v ~ n.v"),
-    "replace": repeated("n.v.replace('x', n.v)"),
-    "filter": repeated("n.v|replace('x', n.v)"),
-    "join": repeated("n.v.join(n.v)"),
-    "join filter": repeated("n.v|join(n.v)"),
-    "centre": "{{ 'x'.center(1000000000)|length }}",
-    "centre filter": "{{ 'x'|center(1000000000)|length }}",
-    "format": "{{ '{:1000000000}'.format(1)|length }}",
-    "nested format": "{{ '{:{}}'.format(1, 1000000000)|length }}",
-    "percent": "{{ ('%1000000000d' % 1)|length }}",
-    "star": "{{ '%*d'|format(1000000000, 1)|length }}",
-    "indent": "{{ 'a\nb'|indent(1000000000)|length }}",
-    "json": "{{ [1]|tojson(indent=1000000000)|length }}",
-    "endless": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-}
-
-
-@pytest.mark.parametrize("source", BOMBS.values(), ids=BOMBS.keys())
-def test_runaway_sizes_are_stopped_before_they_are_made(source: str) -> None:
-    with pytest.raises(
-        TemplateError, match=r"would exceed|most allowed|allowed: 0 to|width above|unsafe|No filter|too big|recur"
-    ):
-        render(source)
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{% set r = range(9999)|list %}"
-        "{% for i in r %}{% for j in r %}{% for k in r %}{% endfor %}{% endfor %}{% endfor %}",
-        "{% macro m(n) %}{% if n %}{{ m(n - 1) ~ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
-        "{% for x in [60] recursive %}{{ loop([x - 1, x - 1]) if x else '' }}{% endfor %}",
-    ],
-    ids=["loops", "macros", "recursive loop"],
-)
-def test_runaway_time_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "MAX_SECONDS", 0.2)
-    with pytest.raises(TemplateError, match="ran for more than"):
-        render(source)
 
 
 def test_metadata_gives_the_template_and_its_token_variables() -> None:
