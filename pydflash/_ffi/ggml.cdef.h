@@ -64,7 +64,6 @@ void ggml_backend_synchronize(ggml_backend_t backend);
 ggml_backend_dev_t ggml_backend_get_device(ggml_backend_t backend);
 ggml_backend_buffer_type_t ggml_backend_get_default_buffer_type(ggml_backend_t backend);
 bool ggml_backend_supports_op(ggml_backend_t backend, const struct ggml_tensor * op);
-int ggml_backend_graph_compute_async(ggml_backend_t backend, struct ggml_cgraph * cgraph);
 void ggml_backend_tensor_set_async(ggml_backend_t backend, struct ggml_tensor * tensor, const void * data, size_t offset, size_t size);
 void ggml_backend_tensor_get_async(ggml_backend_t backend, const struct ggml_tensor * tensor, void * data, size_t offset, size_t size);
 void ggml_backend_dev_memory(ggml_backend_dev_t device, size_t * free, size_t * total);
@@ -121,5 +120,8 @@ int64_t pydflash_stack_left(void);
 size_t pydflash_graph_work_size(struct ggml_cgraph * cgraph, int n_threads);
 size_t pydflash_context_operands(const struct ggml_context * ctx);
 void pydflash_graph_set_uid(struct ggml_cgraph * cgraph);
+struct pydflash_copy { struct ggml_tensor * tensor; void * data; size_t size; };
+int pydflash_step(ggml_backend_t backend, struct ggml_cgraph * graph, int64_t stack, const struct pydflash_copy * inputs,
+    int n_inputs, const struct pydflash_copy * results, int n_results);
 void pydflash_log_start(void);
 int pydflash_log_last(char * line, int size);

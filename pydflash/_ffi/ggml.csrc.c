@@ -56,6 +56,13 @@ static ggml_backend_t pydflash_cuda_init(int device) {
     return cuda_init ? cuda_init(device) : NULL;
 }
 
+/* Bytes between a tensor and the host. */
+struct pydflash_copy {
+    struct ggml_tensor * tensor;
+    void *               data;
+    size_t               size;
+};
+
 /* Can `size` bytes be allocated now? ggml asserts that its allocations succeed. */
 static bool pydflash_can_allocate(size_t size) {
     void * memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -144,6 +151,27 @@ static size_t pydflash_context_operands(const struct ggml_context * ctx) {
 /* Bytes that the CPU back end will allocate for a graph when it first runs it. */
 static size_t pydflash_graph_work_size(struct ggml_cgraph * cgraph, int n_threads) {
     return ggml_graph_plan(cgraph, n_threads, NULL).work_size;
+}
+
+/* A step in one call, so that a thread waits for Python's interpreter lock once: inputs to the device, the graph, results
+ * to the host. Without results it does not wait for the device. Returns a ggml_status, or -1 when the thread has less
+ * than `stack` bytes of its stack left and nothing was done. */
+static int pydflash_step(ggml_backend_t backend, struct ggml_cgraph * graph, int64_t stack, const struct pydflash_copy * inputs,
+                         int n_inputs, const struct pydflash_copy * results, int n_results) {
+    if (pydflash_stack_left() < stack) {
+        return -1;
+    }
+    for (int i = 0; i < n_inputs; i++) {
+        ggml_backend_tensor_set_async(backend, inputs[i].tensor, inputs[i].data, 0, inputs[i].size);
+    }
+    enum ggml_status status = ggml_backend_graph_compute_async(backend, graph);
+    for (int i = 0; i < n_results && status == GGML_STATUS_SUCCESS; i++) {
+        ggml_backend_tensor_get_async(backend, results[i].tensor, results[i].data, 0, results[i].size);
+    }
+    if (n_results) {
+        ggml_backend_synchronize(backend);
+    }
+    return status;
 }
 
 /* ggml's log lines: only the last complete warning or error is kept, for the message of a NativeError. */

@@ -6,21 +6,38 @@ written before each run. Building a graph costs about a microsecond per operatio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import numpy.typing as npt
 
 from pydflash._ffi import check, ffi, lib
 from pydflash.errors import DeviceError, OutOfMemory
 from pydflash.ggml_types import GGMLType
 from pydflash.native.backend import Backend
 from pydflash.native.device_lock import DeviceLock, closing, exclusive
-from pydflash.native.headroom import check_allocation, check_stack
+from pydflash.native.headroom import STACK, check_allocation, check_stack, refuse_stack
 from pydflash.native.memory import new_context
 from pydflash.native.tensor import Shape, Tensor, new_tensor
 from pydflash.native.traits import Traits
 
-__all__ = ["Graph"]
+__all__ = ["Copies", "Graph"]
 
 _ALLOCATOR_BYTES = 1024  # a node, at most: what ggml keeps to place it and its operands
+
+
+class Copies:
+    """What a run copies besides: the beginnings of tensors, from or to contiguous arrays of their types."""
+
+    def __init__(self, pairs: Sequence[tuple[Tensor, npt.NDArray[Any]]] = ()) -> None:
+        self._arrays = [values for _, values in pairs]  # whose memory C is given
+        self.count = len(pairs)
+        self.c = ffi.new("struct pydflash_copy[]", self.count)
+        for entry, (tensor, values) in zip(self.c, pairs):
+            entry.tensor, entry.data, entry.size = tensor.c, ffi.cast("void *", values.ctypes.data), values.nbytes
+
+
+_NOTHING = Copies()
 
 
 class Graph:
@@ -111,13 +128,15 @@ class Graph:
         lib.pydflash_graph_set_uid(self.c)
 
     @exclusive
-    def run(self) -> None:
-        """Enqueue one run. Write the inputs first; read the outputs after.
+    def run(self, inputs: Copies = _NOTHING, results: Copies = _NOTHING) -> None:
+        """Enqueue one run, with ``inputs`` written before it; then wait for ``results``, if any.
 
         Raises DeviceError when the calling thread has too little stack.
         """
-        check_stack()
-        check(lib.ggml_backend_graph_compute_async(self.backend.c, self.c), "running a graph")
+        status = lib.pydflash_step(self.backend.c, self.c, STACK, inputs.c, inputs.count, results.c, results.count)
+        if status < 0:
+            refuse_stack()
+        check(status, "running a graph")
 
     @closing
     def close(self) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import NoReturn
 
 from pydflash._ffi import lib
 from pydflash.errors import DeviceError, OutOfMemory
 
-__all__ = ["STACK", "check_allocation", "check_stack", "check_threads"]
+__all__ = ["STACK", "check_allocation", "check_stack", "check_threads", "refuse_stack"]
 
 STACK = 128 << 10
 """Bytes of stack that a thread must have left to build or run a graph."""
@@ -26,12 +27,17 @@ def check_allocation(size: int, what: str) -> None:
 
 def check_stack() -> None:
     """DeviceError when the calling thread has less than ``STACK`` bytes of its stack left."""
-    left = lib.pydflash_stack_left()
-    if left < STACK:
-        raise DeviceError(
-            f"a graph needs {STACK >> 10} KiB of stack, and this thread has {max(left, 0) >> 10} KiB left; "
-            "call threading.stack_size(1 << 20) before the thread is made, or raise ulimit -s"
-        )
+    if lib.pydflash_stack_left() < STACK:
+        refuse_stack()
+
+
+def refuse_stack() -> NoReturn:
+    """What ``check_stack`` raises."""
+    left = max(lib.pydflash_stack_left(), 0)
+    raise DeviceError(
+        f"a graph needs {STACK >> 10} KiB of stack, and this thread has {left >> 10} KiB left; "
+        "call threading.stack_size(1 << 20) before the thread is made, or raise ulimit -s"
+    )
 
 
 def check_threads(count: int) -> None:

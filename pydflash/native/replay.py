@@ -11,14 +11,16 @@ import numpy.typing as npt
 
 from pydflash.ggml_types import GGMLType
 from pydflash.native.backend import Backend
-from pydflash.native.graph import Graph
+from pydflash.native.graph import Copies, Graph
 from pydflash.native.tensor import Shape, Tensor
 
 __all__ = ["Replay", "ReplayCache"]
 
 
 class Replay:
-    """A graph and its inputs. ``values`` holds them on the host, by name; ``run`` writes all in one piece and runs."""
+    """A graph, its inputs and its results. ``values`` holds the inputs on the host, by name, ``results`` what the last
+    run gave; ``run`` does all in one piece.
+    """
 
     def __init__(self, backend: Backend, fields: Mapping[str, Shape]) -> None:
         """``fields``: name to shape, (n,) or (rows, n), of what each run is told. The graph is yet to be built."""
@@ -32,6 +34,8 @@ class Replay:
             name: piece.reshape(shape) for (name, shape), piece in zip(fields.items(), pieces)
         }
         self._starts = dict(zip(fields, [0, *ends[:-1].tolist()]))
+        self.results: dict[str, npt.NDArray[np.int32]] = {}
+        self._inputs, self._results = Copies([(self._input, self._values)]), Copies()
 
     def input(self, name: str) -> Tensor:
         """The field ``name``, of shape (n,), as a node of the graph."""
@@ -43,10 +47,14 @@ class Replay:
         (rows, n), start = self._fields[name], self._starts[name]
         return [self._input.slice(0, start + row * n, start + (row + 1) * n) for row in range(rows)]
 
+    def read_after(self, results: Mapping[str, Tensor]) -> None:
+        """Have every run bring these int32 tensors, outputs of the graph or memory it writes, to ``results``."""
+        self.results = {name: np.zeros(tensor.shape, np.int32) for name, tensor in results.items()}
+        self._results = Copies([(tensor, self.results[name]) for name, tensor in results.items()])
+
     def run(self) -> None:
-        """Write ``values`` to the device and enqueue one run."""
-        self.graph.backend.write(self._input, self._values)
-        self.graph.run()
+        """Write ``values`` to the device and enqueue one run; wait for it where there are ``results``."""
+        self.graph.run(self._inputs, self._results)
 
     def close(self) -> None:
         """Free the graph. Safe to call twice."""

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pydflash.errors import StateError
-from pydflash.native import DeviceLock, Tensor, exclusive
+from pydflash.native import DeviceLock, exclusive
 from pydflash.runtime.runner import Head, StepReplay
 
 __all__ = ["Output"]
 
 
 class Output:
-    """Logits and most likely tokens, copied from the device when first asked for; valid until the session's next
+    """Logits, copied from the device when first asked for, and most likely tokens; valid until the session's next
     forward.
 
     ``logits``: (rows, vocab) float32. ``argmax``: (rows,) int32, the most likely token of each row, the first of equal
-    ones; -1 where a logit is NaN or the largest is infinite. ``count``: tokens that the step computed.
+    ones; -1 where a logit is NaN or the largest is infinite. ``count``: tokens that the step computed. StateError for
+    either after a forward with logits='none'.
     """
 
     def __init__(self, lock: DeviceLock, step: StepReplay, count: int, head: Head, check: Callable[[], None]) -> None:
@@ -47,21 +47,29 @@ class Output:
     @property
     def logits(self) -> npt.NDArray[np.float32]:
         if self._logits is None:
-            self._logits = self._read("logits", np.float32)
+            self._logits = self._read_logits()
         return self._logits
 
     @property
     def argmax(self) -> npt.NDArray[np.int32]:
         if self._argmax is None:
-            self._argmax = self._read("argmax", np.int32)
+            self._argmax = self._most_likely()
         return self._argmax
 
     @exclusive
-    def _read(self, name: str, dtype: type) -> npt.NDArray[Any]:
+    def _read_logits(self) -> npt.NDArray[np.float32]:
+        step = self._current()
+        out: npt.NDArray[np.float32] = np.empty((self._rows, step.logits.shape[1]), np.float32)
+        step.graph.backend.read(step.logits, out)
+        return out
+
+    @exclusive
+    def _most_likely(self) -> npt.NDArray[np.int32]:
+        found: npt.NDArray[np.int32] = self._current().results["argmax"][: self._rows].copy()
+        return found
+
+    def _current(self) -> StepReplay:
         if self._step is None:
             raise StateError("the forward ran with logits='none'; ask for 'last' or 'all'")
         self._check()
-        tensor: Tensor = getattr(self._step, name)
-        out: npt.NDArray[Any] = np.empty((self._rows, *tensor.shape[1:]), dtype)
-        self._step.graph.backend.read(tensor, out)
-        return out
+        return self._step

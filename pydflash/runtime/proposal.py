@@ -62,6 +62,10 @@ class DeviceProposal:
             self._ids = ids
         return self._ids
 
+    def arrived(self, tokens: npt.NDArray[np.int32]) -> None:
+        """The step that verified them has copied them to the host: (at least len,) int32."""
+        self._ids = tokens[: self._count].copy()
+
     def first(self, count: int) -> DeviceProposal:
         return DeviceProposal(self.arena, min(count, self._count))
 

@@ -53,12 +53,12 @@ class _Shape(NamedTuple):
 
 
 class StepReplay(Replay):
-    """The graph of a step and its results: ``logits`` (rows, vocab) f32 and ``argmax`` (rows,) int32, unless its head
-    is "none"."""
+    """The graph of a step: unless its head is "none" it has ``logits`` (rows, vocab) f32, and every run brings the host
+    "argmax", (rows,), and the tokens of a "proposal", (width,).
+    """
 
     mask: Tensor | None = None
     logits: Tensor
-    argmax: Tensor
 
 
 class Runner:
@@ -82,7 +82,7 @@ class Runner:
         self.wide: ReplayCache[_Shape, StepReplay] = ReplayCache(self._build, _WIDE_GRAPHS_KEPT)
 
     def run(self, rows: Rows) -> StepReplay:
-        """Enqueue a step; its results are valid until the next one of the same shape."""
+        """Run a step, or enqueue it where nothing is asked for; its results are valid until the next of its shape."""
         count = len(rows.ids)
         width = width_for(count)
         arena, ids = (rows.ids.arena, 0) if isinstance(rows.ids, DeviceProposal) else (None, rows.ids)
@@ -103,6 +103,8 @@ class Runner:
         if step.mask is not None:
             self._model.backend.write(step.mask, _causal_mask(positions, step.mask.shape[1]))
         step.run()
+        if isinstance(rows.ids, DeviceProposal) and "proposal" in step.results:
+            rows.ids.arrived(step.results["proposal"])
         return step
 
     def close(self) -> None:
@@ -138,12 +140,12 @@ class Runner:
             for residual, ring_rows in zip(captured, step.inputs("features")):
                 graph.effect(set_rows(ring, ring_rows, residual))
         graph.effect(x)
-        step.logits = step.argmax = x
         if shape.head != "none":
-            step.logits = model.network.head(x if shape.head == "all" else get_rows(x, step.input("last")))
-            step.argmax = argmax(step.logits)
-            graph.output(step.logits)
-            graph.output(step.argmax)
+            step.logits = graph.output(
+                model.network.head(x if shape.head == "all" else get_rows(x, step.input("last")))
+            )
+            results = {"argmax": graph.output(argmax(step.logits))}
+            step.read_after(results if shape.proposal is None else results | {"proposal": tokens})
         graph.finish()
         return step
 
