@@ -66,7 +66,8 @@ class Talk:
         """Raises TemplateError where the model file has no usable template: no question would get an answer."""
         self._engine, self._params, self._stats = engine, params, stats
         self._variables = None if think is None else {"enable_thinking": think}
-        if think is not None and "enable_thinking" not in engine.chat_template.source:
+        template = engine.chat_template.source
+        if think is not None and "enable_thinking" not in template:
             note("the chat template does not know enable_thinking, so --think and --no-think change nothing")
         self._system: list[Message] = [{"role": "system", "content": system}] if system else []
         self._turns: list[list[Message]] = []  # a question and what followed it
@@ -129,17 +130,21 @@ class Talk:
     def _context(self) -> int:
         return self._engine.config.max_context
 
+    @property
+    def _too_many(self) -> str:
+        return f"more than the context of {self._context:,} (--max-context)"
+
     def _make_room(self, question: str) -> None:
         """Drop the oldest turns, or offer that where someone is there to decide."""
-        size = f"{self._tokens(0, question):,} tokens; the context has {self._context:,} (--max-context)"
-        if self._tokens(len(self._turns), question) > self._context:
-            note(f"the question alone has {size}, so it is not asked")
-        elif sys.stdin.isatty():
-            self._refused = question
-            note(f"the talk has {size}: /drop forgets the oldest turns and asks again, /clear forgets all of them")
+        alone = self._tokens(len(self._turns), question)
+        if alone > self._context:
+            note(f"the question is not asked: it has {alone:,} tokens, {self._too_many}")
+            return
+        self._refused = question
+        if sys.stdin.isatty():
+            full = f"with this question the talk has {self._tokens(0, question):,} tokens, {self._too_many}"
+            note(f"{full}; /drop forgets the oldest turns and asks again, /clear forgets them all")
         else:
-            note(f"the talk has {size}")
-            self._refused = question
             self._drop_for_refused()
 
     def _drop_for_refused(self) -> None:
@@ -147,9 +152,10 @@ class Talk:
         if question is None:
             note("no question waits for room in the context")
             return
-        count = self._turns_to_drop(question)
+        count, size = self._turns_to_drop(question), self._tokens(0, question)
         del self._turns[:count]
-        note(f"forgot the oldest {count} turns" if count > 1 else "forgot the oldest turn")
+        forgotten = f"the oldest {count} turns are" if count > 1 else "the oldest turn is"
+        note(f"{forgotten} forgotten: with this question the talk had {size:,} tokens, {self._too_many}")
         self._ask(question)
 
     def _turns_to_drop(self, question: str) -> int:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
-import numpy as np
-
 from pydflash.errors import ConfigError
 
 __all__ = ["plain_copy"]
@@ -21,8 +19,8 @@ SHOWN_KEY = 40  # characters of a key in an error message
 def plain_copy(value: object, where: str) -> Any:
     """A copy of ``value`` made of dict, list, str, int, float, bool and None.
 
-    Mappings and objects with ``model_dump`` become dicts, sequences and numpy arrays lists, numpy's numbers and other
-    subclasses plain ones. Raises ConfigError, naming the place below ``where``, for anything else, for text that has no
+    Mappings and objects with ``model_dump`` become dicts, sequences and arrays lists, numpy's numbers and subclasses of
+    the plain types plain. Raises ConfigError, naming the place below ``where``, for anything else, for text that has no
     UTF-8 form, and for what is too much or nested too deeply, as a value that holds itself is.
     """
     return _Copy(where).of(value)
@@ -33,6 +31,13 @@ class _Model(Protocol):
     """An object of pydantic's kind, as clients of OpenAI's API return them."""
 
     def model_dump(self) -> Mapping[str, Any]: ...
+
+
+@runtime_checkable
+class _Array(Protocol):
+    """An array or number of numpy's kind; numpy itself is slow to import."""
+
+    def tolist(self) -> Any: ...
 
 
 class _Copy:
@@ -54,14 +59,14 @@ class _Copy:
                 return self._integer(value)
             case float():
                 return float.__float__(value)
-            case np.generic() | np.ndarray():
-                return self._of_numpy(value)
             case Mapping():
                 return self._dict(value)
             case bytes() | bytearray() | memoryview():
                 self._refuse(f"is a {type(value).__name__}; decode it to text first")
             case Sequence():
                 return [self._below(i, item) for i, item in enumerate(value)]
+            case _Array() if not isinstance(value, type):
+                return self._of_array(value)
             case _Model() if not isinstance(value, type):
                 return self._dict(value.model_dump())
         self._refuse(f"is a {type(value).__name__}; expected text, numbers, lists and dicts")
@@ -80,9 +85,9 @@ class _Copy:
         self._path.pop()
         return copy
 
-    def _of_numpy(self, value: np.generic | np.ndarray[Any, Any]) -> Any:
+    def _of_array(self, value: _Array) -> Any:
         plain = value.tolist()
-        if isinstance(plain, np.generic | np.ndarray):  # Python has no such number; or an object that holds itself
+        if isinstance(plain, _Array):  # of a type that Python lacks; or an object that holds itself
             self._refuse(f"is a {type(value).__name__}; expected text, numbers, lists and dicts")
         return self.of(plain)
 
