@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pydflash.decode import FinishReason, Stats, Step
-from pydflash.text import TextStream, Tokenizer
-from pydflash.text.reasoning import CLOSE, OPEN, Part, ReasoningSplitter, mark_ids
+from pydflash.text import AnswerPart, ReasoningSplitter, TextStream, Tokenizer, has_mark, mark_ids
 
 __all__ = ["AnswerText", "Chunk", "Completion", "Piece", "chunk_of"]
 
@@ -68,14 +67,14 @@ class AnswerText:
         self._hidden_marks = {token: mark for token, mark in marks.items() if token in tokenizer.control_ids}
         self._stream = self._new_stream()
 
-    def push(self, token: int) -> tuple[Part, bool]:
+    def push(self, token: int) -> tuple[AnswerPart, bool]:
         """The text that is certain with ``token``, and whether a stop string was met, which ends the object's use."""
         splitter = self._splitter
         if splitter is None:
             text, stopped = self._stream.push(token)
-            return Part(content=text), stopped
+            return AnswerPart(content=text), stopped
         if splitter.before_content and not self._tokenizer.token_bytes(token).strip(b"\r\n"):
-            return Part(), False  # a stop string of newlines would end the answer before its content
+            return AnswerPart(), False  # a stop string of newlines would end the answer before its content
         text, stopped = self._stream.push(token)
         if stopped:
             return splitter.push(text).then(splitter.flush()), True
@@ -87,10 +86,10 @@ class AnswerText:
             part = part.then(splitter.push(self._restart()))
         return part, False
 
-    def flush(self) -> Part:
+    def flush(self) -> AnswerPart:
         """What was held back, now that nothing follows."""
         text = self._stream.flush()
-        return self._splitter.push(text).then(self._splitter.flush()) if self._splitter else Part(content=text)
+        return self._splitter.push(text).then(self._splitter.flush()) if self._splitter else AnswerPart(content=text)
 
     def _restart(self) -> str:
         """What the stream held back; a new one follows."""
@@ -100,12 +99,12 @@ class AnswerText:
     def _new_stream(self) -> TextStream:
         if self._splitter is None or not self._splitter.inside:
             return TextStream(self._tokenizer, self._stop)
-        return TextStream(self._tokenizer, [stop for stop in self._stop if OPEN in stop or CLOSE in stop])
+        return TextStream(self._tokenizer, [stop for stop in self._stop if has_mark(stop)])
 
 
 def chunk_of(step: Step, text: AnswerText) -> Chunk:
     """The chunk of a step, cut at the first stop string."""
-    parts: list[Part] = []
+    parts: list[AnswerPart] = []
     tokens, stats, reason = step.tokens, step.stats, step.finish_reason
     for i, token in enumerate(step.tokens):
         part, stopped = text.push(token)
@@ -116,7 +115,7 @@ def chunk_of(step: Step, text: AnswerText) -> Chunk:
             break
     else:
         if reason is not None:
-            last = parts.pop() if parts else Part()
+            last = parts.pop() if parts else AnswerPart()
             parts.append(last.then(text.flush()))
     pieces = tuple(Piece(part.content, i < step.accepted, part.reasoning) for i, part in enumerate(parts))
     return Chunk(

@@ -22,8 +22,7 @@ from pydflash.errors import ConfigError, SessionClosed, ShapeError, StateError
 from pydflash.models import Model, Progress, load_model
 from pydflash.runtime import Session
 from pydflash.sampling_params import recommendations
-from pydflash.text import Tokenizer
-from pydflash.text.reasoning import ReasoningSplitter, starts_inside, thinks
+from pydflash.text import ReasoningSplitter, Tokenizer, has_mark, starts_inside
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -185,7 +184,7 @@ class Engine:
 
     def _splitter(self, prompt: Prompt, ids: Sequence[int]) -> ReasoningSplitter | None:
         """Splits an answer to messages, if the template knows of reasoning; the text after a raw prompt stays whole."""
-        if not is_conversation(prompt) or not thinks(self.chat_template.source):
+        if not is_conversation(prompt) or not has_mark(self.chat_template.source):
             return None
         return ReasoningSplitter(inside=starts_inside(ids, self.tokenizer))
 

@@ -13,22 +13,22 @@ from typing import NamedTuple
 
 from pydflash.text.tokenizer import Tokenizer
 
-__all__ = ["CLOSE", "OPEN", "Part", "ReasoningSplitter", "mark_ids", "split_stored", "starts_inside", "thinks"]
+__all__ = ["AnswerPart", "ReasoningSplitter", "has_mark", "mark_ids", "split_stored", "starts_inside"]
 
 OPEN, CLOSE = "<think>", "</think>"
 NEWLINES = "\r\n"
 CLOSING_LINE = re.compile(rf"^{CLOSE}", re.MULTILINE)
 
 
-class Part(NamedTuple):
+class AnswerPart(NamedTuple):
     """A stretch of an answer."""
 
     reasoning: str = ""
     content: str = ""
 
-    def then(self, other: Part) -> Part:
+    def then(self, other: AnswerPart) -> AnswerPart:
         """This stretch and the next one."""
-        return Part(self.reasoning + other.reasoning, self.content + other.content)
+        return AnswerPart(self.reasoning + other.reasoning, self.content + other.content)
 
 
 class _State(Enum):
@@ -61,20 +61,20 @@ class ReasoningSplitter:
         """Whether the reasoning has ended and newlines that follow belong to its mark."""
         return self._after_mark and self._state is _State.CONTENT
 
-    def push(self, text: str) -> Part:
+    def push(self, text: str) -> AnswerPart:
         """What is certain with ``text``."""
         self._held += text
         if self._state is _State.START and not self._begin():
-            return Part()
+            return AnswerPart()
         if self._after_mark:
             self._held = self._held.lstrip(NEWLINES)
         reasoning = self._take_reasoning() if self._state is _State.REASONING else ""
-        return Part(reasoning, self._take_content() if self._state is _State.CONTENT else "")
+        return AnswerPart(reasoning, self._take_content() if self._state is _State.CONTENT else "")
 
-    def flush(self) -> Part:
+    def flush(self) -> AnswerPart:
         """What was held back, now that nothing follows."""
         held, self._held = self._held, ""
-        return Part(reasoning=held.strip(NEWLINES)) if self.inside else Part(content=held)
+        return AnswerPart(reasoning=held.strip(NEWLINES)) if self.inside else AnswerPart(content=held)
 
     def _begin(self) -> bool:
         """Leave the start, if it is certain by now whether the answer itself opens the reasoning."""
@@ -104,9 +104,9 @@ class ReasoningSplitter:
         return content
 
 
-def thinks(template: str) -> bool:
-    """Whether the source of a chat template writes of reasoning."""
-    return OPEN in template or CLOSE in template
+def has_mark(text: str) -> bool:
+    """Whether a mark occurs in ``text``, such as the source of a chat template that knows of reasoning."""
+    return OPEN in text or CLOSE in text
 
 
 def mark_ids(tokenizer: Tokenizer) -> dict[int, str]:
@@ -127,7 +127,7 @@ def starts_inside(prompt: Sequence[int], tokenizer: Tokenizer) -> bool:
     return bool(mark) and CLOSE not in rest and (at > 0 or not rest.strip())
 
 
-def split_stored(text: str) -> Part:
+def split_stored(text: str) -> AnswerPart:
     """Split an answer that was stored in one piece, its opening mark perhaps left in the prompt.
 
     Marks that the answer only talks about stay where they are: those after other text, unless a closing one without an
@@ -136,6 +136,6 @@ def split_stored(text: str) -> Part:
     opened = text.lstrip().startswith(OPEN)
     closing = CLOSING_LINE.search(text)
     if not opened and (closing is None or OPEN in text[: closing.start()]):
-        return Part(content=text)
+        return AnswerPart(content=text)
     splitter = ReasoningSplitter(inside=not opened)
     return splitter.push(text).then(splitter.flush())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pydflash.text import Tokenizer
-from pydflash.text.reasoning import Part, ReasoningSplitter, split_stored, starts_inside, thinks
+from pydflash.text.reasoning import AnswerPart, ReasoningSplitter, has_mark, split_stored, starts_inside
 from tools.synth.vocabulary import CONTROL, build_vocabulary
 
 QUESTION = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
@@ -40,7 +40,7 @@ QUESTION = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     ],
 )
 def test_an_answer_is_split_however_it_is_cut(inside: bool, answer: str, expected: tuple[str, str], size: int) -> None:
-    splitter, part = ReasoningSplitter(inside), Part()
+    splitter, part = ReasoningSplitter(inside), AnswerPart()
     for start in range(0, len(answer), size):
         part = part.then(splitter.push(answer[start : start + size]))
     assert part.then(splitter.flush()) == expected
@@ -93,6 +93,6 @@ def test_a_prompt_opens_reasoning_where_its_last_turn_does(prompt: str, expected
 
 
 def test_a_template_knows_of_reasoning_when_it_writes_a_mark() -> None:
-    assert thinks("{{ '<think>\n' }}")
-    assert thinks("{{ m.content.split('</think>')[-1] }}")
-    assert not thinks("{{ m.content }}")
+    assert has_mark("{{ '<think>\n' }}")
+    assert has_mark("{{ m.content.split('</think>')[-1] }}")
+    assert not has_mark("{{ m.content }}")
