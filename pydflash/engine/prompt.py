@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from operator import index
 from typing import Any, Protocol, SupportsIndex, TypeAlias, runtime_checkable
 
@@ -54,7 +54,7 @@ def is_conversation(prompt: Prompt) -> bool:
 
 def is_given(argument: object) -> bool:
     """Whether an optional argument holds anything."""
-    return argument is not None and not (isinstance(argument, Sized) and not len(argument))
+    return argument is not None and not (isinstance(argument, Mapping | Sequence) and not len(argument))
 
 
 def template_variables(variables: object) -> Mapping[str, Any]:
@@ -108,4 +108,5 @@ def _is_number(item: object) -> bool:
 
 
 def _outside(i: int, token: int, vocab: int) -> ShapeError:
-    return ShapeError(f"prompt[{i}] is {token}; token ids of this model are 0 to {vocab - 1:,}")
+    shown = token if token.bit_length() <= 64 else f"an integer of {token.bit_length():,} bits"
+    return ShapeError(f"prompt[{i}] is {shown}; token ids of this model are 0 to {vocab - 1:,}")

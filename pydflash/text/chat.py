@@ -66,7 +66,8 @@ class ChatTemplate:
         return self._template.render(
             {
                 **self.special,
-                "messages": checked_messages(messages),
+                # Others take it out of the content themselves, or show it there.
+                "messages": checked_messages(messages, reasoning_apart="reasoning_content" in self.source),
                 "tools": checked_tools(tools),
                 "add_generation_prompt": add_generation_prompt,
                 **checked_variables(variables),

@@ -19,15 +19,19 @@ TEXT_PARTS = ("text", "input_text", "output_text", "refusal")  # of OpenAI's two
 REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")  # the first is what templates read; the last, Ollama's
 
 
-def checked_messages(messages: object) -> list[Message]:
+def checked_messages(messages: object, *, reasoning_apart: bool = True) -> list[Message]:
     """Return copies of the messages, with content as text, reasoning as ``reasoning_content``, calls as ``tool_calls``
-    with parsed arguments; other keys stay as they are, keys of None are left out."""
+    with parsed arguments; other keys stay as they are, keys of None are left out.
+
+    ``reasoning_apart`` takes reasoning that was stored inside an answer out of it.
+    """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise ConfigError(f"messages is a {type(messages).__name__}; expected a list of dicts with role and content")
     if not messages:
         raise ConfigError("messages is empty; expected at least one dict with role and content")
     copied = plain_copy(messages, "messages")
-    return [_checked_message(message, f"messages[{i}]") for i, message in enumerate(copied)]
+    checked = [_checked_message(message, f"messages[{i}]") for i, message in enumerate(copied)]
+    return [_reasoning_apart(message) for message in checked] if reasoning_apart else checked
 
 
 def checked_tools(tools: object) -> list[dict[str, Any]] | None:
@@ -64,10 +68,6 @@ def _checked_message(given: object, where: str) -> Message:
         _set_calls(message, where)
         _set_reasoning(message, where)
     message["content"] = _content(given, message, where)
-    if role == "assistant" and "reasoning_content" not in message:
-        reasoning, content = split_stored(message["content"])
-        if content != message["content"]:
-            message |= {"reasoning_content": reasoning, "content": content}
     return message
 
 
@@ -85,7 +85,7 @@ def _content(given: Message, message: Message, where: str) -> str:
     said = "content" in given or "tool_calls" in message or "reasoning_content" in message
     if role in ("tool", "function") or (role == "assistant" and said):
         return ""
-    raise ConfigError(f"{where} ({role}) has no content; expected a text or a list of text parts")
+    raise ConfigError(f"{where} ({role[:40]}) has no content; expected a text or a list of text parts")
 
 
 def _text(content: object, where: str) -> str:
@@ -120,6 +120,14 @@ def _set_reasoning(message: Message, where: str) -> None:
         raise ConfigError(f"{where} has {' and '.join(found)} that differ; give one of them")
     if found:
         message["reasoning_content"] = next(iter(found.values()))
+
+
+def _reasoning_apart(message: Message) -> Message:
+    """The message with the reasoning that its content begins with under its own name."""
+    if message["role"] != "assistant" or "reasoning_content" in message:
+        return message
+    reasoning, content = split_stored(message["content"])
+    return message if content == message["content"] else {**message, "reasoning_content": reasoning, "content": content}
 
 
 # --- tool calls -------------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def test_text_and_messages_are_no_token_ids(prompt: Any) -> None:
         ([np.array([65, 66])], r"prompt\[0\] is a ndarray"),
         ([65, -1], r"prompt\[1\] is -1; token ids of this model are 0 to 511"),
         ([65, 512], r"prompt\[1\] is 512"),
-        ([10**30], r"prompt\[0\] is 1000"),
+        ([10**5000], r"prompt\[0\] is an integer of 16,610 bits"),
         (np.array([65, 512]), r"prompt\[1\] is 512"),
         (np.array([65, 66, -2]), r"prompt\[2\] is -2"),
         (np.array([2**64 - 1], np.uint64), r"prompt\[0\] is 18446744073709551615"),
@@ -139,6 +139,8 @@ def test_template_options_need_messages(engine: Engine, prompt: Any, option: dic
     with pytest.raises(ConfigError, match="give messages"):
         engine.stream(prompt, **option)
     assert engine.encode(prompt, tools=[], variables={}) == engine.encode(prompt)
+    with pytest.raises(ConfigError, match="give messages"):
+        engine.encode(prompt, tools=np.array(1))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,12 @@ def test_reasoning_stored_inside_an_answer_is_taken_out_of_it(stored: str) -> No
         assert checked_messages([kept])[0]["content"] == stored
 
 
+def test_a_template_that_does_not_read_reasoning_gets_the_whole_answer() -> None:
+    stored = {"role": "assistant", "content": "<think>\nwhy\n</think>\n\nfour"}
+    assert render("{{ messages[0].content }}", [stored]) == stored["content"]
+    assert render("{{ messages[0].content }}{# reasoning_content #}", [stored]) == "four"
+
+
 def test_the_old_form_of_a_call_becomes_the_new_one() -> None:
     call, result = checked_messages(
         [
