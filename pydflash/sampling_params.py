@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from operator import index
+from typing import Any, NamedTuple
 
 from pydflash.errors import ConfigError
-from pydflash.settings import Flag, Range, Texts, check, setting
+from pydflash.settings import Flag, Range, Texts, check, declarations, setting
 
-__all__ = ["SamplingParams"]
+__all__ = ["Recommendation", "SamplingParams", "recommendations"]
 
 
 @dataclass(frozen=True)
@@ -83,3 +84,79 @@ def _checked_bias(bias: object) -> dict[int, float]:
             raise ConfigError(f"logit_bias has {token!r}: {value!r}; {allowed}")
         checked[number] = amount
     return checked
+
+
+# --- what a model file recommends -------------------------------------------------------------------------------------
+
+PREFIX = "general.sampling."
+# Keys of GGUF files, with the meaning that llama.cpp gives them, and the parameters that have the same.
+NAMES = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+    "penalty_last_n": "penalty_window",
+}
+# Samplers that there are not here: what switches each on, and keys that say nothing while it is off.
+OTHERS = {"sequence": (), "xtc_probability": ("xtc_threshold",), "mirostat": ("mirostat_tau", "mirostat_eta")}
+SHOWN = 40  # characters of a text from a file
+
+
+class Recommendation(NamedTuple):
+    """What a model file says of sampling under the metadata key ``key``.
+
+    ``name`` is a parameter of SamplingParams and ``value`` its value. Where ``problem`` says why the key is not used,
+    ``name`` is empty and ``value`` is the file's.
+    """
+
+    key: str
+    name: str
+    value: Any
+    problem: str = ""
+
+    @property
+    def label(self) -> str:
+        """The parameter's name, or the key's where there is none."""
+        return f"recommended {self.name or self.key.removeprefix(PREFIX)}"
+
+    @property
+    def shown(self) -> str:
+        """The value, and why it is not used."""
+        return f"{self.value}, not used: {self.problem}" if self.problem else str(self.value)
+
+
+def recommendations(metadata: Mapping[str, Any]) -> Iterator[Recommendation]:
+    """What the GGUF keys ``general.sampling.*`` recommend, with the reason where a key cannot be used."""
+    for short, name in NAMES.items():
+        key = PREFIX + short
+        if (found := _scalar(metadata.get(key))) is not None:
+            try:
+                yield Recommendation(key, name, _usable(name, found))
+            except ConfigError as error:
+                yield Recommendation(key, "", found, str(error))
+    for switch, more in OTHERS.items():
+        if _scalar(metadata.get(PREFIX + switch)) not in (None, 0, ""):
+            for key in (PREFIX + short for short in (switch, *more)):
+                if (found := _scalar(metadata.get(key))) is not None:
+                    yield Recommendation(key, "", found, "there is no such sampler")
+
+
+def _scalar(found: object) -> bool | int | float | str | None:
+    """A metadata value, an array by the name of its type and a text cut to what can be shown."""
+    if found is None or isinstance(found, bool | int | float):
+        return found
+    return found[:SHOWN] if isinstance(found, str) else f"({type(found).__name__})"
+
+
+def _usable(name: str, found: bool | int | float | str) -> Any:
+    """``found`` as the value of a parameter, by llama.cpp's reading; ConfigError where it is none."""
+    declaration = declarations(SamplingParams)[name]
+    if isinstance(found, str):
+        return declaration.read(found, name)
+    if isinstance(found, float) and math.isfinite(found):
+        found = round(found, 6)  # 0.95 is stored as the nearest float32
+        found = int(found) if isinstance(declaration.default, int) and found.is_integer() else found
+    if name == "top_k" and found is not True and found < 0:
+        found = 0  # all tokens
+    return declaration.check(found, name)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
 import typer
 
@@ -18,6 +20,7 @@ from pydflash.decode import SamplingParams
 from pydflash.engine import Engine
 from pydflash.errors import ConfigError, LoadError
 from pydflash.runtime import Session
+from pydflash.sampling_params import recommendations
 from pydflash.settings import Choice, Declaration, Flag, Pattern, Range, Texts, declarations
 
 ENGINE, SAMPLING = declarations(EngineConfig), declarations(SamplingParams)
@@ -237,6 +240,54 @@ def test_an_invalid_sampling_parameter_is_an_error(name: str, text: str, capsys:
 def test_a_valid_load_gets_as_far_as_the_file() -> None:
     with pytest.raises(LoadError, match="does not exist"):
         Engine.load("none.gguf", environment={}, **{name: d.default for name, d in ENGINE.items()})
+
+
+# --- what a model file recommends -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"temp": 0.6000000238418579, "top_p": 0.949999988079071}, {"temperature": 0.6, "top_p": 0.95}),
+        ({"top_k": 20, "min_p": 0.0, "penalty_repeat": 1, "penalty_last_n": -1},
+         {"top_k": 20, "min_p": 0.0, "repetition_penalty": 1.0, "penalty_window": -1}),
+        ({"top_k": 40.0, "temp": "0.7"}, {"top_k": 40, "temperature": 0.7}),
+        ({"top_k": -1}, {"top_k": 0}),
+        ({"mirostat": 0, "mirostat_tau": 5.0, "xtc_probability": 0.0, "xtc_threshold": 0.1, "sequence": ""}, {}),
+        ({}, {}),
+    ],
+)  # fmt: skip
+def test_sampling_keys_of_a_file_become_parameters(keys: dict[str, Any], expected: dict[str, Any]) -> None:
+    found = list(recommendations({f"general.sampling.{key}": value for key, value in keys.items()}))
+    assert {r.name: r.value for r in found} == expected
+    assert [r.problem for r in found] == [""] * len(expected)
+    SamplingParams(**expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("temp", -1.0, "temperature is -1.0; allowed"),
+        ("temp", float("nan"), "temperature is nan"),
+        ("temp", float("inf"), "temperature is inf"),
+        ("temp", True, "temperature is True"),
+        ("temp", "warm", "temperature is 'warm'"),
+        ("temp", "x" * 10_000, "allowed: a finite number"),
+        ("temp", [1.0], r"temperature is '\(list\)'"),
+        ("temp", np.ones(3), r"temperature is '\(ndarray\)'"),
+        ("top_k", 2.5, "top_k is 2.5"),
+        ("top_p", 0.0, "top_p is 0.0"),
+        ("penalty_repeat", 0.0, "repetition_penalty is 0.0"),
+        ("mirostat", 2, "no such sampler"),
+        ("xtc_probability", 0.5, "no such sampler"),
+        ("sequence", "top_k;temperature", "no such sampler"),
+    ],
+)
+def test_a_sampling_key_that_is_of_no_use_is_told(key: str, value: object, problem: str) -> None:
+    (found,) = recommendations({f"general.sampling.{key}": value})
+    assert found.name == ""
+    assert re.search(problem, found.problem)
+    assert len(found.shown) < 300
 
 
 # --- one declaration each ---------------------------------------------------------------------------------------------

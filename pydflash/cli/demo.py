@@ -11,10 +11,9 @@ import typer
 
 import pydflash
 from pydflash.cli.engine import open_engine
-from pydflash.cli.options import ShowStats, engine_options, sampling_options
+from pydflash.cli.options import SamplingChoice, ShowStats, engine_options, sampling_options
 from pydflash.cli.show import columns, fail, note, print_stats, print_stream
 from pydflash.config import Settings
-from pydflash.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from pydflash.engine import Completion
@@ -34,13 +33,14 @@ DATA = Path(pydflash.__file__).with_name("data")
 def demo(
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = PROMPT,
     *,
-    params: SamplingParams,
+    sampling: SamplingChoice,
     settings: Settings,
     stats: ShowStats = False,
     model: Annotated[Path, typer.Option(hidden=True, help="GGUF file of the model.")] = DATA / "tiny-target.gguf",
     draft: Annotated[Path, typer.Option(hidden=True, help="GGUF file of the DFlash draft.")] = DATA / "tiny-draft.gguf",
 ) -> None:
     """Continue a prompt with the shipped tiny model, with its draft and without, and compare the two."""
+    params = sampling.params()
     with open_engine(model, draft if draft.exists() else None, settings) as engine:
         if engine.draft is None:
             print(prompt, end="")

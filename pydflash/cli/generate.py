@@ -8,10 +8,9 @@ from typing import Annotated
 import typer
 
 from pydflash.cli.engine import open_engine
-from pydflash.cli.options import Draft, Model, ShowStats, engine_options, sampling_options
-from pydflash.cli.show import print_stats, print_stream
+from pydflash.cli.options import Draft, Model, SamplingChoice, ShowStats, engine_options, sampling_options
+from pydflash.cli.show import note_sampling, print_stats, print_stream
 from pydflash.config import Settings
-from pydflash.sampling_params import SamplingParams
 
 __all__ = ["generate"]
 
@@ -24,12 +23,13 @@ def generate(
     draft: Draft = None,
     *,
     settings: Settings,
-    params: SamplingParams,
+    sampling: SamplingChoice,
     stats: ShowStats = False,
 ) -> None:
-    """Continue a raw prompt."""
+    """Continue a raw prompt. Options that are not given follow the model file where it recommends values."""
     text = sys.stdin.read() if prompt == "-" else prompt
     with open_engine(model, draft, settings) as engine:
-        done = print_stream(engine, text, params)
+        note_sampling(engine, sampling.given)
+        done = print_stream(engine, text, sampling.params(engine.recommended))
         if stats:
             print_stats(done.stats)

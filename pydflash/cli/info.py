@@ -9,6 +9,7 @@ import typer
 
 from pydflash.cli.show import LINES, columns, progress_bar
 from pydflash.control_chars import escape_controls
+from pydflash.sampling_params import recommendations
 
 if TYPE_CHECKING:
     from pydflash.files import GGUFFile
@@ -37,6 +38,7 @@ def _print_contents(opened: GGUFFile) -> None:
     types = described.pop("types")
     described |= {f"tokenizer {key}": value for key, value in described.pop("tokenizer").items()}
     rows = [(name.replace("_", " "), _plain(value)) for name, value in described.items()]
+    rows += [(r.label, r.shown) for r in recommendations(opened.metadata)]
     columns(rows)
     print()
     counts = ("tensors", "parameters", "bytes")

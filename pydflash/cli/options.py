@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -15,7 +15,7 @@ from pydflash.config import EngineConfig, Settings
 from pydflash.sampling_params import SamplingParams
 from pydflash.settings import Declaration, Flag, Texts, declarations
 
-__all__ = ["Draft", "Model", "ShowStats", "engine_options", "sampling_options"]
+__all__ = ["Draft", "Model", "SamplingChoice", "ShowStats", "engine_options", "sampling_options"]
 
 Command = Callable[..., None]
 Decorator = Callable[[Command], Command]
@@ -39,11 +39,23 @@ def sampling_options(*only: str, **defaults: Any) -> Decorator:
     """Give a command an option for every sampling parameter, or for ``only`` some. ``defaults`` replace those of
     SamplingParams.
 
-    The command gets SamplingParams as its keyword argument ``params``.
+    The command gets a SamplingChoice as its keyword argument ``sampling``.
     """
     known = _chosen(SamplingParams, only, ())
     chosen = {name: replace(known[name], default=defaults.get(name, known[name].default)) for name in known}
-    return _options("params", chosen, lambda given: SamplingParams(**{**defaults, **given}))
+    return _options("sampling", chosen, lambda given: SamplingChoice(given, defaults))
+
+
+@dataclass(frozen=True)
+class SamplingChoice:
+    """The sampling parameters given as options, and a command's own defaults."""
+
+    given: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+
+    def params(self, recommended: Mapping[str, Any] | None = None) -> SamplingParams:
+        """Options over what the model file recommends over the command's defaults."""
+        return SamplingParams(**{**self.defaults, **(recommended or {}), **self.given})
 
 
 def _chosen(config: type, only: Collection[str], without: Collection[str]) -> dict[str, Declaration]:

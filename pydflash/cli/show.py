@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from rich.console import Console
 from rich.text import Text
 
 from pydflash.control_chars import escape_controls
+from pydflash.sampling_params import SamplingParams, recommendations
 
 if TYPE_CHECKING:
     from pydflash.decode import Stats
     from pydflash.engine import Chunk, Completion, Engine, Prompt
     from pydflash.models import Progress
-    from pydflash.sampling_params import SamplingParams
 
-__all__ = ["LINES", "columns", "fail", "note", "print_stats", "print_stream", "progress_bar"]
+__all__ = ["LINES", "columns", "fail", "note", "note_sampling", "print_stats", "print_stream", "progress_bar"]
 
 ACCEPTED_STYLE = "green"
+REASONING_STYLE = "dim"
 LINES = "\n\t"
 """The control characters that a text of several lines keeps."""
 
@@ -51,31 +52,66 @@ def progress_bar(what: str) -> Iterator[Progress]:
             bar.stop()
 
 
-def print_stream(engine: Engine, prompt: Prompt, params: SamplingParams) -> Completion:
-    """Print text as it comes, proposed and accepted tokens in colour; Ctrl-C ends it early."""
+def print_stream(
+    engine: Engine, prompt: Prompt, params: SamplingParams, variables: Mapping[str, Any] | None = None
+) -> Completion:
+    """Print text as it comes; Ctrl-C ends it early, or raises KeyboardInterrupt while the prompt is read.
+
+    On a terminal proposed and accepted tokens are in colour, and reasoning is dimmed; elsewhere it is left out.
+    """
     from pydflash.engine import Completion
 
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    show = _Shown()
     chunks: list[Chunk] = []
-    stream = engine.stream(prompt, params)
     try:
-        for chunk in stream:
+        for chunk in engine.stream(prompt, params, variables=variables):
             chunks.append(chunk)
-            if console.is_terminal:
-                text = Text()
-                for piece in chunk.pieces:
-                    text.append(escape_controls(piece.text, LINES), ACCEPTED_STYLE if piece.accepted else None)
-                console.print(text, end="")
-            else:  # a file or a pipe gets the text as it is, tabs included
-                sys.stdout.write(chunk.text)
-            sys.stdout.flush()
+            show.chunk(chunk)
     except KeyboardInterrupt:
         if not chunks:
             raise
     print()
     tokens = tuple(token for chunk in chunks for token in chunk.tokens)
-    last = chunks[-1]
-    return Completion("".join(c.text for c in chunks), tokens, last.finish_reason or "cancelled", last.stats)
+    text, reasoning = "".join(c.text for c in chunks), "".join(c.reasoning for c in chunks)
+    return Completion(text, tokens, chunks[-1].finish_reason or "cancelled", chunks[-1].stats, reasoning)
+
+
+class _Shown:
+    """An answer on stdout."""
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False, markup=False, soft_wrap=True)
+        self._reasoning = False  # was shown last
+
+    def chunk(self, chunk: Chunk) -> None:
+        if self._console.is_terminal:
+            self._console.print(self._styled(chunk), end="")
+        else:  # a file or a pipe gets the text as it is, tabs included
+            sys.stdout.write(chunk.text)
+        sys.stdout.flush()
+
+    def _styled(self, chunk: Chunk) -> Text:
+        text = Text()
+        for piece in chunk.pieces:
+            colour = ACCEPTED_STYLE if piece.accepted else ""
+            if piece.reasoning:
+                text.append(escape_controls(piece.reasoning, LINES), f"{REASONING_STYLE} {colour}")
+                self._reasoning = True
+            if piece.text and self._reasoning:
+                text.append("\n\n")
+                self._reasoning = False
+            text.append(escape_controls(piece.text, LINES), colour)
+        return text
+
+
+def note_sampling(engine: Engine, given: Collection[str]) -> None:
+    """Say which sampling parameters the model file decides, but for those ``given``, and which it cannot."""
+    used = [f"{name} {value}" for name, value in engine.recommended.items() if name not in given]
+    if used:
+        note(f"sampling as the model file recommends: {', '.join(used)}")
+    for found in recommendations(engine.model.file.metadata):
+        if found.problem:
+            note(f"the model file has {found.key} = {found.shown}")
 
 
 def print_stats(stats: Stats) -> None:

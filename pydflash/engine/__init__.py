@@ -2,7 +2,8 @@
 
 from pydflash.decode import FinishReason
 from pydflash.engine.completion import Chunk, Completion, Piece
-from pydflash.engine.engine import Engine, Prompt
+from pydflash.engine.engine import Engine
+from pydflash.engine.prompt import Prompt
 from pydflash.engine.stream import Stream
 
 __all__ = ["Chunk", "Completion", "Engine", "FinishReason", "Piece", "Prompt", "Stream"]

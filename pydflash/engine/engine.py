@@ -9,28 +9,27 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from pydflash.config import EngineConfig, Setting, Settings, table
 from pydflash.decode import Sampler, SamplingParams, Stats, Step, autoregressive, speculative
 from pydflash.drafts import CycleCosts, LoadedDraft, ProposalLength, adapts, load_draft
-from pydflash.engine.completion import Chunk, Completion, chunk_of
+from pydflash.engine.completion import AnswerText, Chunk, Completion, chunk_of
 from pydflash.engine.explain import derived
+from pydflash.engine.prompt import Prompt, is_conversation, is_given, template_variables, token_ids
 from pydflash.engine.stream import Caller, Stream
 from pydflash.errors import ConfigError, SessionClosed, ShapeError, StateError
 from pydflash.models import Model, Progress, load_model
 from pydflash.runtime import Session
-from pydflash.text import TextStream, Tokenizer
+from pydflash.sampling_params import recommendations
+from pydflash.text import ReasoningSplitter, Tokenizer, has_mark, starts_inside
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from pydflash.text.chat import ChatTemplate
 
-__all__ = ["Engine", "Prompt"]
-
-Prompt: TypeAlias = "str | Sequence[Mapping[str, Any]] | Sequence[int]"
-"""Raw text, messages for the chat template, or token ids."""
+__all__ = ["Engine"]
 
 
 class Engine:
@@ -118,19 +117,18 @@ class Engine:
         """Generate, yielding a Chunk per step. Closing the stream cancels; the engine can be used again at once.
 
         ``prompt``: text is taken as it is, messages go through the chat template (with ``tools`` and its own
-        ``variables``, such as ``{"enable_thinking": False}``), token ids are used unchanged. ``speculate`` False leaves
-        a loaded draft aside. A stream that this thread left unfinished ends. Raises ConfigError, TemplateError,
-        ShapeError for an empty prompt, ContextFull, SessionClosed, NativeError, and StateError while another thread
-        generates.
+        ``variables``, such as ``{"enable_thinking": False}``), token ids, in a sequence or an array (tokens,), are used
+        unchanged. ``speculate`` False leaves a loaded draft aside. A stream that this thread left unfinished ends.
+        Raises ConfigError, TemplateError, ShapeError for an empty prompt or wrong ids, ContextFull, SessionClosed,
+        NativeError, and StateError while another thread generates.
         """
         self._check_open()
         params = params or SamplingParams()
         ids = self.encode(prompt, tools=tools, variables=variables)
-        if not ids:
-            raise ShapeError("the prompt is empty; give at least one token")
         sampler = Sampler(params, self.model.config.vocab)
         caller = Caller()
-        stream = Stream(self._stream(ids, params, sampler, speculate, caller), caller)
+        text = AnswerText(self.tokenizer, params.stop, self._splitter(prompt, ids))
+        stream = Stream(self._stream(ids, params, sampler, speculate, caller, text), caller)
         with self._callers:
             self._streams.add(stream)
         return stream
@@ -150,7 +148,8 @@ class Engine:
         last = chunks[-1] if chunks else Chunk("", (), (), (), Stats())  # closed by another thread before the first
         tokens = tuple(token for chunk in chunks for token in chunk.tokens)
         text = "".join(chunk.text for chunk in chunks)
-        return Completion(text, tokens, last.finish_reason or "cancelled", last.stats)
+        reasoning = "".join(chunk.reasoning for chunk in chunks)
+        return Completion(text, tokens, last.finish_reason or "cancelled", last.stats, reasoning)
 
     def cancel(self) -> None:
         """End the generation under way, if any, from any thread: after its step, or its chunk of the prompt.
@@ -168,23 +167,38 @@ class Engine:
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """The token ids that ``stream`` would start from."""
-        if not isinstance(prompt, str):
-            if prompt and all(isinstance(item, int) for item in prompt):
-                return list(cast("Sequence[int]", prompt))
-            messages = cast("Sequence[Mapping[str, Any]]", prompt)
-            prompt = self.chat_template.render(messages, tools=tools, **(variables or {}))
-        elif tools or variables:
-            raise ConfigError("tools and variables are for the chat template; give messages instead of a string")
-        ids = self.tokenizer.encode(prompt)
-        bos = self.tokenizer.bos_id
-        return [bos, *ids] if self.tokenizer.add_bos and bos is not None and ids[:1] != [bos] else ids
+        """The token ids that ``stream`` would start from. Raises what it raises for a prompt."""
+        ids = token_ids(prompt, self.model.config.vocab)
+        if (ids is not None or isinstance(prompt, str)) and (is_given(tools) or is_given(variables)):
+            raise ConfigError("tools and variables are for the chat template; give messages instead of a raw prompt")
+        if ids is None:
+            if not isinstance(prompt, str):
+                messages = cast("Sequence[Mapping[str, Any]]", prompt)
+                prompt = self.chat_template.render(messages, tools=tools, **template_variables(variables))
+            ids = self.tokenizer.encode(prompt)
+            bos = self.tokenizer.bos_id
+            ids = [bos, *ids] if self.tokenizer.add_bos and bos is not None and ids[:1] != [bos] else ids
+        if not ids:
+            raise ShapeError("the prompt is empty; give at least one token")
+        return ids
+
+    def _splitter(self, prompt: Prompt, ids: Sequence[int]) -> ReasoningSplitter | None:
+        """Splits an answer to messages, if the template knows of reasoning; the text after a raw prompt stays whole."""
+        if not is_conversation(prompt) or not has_mark(self.chat_template.source):
+            return None
+        return ReasoningSplitter(inside=starts_inside(ids, self.tokenizer))
 
     def _stream(
-        self, ids: list[int], params: SamplingParams, sampler: Sampler, speculate: bool, caller: Caller
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        sampler: Sampler,
+        speculate: bool,
+        caller: Caller,
+        text: AnswerText,
     ) -> Generator[Chunk, None, None]:
         self._take(caller)
-        text, stats = TextStream(self.tokenizer, params.stop), Stats()
+        stats = Stats()
         try:
             stop_ids = frozenset() if params.ignore_eos else self.tokenizer.eos_ids
             self.reset()
@@ -259,10 +273,22 @@ class Engine:
 
     # --- settings ---------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def recommended(self) -> Mapping[str, Any]:
+        """Sampling that the model file's author recommends (``general.sampling.*``): arguments of SamplingParams.
+
+        ``SamplingParams(**{**engine.recommended, "max_tokens": 512})`` uses them; the engine itself never does.
+        """
+        return {r.name: r.value for r in recommendations(self.model.file.metadata) if r.name}
+
     def settings(self) -> tuple[Setting, ...]:
         """Every effective value and where it came from: the configuration, then what follows from it and the files."""
         most = self.config.draft_max
-        return (*self.config.settings(), *derived(self.session, self.draft, self.draft_session, most, self._adaptive))
+        return (
+            *self.config.settings(),
+            *derived(self.session, self.draft, self.draft_session, most, self._adaptive),
+            *(Setting(r.label, r.shown, f"model ({r.key})") for r in recommendations(self.model.file.metadata)),
+        )
 
     def explain(self) -> str:
         """:meth:`settings` as a table."""

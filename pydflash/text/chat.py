@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydflash.errors import TemplateError
-from pydflash.text.messages import checked_messages, checked_tools
+from pydflash.text.messages import checked_messages, checked_tools, checked_variables
 from pydflash.text.sandbox import Template
 from pydflash.text.tokenizer import named_token_id
 
@@ -56,17 +56,20 @@ class ChatTemplate:
         """Return the prompt text of a conversation, for ``Tokenizer.encode``.
 
         messages: dicts with ``role`` and ``content``: a string, a list of ``{"type": "text", "text": ...}``, or nothing
-        beside ``tool_calls``, whose arguments may be JSON text. Other keys reach the template as they are.
+        beside ``tool_calls``, whose arguments may be JSON text, or beside ``reasoning_content``. Other keys reach the
+        template as they are.
         variables: whatever else the template knows, such as ``enable_thinking=False``.
-        Raises ConfigError, with the message's index, for malformed messages; TemplateError, with the template's line,
+        All of them are plain data (dicts, lists, text, numbers) or what turns into it, such as pydantic's objects.
+        Raises ConfigError, with its place, for what is malformed; TemplateError, with the template's line,
         where the template refuses the conversation, fails, or reaches a limit.
         """
         return self._template.render(
             {
                 **self.special,
-                "messages": checked_messages(messages),
+                # Others take it out of the content themselves, or show it there.
+                "messages": checked_messages(messages, reasoning_apart="reasoning_content" in self.source),
                 "tools": checked_tools(tools),
                 "add_generation_prompt": add_generation_prompt,
-                **variables,
+                **checked_variables(variables),
             }
         )

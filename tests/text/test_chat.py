@@ -96,9 +96,8 @@ def test_macros_concatenation_and_formats() -> None:
     assert render("{{ 'a\\nb' | indent(2) }}{% generation %}g{{ 1 }}{% endgeneration %}") == "a\n  bg1"
 
 
-def test_strftime_now_uses_the_clock_unless_the_caller_gives_one() -> None:
+def test_strftime_now_uses_the_clock() -> None:
     assert render("{{ strftime_now('%Y') }}") in {str(datetime.now().year), str(datetime.now().year - 1)}
-    assert render("{{ strftime_now('%Y') }}", strftime_now=lambda pattern: f"then {pattern}") == "then %Y"
 
 
 def test_raise_exception_names_line_and_reason() -> None:
