@@ -12,6 +12,7 @@ from pydflash.cli.options import Draft, Model, ShowStats, engine_options, sampli
 from pydflash.cli.show import print_stats, print_stream
 from pydflash.config import Settings
 from pydflash.sampling_params import SamplingParams
+from pydflash.text import SPECIAL
 
 __all__ = ["generate"]
 
@@ -25,11 +26,13 @@ def generate(
     *,
     settings: Settings,
     params: SamplingParams,
+    special: Annotated[str, typer.Option(help=SPECIAL.help, show_default=True)] = SPECIAL.default,
     stats: ShowStats = False,
 ) -> None:
     """Continue a raw prompt."""
+    read_as = SPECIAL.read(special, "--special")
     text = sys.stdin.read() if prompt == "-" else prompt
     with open_engine(model, draft, settings) as engine:
-        done = print_stream(engine, text, params)
+        done = print_stream(engine, text, params, read_as)
         if stats:
             print_stats(done.stats)

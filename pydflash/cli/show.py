@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pydflash.engine import Chunk, Completion, Engine, Prompt
     from pydflash.models import Progress
     from pydflash.sampling_params import SamplingParams
+    from pydflash.text import Special
 
 __all__ = ["LINES", "columns", "fail", "note", "print_stats", "print_stream", "progress_bar"]
 
@@ -51,13 +52,13 @@ def progress_bar(what: str) -> Iterator[Progress]:
             bar.stop()
 
 
-def print_stream(engine: Engine, prompt: Prompt, params: SamplingParams) -> Completion:
+def print_stream(engine: Engine, prompt: Prompt, params: SamplingParams, special: Special = "template") -> Completion:
     """Print text as it comes, proposed and accepted tokens in colour; Ctrl-C ends it early."""
     from pydflash.engine import Completion
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
     chunks: list[Chunk] = []
-    stream = engine.stream(prompt, params)
+    stream = engine.stream(prompt, params, special=special)
     try:
         for chunk in stream:
             chunks.append(chunk)

@@ -37,7 +37,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished generation. ``tokens`` include the end-of-turn token or the stop string's, ``text`` does not."""
+    """A finished generation. ``tokens`` include the token or the stop string that ended it, ``text`` does not."""
 
     text: str
     tokens: tuple[int, ...]
@@ -46,11 +46,11 @@ class Completion:
 
 
 def chunk_of(step: Step, text: TextStream) -> Chunk:
-    """The chunk of a step, cut at the first stop string."""
+    """The chunk of a step, cut at the first stop string; a token that ends the generation is no part of the text."""
     pieces: list[Piece] = []
     tokens, stats, reason = step.tokens, step.stats, step.finish_reason
     for i, token in enumerate(step.tokens):
-        certain, stopped = text.push(token)
+        certain, stopped = text.push(token, last=reason == "stop" and i == len(step.tokens) - 1)
         pieces.append(Piece(certain, i < step.accepted))
         if stopped:
             tokens, reason = tokens[: i + 1], "stop"

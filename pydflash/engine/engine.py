@@ -20,7 +20,7 @@ from pydflash.engine.stream import Caller, Stream
 from pydflash.errors import ConfigError, SessionClosed, ShapeError, StateError
 from pydflash.models import Model, Progress, load_model
 from pydflash.runtime import Session
-from pydflash.text import TextStream, Tokenizer
+from pydflash.text import SPECIAL, Special, TextStream, Tokenizer, encode_messages, encode_text
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -114,23 +114,25 @@ class Engine:
         speculate: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
+        special: Special = "template",
     ) -> Stream:
         """Generate, yielding a Chunk per step. Closing the stream cancels; the engine can be used again at once.
 
         ``prompt``: text is taken as it is, messages go through the chat template (with ``tools`` and its own
         ``variables``, such as ``{"enable_thinking": False}``), token ids are used unchanged. ``speculate`` False leaves
-        a loaded draft aside. A stream that this thread left unfinished ends. Raises ConfigError, TemplateError,
-        ShapeError for an empty prompt, ContextFull, SessionClosed, NativeError, and StateError while another thread
-        generates.
+        a loaded draft aside. ``special``: see :meth:`encode`. A stream that this thread left unfinished ends. Raises
+        ConfigError, TemplateError, ShapeError for an empty prompt, ContextFull, SessionClosed, NativeError, and
+        StateError while another thread generates.
         """
         self._check_open()
         params = params or SamplingParams()
-        ids = self.encode(prompt, tools=tools, variables=variables)
+        ids = self.encode(prompt, tools=tools, variables=variables, special=special)
         if not ids:
             raise ShapeError("the prompt is empty; give at least one token")
         sampler = Sampler(params, self.model.config.vocab)
+        stop_ids = self._stop_ids(params)
         caller = Caller()
-        stream = Stream(self._stream(ids, params, sampler, speculate, caller), caller)
+        stream = Stream(self._stream(ids, params, stop_ids, sampler, speculate, caller), caller)
         with self._callers:
             self._streams.add(stream)
         return stream
@@ -143,9 +145,11 @@ class Engine:
         speculate: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
+        special: Special = "template",
     ) -> Completion:
         """:meth:`stream` to the end, in one piece."""
-        with self.stream(prompt, params, speculate=speculate, tools=tools, variables=variables) as stream:
+        options: dict[str, Any] = {"tools": tools, "variables": variables, "special": special}
+        with self.stream(prompt, params, speculate=speculate, **options) as stream:
             chunks = list(stream)
         last = chunks[-1] if chunks else Chunk("", (), (), (), Stats())  # closed by another thread before the first
         tokens = tuple(token for chunk in chunks for token in chunk.tokens)
@@ -167,26 +171,43 @@ class Engine:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
+        special: Special = "template",
     ) -> list[int]:
-        """The token ids that ``stream`` would start from."""
-        if not isinstance(prompt, str):
+        """The token ids that ``stream`` would start from.
+
+        ``special`` says which texts such as ``<|im_end|>`` become tokens: those that the chat template writes, never
+        those inside messages ("template"; in a raw prompt, all), "all", or "none".
+        """
+        special = SPECIAL.check(special, "special")
+        if isinstance(prompt, str):
+            if tools or variables:
+                raise ConfigError("tools and variables are for the chat template; give messages instead of a string")
+            ids = encode_text(self.tokenizer, prompt, special)
+        else:
             if prompt and all(isinstance(item, int) for item in prompt):
                 return list(cast("Sequence[int]", prompt))
             messages = cast("Sequence[Mapping[str, Any]]", prompt)
-            prompt = self.chat_template.render(messages, tools=tools, **(variables or {}))
-        elif tools or variables:
-            raise ConfigError("tools and variables are for the chat template; give messages instead of a string")
-        ids = self.tokenizer.encode(prompt)
+            context = self.chat_template.context(messages, tools=tools, **(variables or {}))
+            ids = encode_messages(self.tokenizer, self.chat_template, context, special)
         bos = self.tokenizer.bos_id
         return [bos, *ids] if self.tokenizer.add_bos and bos is not None and ids[:1] != [bos] else ids
 
+    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
+        """The tokens that end a generation. Raises ConfigError for one outside the vocabulary."""
+        outside = [token for token in params.stop_token_ids if token >= self.model.config.vocab]
+        if outside:
+            raise ConfigError(
+                f"stop_token_ids names token {outside[0]}; the vocabulary has {self.model.config.vocab:,} tokens"
+            )
+        return frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.tokenizer.eos_ids)
+
     def _stream(
-        self, ids: list[int], params: SamplingParams, sampler: Sampler, speculate: bool, caller: Caller
-    ) -> Generator[Chunk, None, None]:
+        self, ids: list[int], params: SamplingParams, stop_ids: frozenset[int], sampler: Sampler, speculate: bool,
+        caller: Caller,
+    ) -> Generator[Chunk, None, None]:  # fmt: skip
         self._take(caller)
         text, stats = TextStream(self.tokenizer, params.stop), Stats()
         try:
-            stop_ids = frozenset() if params.ignore_eos else self.tokenizer.eos_ids
             self.reset()
             for step in self.steps(
                 ids, sampler, params.max_tokens, stop_ids, speculate=speculate, cancel=caller.cancel

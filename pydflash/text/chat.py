@@ -61,12 +61,27 @@ class ChatTemplate:
         Raises ConfigError, with the message's index, for malformed messages; TemplateError, with the template's line,
         where the template refuses the conversation, fails, or reaches a limit.
         """
-        return self._template.render(
-            {
-                **self.special,
-                "messages": checked_messages(messages),
-                "tools": checked_tools(tools),
-                "add_generation_prompt": add_generation_prompt,
-                **variables,
-            }
+        return self.render_context(
+            self.context(messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables)
         )
+
+    def context(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> dict[str, Any]:
+        """Return what the template is given for a conversation, by name. Arguments and ConfigError: see ``render``."""
+        return {
+            **self.special,
+            "messages": checked_messages(messages),
+            "tools": checked_tools(tools),
+            "add_generation_prompt": add_generation_prompt,
+            **variables,
+        }
+
+    def render_context(self, context: Mapping[str, Any]) -> str:
+        """Return the prompt text of what ``context`` made. Raises TemplateError like ``render``."""
+        return self._template.render(context)
