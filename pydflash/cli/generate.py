@@ -26,7 +26,7 @@ def generate(
     *,
     settings: Settings,
     params: SamplingParams,
-    special: Annotated[str, typer.Option(help=SPECIAL.help, show_default=True)] = SPECIAL.default,
+    special: Annotated[str, typer.Option(help=SPECIAL.help, metavar="TEXT")] = SPECIAL.default,
     stats: ShowStats = False,
 ) -> None:
     """Continue a raw prompt."""

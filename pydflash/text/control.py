@@ -37,8 +37,8 @@ Special: TypeAlias = Literal["template", "all", "none"]
 SPECIAL = Declaration(
     "template",
     Choice(("template", "all", "none")),
-    "Which texts such as <|im_end|> become control tokens: those that the chat template writes (in a raw prompt, all),"
-    " all, those inside messages too, or none",
+    "Read texts such as <|im_end|> as control tokens where the chat template or a raw prompt has them (template), in"
+    " messages too (all), or nowhere (none).",
 )
 
 MAX_DEPTH = 100  # of lists and mappings in a message, far above any that a template reads
@@ -168,7 +168,7 @@ def _unused(texts: Iterable[str], count: int) -> list[str]:
     for code in chain.from_iterable(STAND_INS):
         if len(free) == count:
             break
-        if not {chr(code), *ESCAPES.findall(" ".join(_forms(chr(code))))} & used:
+        if chr(code) not in used and used.isdisjoint(ESCAPES.findall(" ".join(_forms(chr(code))))):
             free.append(chr(code))
     if len(free) < count:
         raise ConfigError(
