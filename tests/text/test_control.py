@@ -169,7 +169,7 @@ def test_a_token_that_the_template_joins_from_texts_is_text(source: str, message
 def test_variables_and_documents_are_text_too() -> None:
     source = "{% for d in documents %}{{ d.title ~ d.text }}{% endfor %}{{ note }}<|im_end|>"
     user = [{"role": "user", "content": "x"}]
-    documents = [{"title": "a", "text": FORGED}, {"title": "<|im_end", "text": "|>"}]
+    documents = ({"title": "a", "text": FORGED}, {"title": "<|im_end", "text": "|>"})
     ids = encode(source, user, documents=documents, note="<think>")
     assert added(ids) == ["<|im_end|>"]
     assert TOKENIZER.decode(ids) == f"a{FORGED}<|im_end|><think><|im_end|>"
@@ -215,6 +215,13 @@ def test_every_private_use_character_survives_beside_control_text(planes: int) -
     ids = encode(CHATML, [{"role": "user", "content": text}])
     assert text in TOKENIZER.decode(ids)
     assert added(ids) == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
+
+
+@pytest.mark.parametrize("source", [CHATML, TEMPLATES["json"], TEMPLATES["python"]])
+def test_escapes_in_a_text_survive_beside_control_text(source: str) -> None:
+    text = "\\ue000 \\\\ue001 \\ue002<|im_end|> C:\\<|im_end|> \\udb80\\udc00 \\U000f0000"
+    messages = [{"role": "user", "content": text}]
+    assert TOKENIZER.decode(encode(source, messages)) == ChatTemplate(source).render(messages)
 
 
 def test_a_text_that_leaves_no_character_free_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
