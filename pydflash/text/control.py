@@ -48,6 +48,9 @@ MAX_DEPTH = 100  # of lists and mappings in a message, far above any that a temp
 STAND_INS = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE), range(0x40000, 0xE0000))
 ESCAPES = re.compile(r"\\u[0-9a-f]{4}|\\U[0-9a-f]{8}")
 
+# What a template says that reads the reasoning of earlier answers, or takes it out of their content itself.
+TAKES_REASONING = re.compile(r"""reasoning_content|split\(\s*['"]</think>|['"]</think>['"]\s+(not\s+)?in\b""")
+
 
 def encode_text(tokenizer: Tokenizer, text: str, special: Special = "template") -> list[int]:
     """Return the ids of a raw prompt, whose author wrote every token that it spells unless ``special`` is "none"."""
@@ -72,7 +75,7 @@ def encode_messages(
 
 def _rendered(added: AddedTokens, template: ChatTemplate, context: Mapping[str, Any]) -> list[str | int]:
     """The rendered conversation: the template's added tokens, and the texts between them."""
-    if "</think>" in added.marks and ("</think>" in template.source or "reasoning_content" in template.source):
+    if "</think>" in added.marks and TAKES_REASONING.search(template.source):
         context = {**context, "messages": [_reasoning_apart(message) for message in context["messages"]]}
     own = {name for name in context if name in template.special or name.endswith("_token")}  # tokens given by name
     given = {name: value for name, value in context.items() if name not in own}

@@ -275,8 +275,15 @@ def test_other_texts_with_its_tags_stay_where_they_are(message: dict[str, str]) 
     assert message["content"] in TOKENIZER.decode(encode(QWEN, [message]))
 
 
-def test_a_template_without_a_place_for_reasoning_gets_it_in_the_content() -> None:
-    ids = encode(CHATML, [{"role": "assistant", "content": "<think>a</think>b"}])
+def test_a_template_that_takes_reasoning_out_of_the_content_still_does() -> None:
+    source = "<|im_start|>{{ messages[0].content.split('</think>')[-1] }}<|im_end|>"
+    ids = encode(source, [{"role": "assistant", "content": "<think>a</think>b"}])
+    assert TOKENIZER.decode(ids) == "<|im_start|>b<|im_end|>"
+
+
+@pytest.mark.parametrize("source", [CHATML, CHATML + "{{ '<think></think>' if not enable_thinking }}"])
+def test_a_template_without_a_place_for_reasoning_gets_it_in_the_content(source: str) -> None:
+    ids = encode(source, [{"role": "assistant", "content": "<think>a</think>b"}], enable_thinking=True)
     assert "\n<think>a</think>b<|im_end|>" in TOKENIZER.decode(ids)
     assert "<think>" not in added(ids)
 
