@@ -9,7 +9,7 @@ from operator import index
 from typing import Any, NamedTuple
 
 from pydflash.errors import ConfigError
-from pydflash.settings import Flag, Range, Texts, check, declarations, setting
+from pydflash.settings import Flag, Integers, Range, Texts, check, declarations, setting
 
 __all__ = ["Recommendation", "SamplingParams", "recommendations"]
 
@@ -50,7 +50,8 @@ class SamplingParams:
         None, Range(0, 2**64 - 1), help="Random seed.", unset="a different one for every generation"
     )
     max_tokens: int = setting(256, Range(1), help="Most tokens to generate.")
-    stop: tuple[str, ...] = setting((), Texts(), help="Text that ends generation.")
+    stop: tuple[str, ...] = setting((), Texts(), help="Text that ends generation, control tokens' texts included.")
+    stop_token_ids: tuple[int, ...] = setting((), Integers(), help="Id of a token that ends generation.")
     ignore_eos: bool = setting(False, Flag(), help="Generate past the model's end-of-turn tokens.")
     penalty_window: int = setting(
         64,

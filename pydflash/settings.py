@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from operator import index
@@ -16,7 +16,19 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from pydflash.errors import ConfigError
 
-__all__ = ["Choice", "Declaration", "Flag", "Pattern", "Range", "Rule", "Texts", "check", "declarations", "setting"]
+__all__ = [
+    "Choice",
+    "Declaration",
+    "Flag",
+    "Integers",
+    "Pattern",
+    "Range",
+    "Rule",
+    "Texts",
+    "check",
+    "declarations",
+    "setting",
+]
 
 T = TypeVar("T")
 
@@ -224,6 +236,27 @@ class Texts:
 
     def parsed(self, text: str) -> tuple[str, ...]:
         return (text,)
+
+
+@dataclass(frozen=True)
+class Integers:
+    """Any number of integers, 0 or more; a single integer is one."""
+
+    metavar: ClassVar[str] = "INTEGER"
+    listed: ClassVar[str] = ""
+    allowed: ClassVar[str] = "allowed: an integer, 0 or more, or a sequence of them"
+    spellings: ClassVar[str] = "allowed: an integer, 0 or more"
+
+    def checked(self, value: Any) -> tuple[int, ...]:
+        if isinstance(value, str | bytes):
+            raise TypeError
+        numbers = tuple(_integer(item) for item in (value if isinstance(value, Iterable) else (value,)))
+        if any(number < 0 for number in numbers):
+            raise ValueError
+        return numbers
+
+    def parsed(self, text: str) -> tuple[int, ...]:
+        return (int(text),)
 
 
 def _integer(value: Any) -> int:

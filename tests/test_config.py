@@ -21,7 +21,7 @@ from pydflash.engine import Engine
 from pydflash.errors import ConfigError, LoadError
 from pydflash.runtime import Session
 from pydflash.sampling_params import recommendations
-from pydflash.settings import Choice, Declaration, Flag, Pattern, Range, Texts, declarations
+from pydflash.settings import Choice, Declaration, Flag, Integers, Pattern, Range, Texts, declarations
 
 ENGINE, SAMPLING = declarations(EngineConfig), declarations(SamplingParams)
 
@@ -41,6 +41,8 @@ def valid_texts(declaration: Declaration) -> dict[str, Any]:
             return dict(zip(forms, forms))
         case Texts():
             return {"end": ("end",)}
+        case Integers():
+            return {"7": (7,), "0": (0,)}
     raise AssertionError(f"no samples of {declaration.rule}")
 
 
@@ -53,6 +55,8 @@ def invalid_texts(declaration: Declaration) -> list[str]:
             return ["", "many", "nan", "1e999", "None", str(low if above else low - 1), *beyond]
         case Texts():
             return [""]
+        case Integers():
+            return ["", "many", "None", "-1", "1.5", "nan"]
         case Choice(values):
             return ["", "None", "17", values[0].upper() if isinstance(values[0], str) else f"{values[0]}.0"]
     return ["", "None", "cuda:", "cuda:x", "Cpu", "cpu\n"]

@@ -13,9 +13,11 @@ import typer
 
 from pydflash.config import EngineConfig, Settings
 from pydflash.sampling_params import SamplingParams
-from pydflash.settings import Declaration, Flag, Texts, declarations
+from pydflash.settings import Declaration, Flag, Integers, Texts, declarations
 
 __all__ = ["Draft", "Model", "SamplingChoice", "ShowStats", "engine_options", "sampling_options"]
+
+SEVERAL = (Integers, Texts)  # rules of options that may be given several times
 
 Command = Callable[..., None]
 Decorator = Callable[[Command], Command]
@@ -95,13 +97,13 @@ def _annotation(declaration: Declaration) -> Any:
     if isinstance(declaration.rule, Flag):
         return Annotated[bool | None, option]
     option.metavar = declaration.rule.metavar
-    return Annotated[list[str] | None if isinstance(declaration.rule, Texts) else str | None, option]
+    return Annotated[list[str] | None if isinstance(declaration.rule, SEVERAL) else str | None, option]
 
 
 def _help(declaration: Declaration) -> str:
     """The help text, the values where they can be listed, and what holds when the option is not given."""
     text = declaration.help.removesuffix(".") + (f": {declaration.rule.listed}." if declaration.rule.listed else ".")
-    if isinstance(declaration.rule, Texts):
+    if isinstance(declaration.rule, SEVERAL):
         text += " May be given several times."
     default = _shown(declaration)
     return f"{text}  [default: {default}]" if default else text
@@ -125,4 +127,6 @@ def _shown(declaration: Declaration) -> str:
 def _value(name: str, declaration: Declaration, given: Any) -> Any:
     """What was given for an option, checked: a text, or what the command line has made a flag or a list already."""
     option = f"--{name.replace('_', '-')}"
+    if isinstance(given, list):
+        return tuple(item for text in given for item in declaration.read(text, option))
     return declaration.read(given, option) if isinstance(given, str) else declaration.check(given, option)

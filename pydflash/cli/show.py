@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pydflash.decode import Stats
     from pydflash.engine import Chunk, Completion, Engine, Prompt
     from pydflash.models import Progress
+    from pydflash.text import Special
 
 __all__ = ["LINES", "columns", "fail", "note", "note_sampling", "print_stats", "print_stream", "progress_bar"]
 
@@ -53,7 +54,11 @@ def progress_bar(what: str) -> Iterator[Progress]:
 
 
 def print_stream(
-    engine: Engine, prompt: Prompt, params: SamplingParams, variables: Mapping[str, Any] | None = None
+    engine: Engine,
+    prompt: Prompt,
+    params: SamplingParams,
+    variables: Mapping[str, Any] | None = None,
+    special: Special = "template",
 ) -> Completion:
     """Print text as it comes; Ctrl-C ends it early, or raises KeyboardInterrupt while the prompt is read.
 
@@ -64,7 +69,7 @@ def print_stream(
     show = _Shown()
     chunks: list[Chunk] = []
     try:
-        for chunk in engine.stream(prompt, params, variables=variables):
+        for chunk in engine.stream(prompt, params, variables=variables, special=special):
             chunks.append(chunk)
             show.chunk(chunk)
     except KeyboardInterrupt:

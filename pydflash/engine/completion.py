@@ -41,7 +41,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished generation. ``tokens`` include the end-of-turn token or the stop string's, ``text`` does not.
+    """A finished generation. ``tokens`` include the token or the stop string that ended it, ``text`` does not.
 
     ``reasoning``: see Chunk. Reasoning that was not finished leaves ``text`` empty.
     """
@@ -56,8 +56,8 @@ class Completion:
 class AnswerText:
     """The text of one generation, token by token, up to the first stop string; with a splitter, in two parts.
 
-    A stop string ends content. Inside reasoning, which a caller may never see, only those count that hold a mark
-    themselves, such as ``</think>``.
+    A stop string ends content. Inside reasoning, which a caller may never see, only those count that name a token that
+    is no text, such as ``</think>`` or ``<|im_end|>``.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], splitter: ReasoningSplitter | None = None) -> None:
@@ -67,18 +67,21 @@ class AnswerText:
         self._hidden_marks = {token: mark for token, mark in marks.items() if token in tokenizer.control_ids}
         self._stream = self._new_stream()
 
-    def push(self, token: int) -> tuple[AnswerPart, bool]:
-        """The text that is certain with ``token``, and whether a stop string was met, which ends the object's use."""
+    def push(self, token: int, *, last: bool = False) -> tuple[AnswerPart, bool]:
+        """The text that is certain with ``token``, and whether a stop string was met, which ends the object's use.
+
+        ``last``: the token ended the generation by its id, and is no part of the text.
+        """
         splitter = self._splitter
         if splitter is None:
-            text, stopped = self._stream.push(token)
+            text, stopped = self._stream.push(token, last=last)
             return AnswerPart(content=text), stopped
         if splitter.before_content and not self._tokenizer.token_bytes(token).strip(b"\r\n"):
             return AnswerPart(), False  # a stop string of newlines would end the answer before its content
-        text, stopped = self._stream.push(token)
+        text, stopped = self._stream.push(token, last=last)
         if stopped:
             return splitter.push(text).then(splitter.flush()), True
-        if token in self._hidden_marks:
+        if token in self._hidden_marks and not last:
             text += self._restart() + self._hidden_marks[token]
         inside = splitter.inside
         part = splitter.push(text)
@@ -99,15 +102,17 @@ class AnswerText:
     def _new_stream(self) -> TextStream:
         if self._splitter is None or not self._splitter.inside:
             return TextStream(self._tokenizer, self._stop)
-        return TextStream(self._tokenizer, [stop for stop in self._stop if has_mark(stop)])
+        marks = self._tokenizer.added.marks
+        named = [stop for stop in self._stop if has_mark(stop) or any(mark in stop for mark in marks)]
+        return TextStream(self._tokenizer, named)
 
 
 def chunk_of(step: Step, text: AnswerText) -> Chunk:
-    """The chunk of a step, cut at the first stop string."""
+    """The chunk of a step, cut at the first stop string; a token that ends the generation is no part of the text."""
     parts: list[AnswerPart] = []
     tokens, stats, reason = step.tokens, step.stats, step.finish_reason
     for i, token in enumerate(step.tokens):
-        part, stopped = text.push(token)
+        part, stopped = text.push(token, last=reason == "stop" and i == len(step.tokens) - 1)
         parts.append(part)
         if stopped:
             tokens, reason = tokens[: i + 1], "stop"

@@ -22,7 +22,16 @@ from pydflash.errors import ConfigError, SessionClosed, ShapeError, StateError
 from pydflash.models import Model, Progress, load_model
 from pydflash.runtime import Session
 from pydflash.sampling_params import recommendations
-from pydflash.text import ReasoningSplitter, Tokenizer, has_mark, starts_inside
+from pydflash.text import (
+    SPECIAL,
+    ReasoningSplitter,
+    Special,
+    Tokenizer,
+    encode_messages,
+    encode_text,
+    has_mark,
+    starts_inside,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -113,22 +122,24 @@ class Engine:
         speculate: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
+        special: Special = "template",
     ) -> Stream:
         """Generate, yielding a Chunk per step. Closing the stream cancels; the engine can be used again at once.
 
         ``prompt``: text is taken as it is, messages go through the chat template (with ``tools`` and its own
         ``variables``, such as ``{"enable_thinking": False}``), token ids, in a sequence or an array (tokens,), are used
-        unchanged. ``speculate`` False leaves a loaded draft aside. A stream that this thread left unfinished ends.
-        Raises ConfigError, TemplateError, ShapeError for an empty prompt or wrong ids, ContextFull, SessionClosed,
-        NativeError, and StateError while another thread generates.
+        unchanged. ``speculate`` False leaves a loaded draft aside. ``special``: see :meth:`encode`. A stream that this
+        thread left unfinished ends. Raises ConfigError, TemplateError, ShapeError for an empty prompt or wrong ids,
+        ContextFull, SessionClosed, NativeError, and StateError while another thread generates.
         """
         self._check_open()
         params = params or SamplingParams()
-        ids = self.encode(prompt, tools=tools, variables=variables)
+        ids = self.encode(prompt, tools=tools, variables=variables, special=special)
         sampler = Sampler(params, self.model.config.vocab)
+        stop_ids = self._stop_ids(params)
         caller = Caller()
         text = AnswerText(self.tokenizer, params.stop, self._splitter(prompt, ids))
-        stream = Stream(self._stream(ids, params, sampler, speculate, caller, text), caller)
+        stream = Stream(self._stream(ids, params, stop_ids, sampler, speculate, caller, text), caller)
         with self._callers:
             self._streams.add(stream)
         return stream
@@ -141,9 +152,11 @@ class Engine:
         speculate: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
+        special: Special = "template",
     ) -> Completion:
         """:meth:`stream` to the end, in one piece."""
-        with self.stream(prompt, params, speculate=speculate, tools=tools, variables=variables) as stream:
+        options: dict[str, Any] = {"tools": tools, "variables": variables, "special": special}
+        with self.stream(prompt, params, speculate=speculate, **options) as stream:
             chunks = list(stream)
         last = chunks[-1] if chunks else Chunk("", (), (), (), Stats())  # closed by another thread before the first
         tokens = tuple(token for chunk in chunks for token in chunk.tokens)
@@ -166,16 +179,24 @@ class Engine:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
+        special: Special = "template",
     ) -> list[int]:
-        """The token ids that ``stream`` would start from. Raises what it raises for a prompt."""
+        """The token ids that ``stream`` would start from. Raises what it raises for a prompt.
+
+        ``special`` says which texts such as ``<|im_end|>`` become tokens: those that the chat template writes, never
+        those inside messages ("template"; in a raw prompt, all), "all", or "none".
+        """
+        special = SPECIAL.check(special, "special")
         ids = token_ids(prompt, self.model.config.vocab)
         if (ids is not None or isinstance(prompt, str)) and (is_given(tools) or is_given(variables)):
             raise ConfigError("tools and variables are for the chat template; give messages instead of a raw prompt")
         if ids is None:
-            if not isinstance(prompt, str):
+            if isinstance(prompt, str):
+                ids = encode_text(self.tokenizer, prompt, special)
+            else:
                 messages = cast("Sequence[Mapping[str, Any]]", prompt)
-                prompt = self.chat_template.render(messages, tools=tools, **template_variables(variables))
-            ids = self.tokenizer.encode(prompt)
+                context = self.chat_template.context(messages, tools=tools, **template_variables(variables))
+                ids = encode_messages(self.tokenizer, self.chat_template, context, special)
             bos = self.tokenizer.bos_id
             ids = [bos, *ids] if self.tokenizer.add_bos and bos is not None and ids[:1] != [bos] else ids
         if not ids:
@@ -188,19 +209,22 @@ class Engine:
             return None
         return ReasoningSplitter(inside=starts_inside(ids, self.tokenizer))
 
+    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
+        """The tokens that end a generation. Raises ConfigError for one outside the vocabulary."""
+        outside = [token for token in params.stop_token_ids if token >= self.model.config.vocab]
+        if outside:
+            raise ConfigError(
+                f"stop_token_ids names token {outside[0]}; the vocabulary has {self.model.config.vocab:,} tokens"
+            )
+        return frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.tokenizer.eos_ids)
+
     def _stream(
-        self,
-        ids: list[int],
-        params: SamplingParams,
-        sampler: Sampler,
-        speculate: bool,
-        caller: Caller,
-        text: AnswerText,
-    ) -> Generator[Chunk, None, None]:
+        self, ids: list[int], params: SamplingParams, stop_ids: frozenset[int], sampler: Sampler, speculate: bool,
+        caller: Caller, text: AnswerText,
+    ) -> Generator[Chunk, None, None]:  # fmt: skip
         self._take(caller)
         stats = Stats()
         try:
-            stop_ids = frozenset() if params.ignore_eos else self.tokenizer.eos_ids
             self.reset()
             for step in self.steps(
                 ids, sampler, params.max_tokens, stop_ids, speculate=speculate, cancel=caller.cancel

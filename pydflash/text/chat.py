@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from pydflash.text.sandbox import Template
 from pydflash.text.tokenizer import named_token_id
 
 __all__ = ["ChatTemplate"]
+
+# What a template says that reads the reasoning of earlier answers, or takes it out of their content itself.
+TAKES_REASONING = re.compile(r"""reasoning_content|split\(\s*['"]</think>|['"]</think>['"]\s+(not\s+)?in\b""")
 
 
 class ChatTemplate:
@@ -63,13 +67,28 @@ class ChatTemplate:
         Raises ConfigError, with its place, for what is malformed; TemplateError, with the template's line,
         where the template refuses the conversation, fails, or reaches a limit.
         """
-        return self._template.render(
-            {
-                **self.special,
-                # Others take it out of the content themselves, or show it there.
-                "messages": checked_messages(messages, reasoning_apart="reasoning_content" in self.source),
-                "tools": checked_tools(tools),
-                "add_generation_prompt": add_generation_prompt,
-                **checked_variables(variables),
-            }
+        return self.render_context(
+            self.context(messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables)
         )
+
+    def context(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> dict[str, Any]:
+        """Return what the template is given for a conversation, by name. Arguments and ConfigError: see ``render``."""
+        return {
+            **self.special,
+            # Others show it in the content.
+            "messages": checked_messages(messages, reasoning_apart=bool(TAKES_REASONING.search(self.source))),
+            "tools": checked_tools(tools),
+            "add_generation_prompt": add_generation_prompt,
+            **checked_variables(variables),
+        }
+
+    def render_context(self, context: Mapping[str, Any]) -> str:
+        """Return the prompt text of what ``context`` made. Raises TemplateError like ``render``."""
+        return self._template.render(context)

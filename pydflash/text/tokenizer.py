@@ -9,29 +9,18 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Mapping, Sequence
-from enum import IntEnum
 from functools import cached_property
 from operator import index
 from typing import TYPE_CHECKING, Any
 
 from pydflash import machine
 from pydflash.errors import BadMetadata, ConfigError, OutOfMemory, ShapeError
+from pydflash.text.special_tokens import AddedTokens, TokenType, classify
 
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["Decoder", "TokenType", "Tokenizer", "named_token_id"]
-
-
-class TokenType(IntEnum):
-    """GGUF key ``tokenizer.ggml.token_type``."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
+__all__ = ["Decoder", "Tokenizer", "named_token_id"]
 
 
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -54,8 +43,21 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
 NFC_PRES = frozenset({"qwen2", "qwen35"})
 WHOLE_WORD_PRES = frozenset({"llama-bpe"})  # a word that is itself a token is taken as it is, whatever the merges say
 
-ADDED_TYPES = frozenset({TokenType.CONTROL, TokenType.USER_DEFINED})  # matched in the text before it is split
-STOP_NAMES = ("<|im_end|>", "<|endoftext|>")
+# Roles of tokens that a file can name: tokenizer.ggml.ROLE_token_id.
+ROLES = (
+    "bos",
+    "eos",
+    "eot",
+    "eom",
+    "padding",
+    "mask",
+    "fim_pre",
+    "fim_suf",
+    "fim_mid",
+    "fim_pad",
+    "fim_rep",
+    "fim_sep",
+)
 ABSENT_IDS = frozenset({-1, 0xFFFF_FFFF})  # how some converters write "this model has no such token"
 
 
@@ -75,7 +77,8 @@ class Tokenizer:
     Attributes: ``vocab_size`` (tokens), ``pre`` (name of the split), ``normalize`` (NFC first), ``add_bos`` (the model
     expects ``bos_id`` before a raw prompt; ``encode`` does not add it), ``bos_id``, ``eos_id``, ``eot_id``, ``pad_id``
     (None where the file has none), ``mask_id`` (may lie outside the vocabulary: drafts use padding rows),
-    ``control_ids`` and ``eos_ids`` (every id that ends a turn).
+    ``control_ids`` (never part of the text of an answer) and ``eos_ids`` (every id that ends one); both by the rules of
+    ``special_tokens``.
     """
 
     def __init__(
@@ -88,8 +91,9 @@ class Tokenizer:
         normalize: bool | None = None,
         add_bos: bool = False,
         named: Mapping[str, int] | None = None,
+        eos_ids: Iterable[int] = (),
     ) -> None:
-        """See ``from_metadata``; ``named`` holds those of the ids ``bos eos eot padding mask`` that exist."""
+        """See ``from_metadata``; ``named`` holds those of the ids of ``ROLES`` that exist, ``eos_ids`` further ends."""
         if pre not in PRE_TOKENIZERS:
             known = ", ".join(sorted(PRE_TOKENIZERS))
             raise BadMetadata(f"tokenizer.ggml.pre is {pre!r}, which is not supported; supported are {known}")
@@ -105,13 +109,15 @@ class Tokenizer:
         for name, token in ids.items():
             if not 0 <= token < self.vocab_size:
                 raise BadMetadata(f"tokenizer.ggml.{name}_token_id is {token}, outside the {self.vocab_size:,} tokens")
+        for token in eos_ids:
+            if not 0 <= token < self.vocab_size:
+                raise BadMetadata(f"tokenizer.ggml.eos_token_ids holds {token}, outside the {self.vocab_size:,} tokens")
         self.bos_id, self.eos_id, self.eot_id = ids.get("bos"), ids.get("eos"), ids.get("eot")
         self.pad_id = ids.get("padding")
         # Added tokens are few (tens), so they are kept as a table; the 248,320 others are looked up by id when needed.
-        self._added = {i: TokenType(t) for i, t in enumerate(token_types) if t in ADDED_TYPES}
+        self._added, ends = classify(tokens, token_types, ids)
         self.control_ids = frozenset(i for i, kind in self._added.items() if kind is TokenType.CONTROL)
-        stops = {i for i in self.control_ids if tokens[i] in STOP_NAMES}
-        self.eos_ids = frozenset(stops | {i for i in (self.eos_id, self.eot_id) if i is not None})
+        self.eos_ids = ends | frozenset(eos_ids)
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], *, normalize: bool | None = None) -> Tokenizer:
@@ -126,7 +132,7 @@ class Tokenizer:
         types = metadata.get("tokenizer.ggml.token_type")
         if types is None:
             raise BadMetadata("tokenizer.ggml.token_type is missing: nothing marks control tokens; convert again")
-        ids = {name: named_token_id(metadata, name) for name in ("bos", "eos", "eot", "padding", "mask")}
+        ids = {name: named_token_id(metadata, name) for name in ROLES}
         return cls(
             _require(metadata, "tokenizer.ggml.tokens", Sequence),
             _require(metadata, "tokenizer.ggml.merges", Sequence),
@@ -135,13 +141,15 @@ class Tokenizer:
             normalize=normalize,
             add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", False)),
             named={name: token for name, token in ids.items() if token is not None},
+            eos_ids=_listed_eos_ids(metadata),
         )
 
-    def encode(self, text: str, special: bool = True) -> list[int]:
+    def encode(self, text: str, special: bool = True, added: bool = True) -> list[int]:
         """Return the token ids of ``text``, without a leading BOS.
 
-        ``special`` False reads control tokens such as ``<|im_end|>`` as plain text (for text that a user typed); tokens
-        that the model's authors added without marking them as control (``<think>``) are recognised either way.
+        ``special`` False reads control tokens such as ``<|im_end|>`` as plain text; tokens that the model's authors
+        added without marking them as control (``<think>``) are recognised either way, as llama.cpp does. ``added``
+        False reads these as plain text too, for text that a user typed; only runs of white space stay tokens.
         Raises ConfigError where ``text`` holds a lone surrogate, BadMetadata where merges and tokens disagree.
         """
         try:
@@ -151,7 +159,7 @@ class Tokenizer:
                 f"character {error.start} of the text is the lone surrogate U+{ord(text[error.start]):04X}, which has"
                 " no UTF-8 form; decode the source with errors='replace'"
             ) from None
-        bpe = self._with_control if special else self._without_control
+        bpe = self._plain if not added else self._with_control if special else self._without_control
         ids: list[int] = bpe.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -184,6 +192,11 @@ class Tokenizer:
         return self._ids.get(text)
 
     @cached_property
+    def added(self) -> AddedTokens:
+        """The control and the other added tokens, by their texts."""
+        return AddedTokens({self._tokens[i]: i for i in self._added})
+
+    @cached_property
     def _ids(self) -> dict[str, int]:
         ids = {text: i for i, text in enumerate(self._tokens)}
         if len(ids) != self.vocab_size:
@@ -209,14 +222,18 @@ class Tokenizer:
 
     @cached_property
     def _with_control(self) -> tokenizers.Tokenizer:
-        return self._pipeline(with_control=True)
+        return self._pipeline(self._added)
 
     @cached_property
     def _without_control(self) -> tokenizers.Tokenizer:
-        return self._pipeline(with_control=False)
+        return self._pipeline(self._added.keys() - self.control_ids)
 
-    def _pipeline(self, with_control: bool) -> tokenizers.Tokenizer:
-        """Wrap the shared BPE. Two pipelines instead of one with a switch: flipping it would disturb other threads."""
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        return self._pipeline(i for i in self._added if self._tokens[i] not in self.added.marks)
+
+    def _pipeline(self, recognised: Iterable[int]) -> tokenizers.Tokenizer:
+        """Wrap the shared BPE. Three pipelines, not one with a switch: flipping it would disturb other threads."""
         _check_memory(self.vocab_size)
         from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
         from tokenizers import Tokenizer as Pipeline
@@ -227,12 +244,8 @@ class Tokenizer:
         splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[self.pre]]
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         pipeline.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
-        for kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
-            if kind is TokenType.CONTROL and not with_control:
-                continue
-            texts = [self._tokens[i] for i, its_kind in self._added.items() if its_kind is kind]
-            added = [AddedToken(text, normalized=False, special=kind is TokenType.CONTROL) for text in texts if text]
-            pipeline.add_special_tokens(added) if kind is TokenType.CONTROL else pipeline.add_tokens(added)
+        texts = [self._tokens[i] for i in sorted(recognised)]
+        pipeline.add_tokens([AddedToken(text, normalized=False) for text in texts if text])
         return pipeline
 
 
@@ -279,6 +292,16 @@ def named_token_id(metadata: Mapping[str, Any], name: str) -> int | None:
     except TypeError:
         raise BadMetadata(f"tokenizer.ggml.{name}_token_id is {value!r}, not an integer") from None
     return None if token in ABSENT_IDS else token
+
+
+def _listed_eos_ids(metadata: Mapping[str, Any]) -> list[int]:
+    """Return the ids of ``tokenizer.ggml.eos_token_ids``, which Ollama writes for models with several ends of turn."""
+    listed = metadata.get("tokenizer.ggml.eos_token_ids", ())
+    try:
+        ids = [index(token) for token in listed]
+    except TypeError:
+        raise BadMetadata(f"tokenizer.ggml.eos_token_ids is {listed!r}, not a list of integers") from None
+    return [token for token in ids if token not in ABSENT_IDS]
 
 
 def _require(metadata: Mapping[str, Any], key: str, kind: type) -> Any:

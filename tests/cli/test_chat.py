@@ -245,7 +245,12 @@ def test_thinking_is_an_option(
     monkeypatch.setattr(engine, "chat_template", ChatTemplate(THINKING))
     talk = talk_with(engine, think=think)
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(engine, "stream", lambda *_, variables=None: asked.append(variables) or iter([chunk("four")]))
+
+    def stream(*_: Any, variables: Any, **options: Any) -> Iterator[Any]:
+        asked.append(variables)
+        return iter([chunk("four")])
+
+    monkeypatch.setattr(engine, "stream", stream)
     talk.respond("2+2?")
     prompt = engine.encode([{"role": "user", "content": "2+2?"}], variables=asked[0])
     assert engine.tokenizer.decode(prompt).endswith(ending)

@@ -71,6 +71,18 @@ def test_every_option_has_its_name(run, target_path: Path, draft_path: Path) -> 
         assert word in ran.err
 
 
+def test_control_tokens_of_a_prompt_are_read_as_asked(run, engine: Engine, target_path: Path) -> None:  # type: ignore[no-untyped-def]
+    prompt, common = "<|im_start|>user<think>", ("--max-tokens", "9", "--threads", "1", "--device", "cpu", "--stats")
+    for special in ("template", "all", "none"):
+        ids = engine.encode(prompt, special=special)  # type: ignore[arg-type]
+        ran = run("generate", target_path, prompt, "--special", special, *common)
+        assert ran.out == engine.generate(ids, SamplingParams(max_tokens=9)).text + "\n"
+        assert re.search(rf"^prompt +{len(ids)} tokens", ran.err, re.MULTILINE)
+    ran = run("generate", target_path, prompt, "--special", "some")
+    assert (ran.code, ran.out) == (2, "")
+    assert "--special is 'some'; valid values are template, all, none" in ran.err
+
+
 @pytest.mark.parametrize("command", ["generate", "chat", "explain", "ab", "bench"])
 def test_every_setting_of_the_engine_is_an_option(run, command: str) -> None:  # type: ignore[no-untyped-def]
     left_out = {"bench": {"max_context", "adaptive"}}.get(command, set())  # each measurement chooses its own

@@ -70,10 +70,11 @@ def test_a_held_back_start_of_a_stop_string_is_not_lost_at_the_mark(tokenizer: T
     assert answered(tokenizer, ANSWER, "fourteen", "STOP\n!") == ("two and two\nSTOP", "four STOP five", "length")
 
 
-def test_a_stop_string_that_names_the_mark_ends_reasoning() -> None:
+def test_a_stop_string_that_names_the_mark_or_a_control_token_ends_reasoning() -> None:
     vocabulary = build_vocabulary(512)
     tokenizer = Tokenizer(vocabulary.tokens, vocabulary.merges, vocabulary.types, pre="qwen35")
     assert answered(tokenizer, ANSWER, "</think>") == ("two and two\nSTOP", "", "stop")
+    assert answered(tokenizer, "two<|im_start|>" + ANSWER, "<|im_start|>") == ("two", "", "stop")
 
 
 def test_reasoning_that_never_ends_leaves_no_text(tokenizer: Tokenizer) -> None:

@@ -2,7 +2,8 @@
 
 Both packages bring libraries called libggml-base.so; in one process the loader would give the second one the first
 one's. Usage: ``python -m tests.parity.peer REQUEST.json RESULT.npz``. The request holds ``path`` and either ``texts``
-to tokenize, or ``sequences`` of tokens of one length to evaluate at each of ``widths``. Threads that wait for each
+to tokenize, or ``sequences`` of tokens of one length to evaluate at each of ``widths``; or it holds ``vocabularies``,
+paths of files whose tokens' kinds are wanted. Threads that wait for each
 other soon sleep: where other processes want the processor, a spinning one keeps it from the one it waits for.
 """
 
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+KINDS = ("control", "user_defined", "end")
 ROOT = Path(__file__).parents[2]
 
 
@@ -57,6 +59,12 @@ def peer_tokens(path: Path, texts: Sequence[str], folder: Path, special: bool) -
     return [arrays[f"text_{i}"].tolist() for i in range(len(texts))]
 
 
+def peer_kinds(paths: Sequence[Path], folder: Path) -> list[tuple[set[int], set[int], set[int]]]:
+    """Of each file the ids of the control tokens, of the user-defined ones, and of those that end a generation."""
+    arrays = _ask({"vocabularies": [str(path) for path in paths]}, folder)
+    return [tuple(set(arrays[f"{kind}_{i}"].tolist()) for kind in KINDS) for i in range(len(paths))]  # type: ignore[misc]
+
+
 def _ask(request: dict[str, Any], folder: Path) -> dict[str, npt.NDArray[Any]]:
     question, answer = folder / "request.json", folder / "result.npz"
     question.write_text(json.dumps(request), encoding="utf-8")
@@ -64,7 +72,7 @@ def _ask(request: dict[str, Any], folder: Path) -> dict[str, npt.NDArray[Any]]:
     environment = {**os.environ, "GOMP_SPINCOUNT": "2000"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode:
-        raise RuntimeError(f"llama.cpp failed on {request['path']}:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"llama.cpp failed on {request.get('path', 'a vocabulary')}:\n{done.stderr[-2000:]}")
     with np.load(answer) as arrays:
         return dict(arrays)
 
@@ -77,6 +85,9 @@ def _answer(request: dict[str, Any]) -> dict[str, npt.NDArray[Any]]:
         texts = [t.encode() for t in request["texts"]]
         ids = [model.tokenize(t, add_bos=False, special=request["special"]) for t in texts]
         return {f"text_{i}": np.array(row, np.int32) for i, row in enumerate(ids)}
+    if "vocabularies" in request:
+        models = [llama_cpp.Llama(path, vocab_only=True, verbose=False) for path in request["vocabularies"]]
+        return {f"{kind}_{i}": ids for i, model in enumerate(models) for kind, ids in zip(KINDS, _kinds(model))}
     llama_cpp.llama_cpp.llama_model_default_params = _in_file_order(llama_cpp.llama_model_default_params)
     sequences, widths, start = request["sequences"], request["widths"], request["start"]
     context, threads = -(-len(sequences[0]) // 256) * 256, request["threads"]
@@ -99,6 +110,18 @@ def _answer(request: dict[str, Any]) -> dict[str, npt.NDArray[Any]]:
         arrays[f"width_{width}"] = np.stack(rows)
     model.close()
     return arrays
+
+
+def _kinds(model: Any) -> list[npt.NDArray[Any]]:
+    import llama_cpp as peer
+
+    vocab, ids = model._model.vocab, range(model.n_vocab())
+    attributes = np.array([peer.llama_vocab_get_attr(vocab, i) for i in ids])
+    # What llama.cpp leaves out of a text, and of the rest what it looks for before it splits one.
+    control = attributes & (peer.LLAMA_TOKEN_ATTR_CONTROL | peer.LLAMA_TOKEN_ATTR_UNKNOWN) != 0
+    user_defined = (attributes & peer.LLAMA_TOKEN_ATTR_USER_DEFINED != 0) & ~control
+    ends = np.array([peer.llama_vocab_is_eog(vocab, i) for i in ids])
+    return [np.flatnonzero(of_kind) for of_kind in (control, user_defined, ends)]
 
 
 def _in_file_order(default_params: Callable[[], Any]) -> Callable[[], Any]:

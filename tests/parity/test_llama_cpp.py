@@ -32,11 +32,15 @@ import pytest
 from pydflash.models import load_model
 from pydflash.runtime import Session
 from pydflash.text import Tokenizer
+from pydflash.text.special_tokens import TokenType
 from tests.helpers import Array, RoundedReference, nmse, run_chunks
-from tests.parity.peer import peer_logits, peer_logits_of_many, peer_tokens
+from tests.parity.peer import peer_kinds, peer_logits, peer_logits_of_many, peer_tokens
 from tests.reference.qwen35 import Reference
 from tests.shipped import TARGET, TEST_DATA, held_out_prompts, needs_pair
 from tests.tiny import GEOMETRIES, K_QUANT_GEOMETRIES, write_target
+from tools.synth.layout import target_metadata
+from tools.synth.vocabulary import build_vocabulary
+from tools.synth.writer import write_gguf
 
 pytestmark = [
     pytest.mark.peer,
@@ -205,6 +209,45 @@ def as_llama_cpp_has_it(path: Path) -> Tokenizer:
 def test_a_small_vocabulary_gives_the_tokens_of_llama_cpp(tmp_path: Path) -> None:
     path = write_target(tmp_path / "x.gguf", GEOMETRIES["gqa6"])
     tokenizer_agrees(path, tmp_path, as_llama_cpp_has_it)
+
+
+VOCABULARIES = {
+    "qwen": [
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<|fim_prefix|>",
+        "<|fim_pad|>",
+        "<|repo_name|>",
+        "<|file_sep|>",
+        "<think>",
+    ],
+    "harmony": ["<|end|>", "<|return|>", "<|call|>", "<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"],
+    "solar": ["<|end|>", "<|calls|>", "<|flush|>", "<|im_start|>"],
+    "html": ["</s>", "<eos>", "<|tool_response>", "<turn|>", "[PAD]", "[EOS]", "[EOT]"],
+    "others": ["</s>", "<|end|>", "<|return|>", "_<EOT>", "<|suffix|>", "<MID>", "<|eom_id|>", "[e~[", "<end_of_turn>"],
+}
+
+
+def test_tokens_are_of_the_kinds_that_llama_cpp_finds(tmp_path: Path) -> None:
+    """Whatever type the file gives to tokens that llama.cpp knows by their texts, and whatever roles it names."""
+    files = []
+    for name, texts in VOCABULARIES.items():
+        for kind in (TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.CONTROL, TokenType.UNKNOWN):
+            vocabulary = build_vocabulary(320)
+            metadata = target_metadata(GEOMETRIES["equal"], vocabulary, name)
+            first = vocabulary.tokens.index("<|endoftext|>")
+            vocabulary.tokens[first : first + len(texts)] = texts
+            vocabulary.types[first : first + len(texts)] = [int(kind)] * len(texts)
+            roles = {"eos": 40, "eom": 41, "fim_pad": 42} if kind is TokenType.UNKNOWN else {"eos": first}
+            metadata |= {f"tokenizer.ggml.{role}_token_id": token for role, token in roles.items()}
+            path = tmp_path / f"{name}-{kind}.gguf"
+            write_gguf(path, metadata, [])
+            files.append((path, Tokenizer.from_metadata(metadata)))
+    found = peer_kinds([path for path, _ in files], tmp_path)
+    for (path, tokenizer), (control, user_defined, ends) in zip(files, found):
+        assert tokenizer.control_ids == control, path.name
+        assert set(tokenizer.added.ids.values()) == control | user_defined, path.name
+        assert tokenizer.eos_ids == ends, path.name
 
 
 @needs_pair

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer as Pipeline
 from pydflash.errors import BadMetadata, ConfigError, ShapeError
 from pydflash.text import Tokenizer
 from pydflash.text import tokenizer as tokenizer_module
-from pydflash.text.tokenizer import BYTE_OF, PRE_TOKENIZERS, TokenType
+from pydflash.text.special_tokens import TokenType
+from pydflash.text.tokenizer import BYTE_OF, PRE_TOKENIZERS
 
 TEXT = (Path(__file__).parents[1] / "data" / "multilingual.txt").read_bytes().decode("utf-8")
 LINES = TEXT.removesuffix("\n").split("\n")
@@ -213,11 +214,36 @@ def test_named_ids(metadata: dict[str, Any], tokenizer: Tokenizer) -> None:
     assert (extended.bos_id, extended.add_bos) == (4, True)
 
 
-def test_stop_names_count_only_as_control_tokens(metadata: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", [TokenType.NORMAL, TokenType.USER_DEFINED])
+def test_tokens_known_by_their_text_are_control_whatever_the_file_says(metadata: dict[str, Any], kind: int) -> None:
     types = metadata["tokenizer.ggml.token_type"].copy()
-    types[metadata["tokenizer.ggml.tokens"].index("<|endoftext|>")] = TokenType.USER_DEFINED
+    token = metadata["tokenizer.ggml.tokens"].index("<|endoftext|>")
+    types[token] = kind
     tokenizer = Tokenizer.from_metadata({**metadata, "tokenizer.ggml.token_type": types.tolist()})
-    assert tokenizer.eos_ids == {tokenizer.eos_id}
+    assert token in tokenizer.eos_ids & tokenizer.control_ids
+    assert tokenizer.encode("a<|endoftext|>")[-1] == token
+    assert tokenizer.decode([token], skip_special=True) == ""
+
+
+def test_a_list_of_ends_of_turn_is_honoured(metadata: dict[str, Any]) -> None:
+    key = "tokenizer.ggml.eos_token_ids"
+    plain = Tokenizer.from_metadata(metadata)
+    assert Tokenizer.from_metadata({**metadata, key: np.array([5, 7], np.int32)}).eos_ids == plain.eos_ids | {5, 7}
+    assert Tokenizer.from_metadata({**metadata, key: [7, -1]}).eos_ids == plain.eos_ids | {7}
+    for wrong, message in (
+        ([10**6], "holds 1000000, outside the"),
+        (5, "is 5, not a list"),
+        (["x"], "not a list of int"),
+    ):
+        with pytest.raises(BadMetadata, match=f"eos_token_ids {message}|eos_token_ids .*{message}"):
+            Tokenizer.from_metadata({**metadata, key: wrong})
+
+
+def test_text_encoded_without_added_tokens_holds_none_of_them(tokenizer: Tokenizer) -> None:
+    text = "<|im_start|>x<think>a b</think>"
+    ids = tokenizer.encode(text, added=False)
+    assert not {tokenizer.token_id(each) for each in [*CONTROL, *USER_DEFINED]} & set(ids)
+    assert tokenizer.decode(ids) == text
 
 
 def stream(tokenizer: Tokenizer, tokens: Sequence[int], skip_special: bool = False) -> str:
