@@ -155,9 +155,9 @@ def test_logits_equal_the_oracle_and_not_those_without_scaling(tmp_path: Path, n
     assert nmse(got, engine_rows(plain, tokens)) > 1e4 * FLOAT32_NMSE
 
 
-def test_a_model_with_experts_is_scaled_too(tmp_path: Path) -> None:
-    path = write_target(tmp_path / "x.gguf", MOE_GEOMETRIES["moe_fused"], seed=1, keys=YARN)
-    tokens = tokens_for(MOE_GEOMETRIES["moe_fused"].vocab)
+def test_a_model_with_experts_is_scaled_too_and_has_biases(tmp_path: Path) -> None:
+    path = write_target(tmp_path / "x.gguf", MOE_GEOMETRIES["moe"], seed=1, keys=YARN, biases=("attn_q", "attn_k"))
+    tokens = tokens_for(MOE_GEOMETRIES["moe"].vocab)
     assert nmse(engine_rows(path, tokens), MoEReference(path).forward(tokens)) < FLOAT32_NMSE
 
 
