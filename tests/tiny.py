@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import gguf
@@ -73,18 +73,29 @@ MOE_GEOMETRIES = {
 
 
 def write_target(
-    path: Path | str, geometry: Geometry, types: str = "f32", seed: int = 0, outliers: float | None = None
+    path: Path | str,
+    geometry: Geometry,
+    types: str = "f32",
+    seed: int = 0,
+    outliers: float | None = None,
+    *,
+    keys: Mapping[str, Value] | None = None,
+    biases: Sequence[str] = (),
 ) -> Path:
     """Write a model with random weights of type `types` (one of WEIGHT_TYPES) and return its path.
 
     Its architecture is `qwen35`, or `qwen35moe` for a geometry with experts. The same seed gives the same weights in
     f32, f16, bf16, q8_0 and q4_0, up to rounding; K-quants have weights of their own. `outliers`: multiply a few
     channels of K by this factor and divide those of Q by it, which leaves attention as it is but is hard on a quantised
-    cache. ValueError if a row does not divide into blocks of the type.
+    cache. `keys` are more metadata of the architecture. `biases` names projections ("attn_q", ...) that get one in
+    every layer that has them. ValueError if a row does not divide into blocks of the type.
     """
     layers = geometry.layers + geometry.nextn
     slots = [(slot, type_of(slot, types, layers, geometry.tied)) for slot in target_tensors(geometry)]
+    wanted = [slot for slot, _ in slots if slot.name.endswith(tuple(f".{name}.weight" for name in biases))]
+    slots += [(Slot(slot.name.replace("weight", "bias"), slot.shape[:1], "bias"), "f32") for slot in wanted]
     metadata = target_metadata(geometry, build_vocabulary(geometry.vocab), "tiny target")
+    metadata |= {f"{geometry.architecture}.{key}": value for key, value in (keys or {}).items()}
     return _write(Path(path), metadata, slots, seed, _outlier_channels(geometry, outliers))
 
 
@@ -107,12 +118,14 @@ def write_draft(
     mask_token_id: int | None = None,
     theta: float = 1e7,
     seed: int = 1,
+    keys: Mapping[str, Value] | None = None,
 ) -> Path:
     """Write a random draft for a target of `target_geometry` and return its path.
 
     `window` in tokens makes the layers marked in `sliding` (all but the last, unless given) sliding ones. `taps` are
     HF layer ids, by default the last three layers llama.cpp can tap. `causal` None leaves the key out of the file.
-    `layout` is "llama.cpp" (architecture `dflash`) or "fork". ValueError if a row does not divide into blocks.
+    `layout` is "llama.cpp" (architecture `dflash`) or "fork". `keys` are more metadata of the architecture.
+    ValueError if a row does not divide into blocks.
     """
     vocabulary = build_vocabulary(target_geometry.vocab)
     pattern = [layer < layers - 1 for layer in range(layers)] if sliding is None else sliding
@@ -134,7 +147,9 @@ def write_draft(
         context=target_geometry.context,
     )
     slots = [(slot, type_of(slot, types, layers)) for slot in draft_tensors(draft, layout)]
-    return _write(Path(path), draft_metadata(draft, vocabulary, "tiny draft", layout), slots, seed, {})
+    metadata = draft_metadata(draft, vocabulary, "tiny draft", layout)
+    metadata |= {f"{metadata['general.architecture']}.{key}": value for key, value in (keys or {}).items()}
+    return _write(Path(path), metadata, slots, seed, {})
 
 
 def _outlier_channels(g: Geometry, factor: float | None) -> dict[str, npt.NDArray[np.float32]]:

@@ -83,7 +83,7 @@ def inject(source: Path, target: Path, outliers: Outliers) -> None:
         config = Config.read(file)
         with _copying(source, target) as copy:
             for layer in config.attention_layers:
-                channels = outliers.channels(layer, config.head_size, config.rope_dims)
+                channels = outliers.channels(layer, config.head_size, config.rope.dims)
                 for norm, factor in (("q", 1 / outliers.factor), ("k", outliers.factor)):
                     name = f"blk.{layer}.attn_{norm}_norm.weight"
                     weight = file.data(name).view(np.float32).copy()

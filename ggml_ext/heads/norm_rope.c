@@ -18,11 +18,11 @@ void pydflash_norm_rope_cpu(struct ggml_tensor * dst, int ith, int nth, void * o
     struct pydflash_head head = {
         .weight = (const float *) dst->src[1]->data,
         .signs  = dst->src[3] ? (const float *) dst->src[3]->data : NULL,
-        .eps    = pydflash_node_param_f32(dst, 2),
-        .group  = pydflash_node_params(dst)[3],
+        .eps    = pydflash_node_param_f32(dst, PYDFLASH_ROPE_PARAMS),
+        .group  = pydflash_node_params(dst)[PYDFLASH_ROPE_PARAMS + 1],
         .size   = (int32_t) x->ne[0],
     };
-    pydflash_rope_init(&head.rope, pydflash_node_params(dst)[0], pydflash_node_param_f32(dst, 1));
+    pydflash_rope_init(&head.rope, dst);
     int64_t begin, end;
     pydflash_share(x->ne[1] * x->ne[2], ith, nth, &begin, &end);
     for (int64_t item = begin; item < end; item++) {

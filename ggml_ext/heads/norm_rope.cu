@@ -33,9 +33,9 @@ bool launch(pydflash_cuda * cuda, ggml_tensor * node) {
     h.weight      = (const float *) node->src[1]->data;
     h.positions   = (const int32_t *) node->src[2]->data;
     h.signs       = node->src[3] ? (const float *) node->src[3]->data : nullptr;
-    h.eps         = pydflash_node_param_f32(node, 2);
-    h.group       = pydflash_node_params(node)[3];
-    h.rope        = rope_frequencies_of(pydflash_node_params(node)[0], pydflash_node_param_f32(node, 1));
+    h.eps         = pydflash_node_param_f32(node, PYDFLASH_ROPE_PARAMS);
+    h.group       = pydflash_node_params(node)[PYDFLASH_ROPE_PARAMS + 1];
+    h.rope        = rope_frequencies_of(node);
     auto run = [&](auto kernel) {
         const dim3 grid((unsigned) x->ne[1], (unsigned) x->ne[2]);
         return launch_early(cuda, kernel, grid, (unsigned) x->ne[0], 0, (const char *) x->data, (int64_t) x->nb[1],

@@ -1,14 +1,14 @@
 // norm_rope: what a query head goes through before attention: RMS norm, rotary embedding, rotation into K's basis.
 //
 //   n = x / sqrt(mean(x^2) + eps) * weight                                  over the D values of one head
-//   r = rope(n, positions, dims, base)                                      the angles of rope.h
+//   r = rope(n, positions)                                                  as rope.h states it
 //   y = turbo_wht(r, group, signs)                                          when group is not 0 (turbo_wht.h, forward)
 //
 //   src[0]   x           (T, H, D) f32; D is 64, 128 or 256; the last axis contiguous, other axes strided
 //   src[1]   weight      (D,) f32
 //   src[2]   positions   (T,) int32
 //   src[3]   signs       (2, group) f32; optional
-//   params   [0] dims: even, 2..D   [1] base (float)   [2] eps (float)   [3] group: 0, or 64, 128 or 256 dividing D
+//   params   [0..4] those of rope   [5] eps (float)   [6] group: 0, or 64, 128 or 256 dividing D
 //   result   (T, H, D) f32 contiguous
 //
 // The result has the bits of the norm (rms_norm on the CPU, ggml's rms_norm and mul on CUDA) followed by rope and

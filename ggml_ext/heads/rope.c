@@ -4,14 +4,12 @@
 #include <string.h>
 
 // Powers in double precision cost more than turning a few heads, and the nodes of a model all ask for the same.
-static const float * frequencies_of(int dims, float base) {
+static const float * frequencies_of(const struct pydflash_rope_params * params) {
     static _Thread_local float frequencies[PYDFLASH_MAX_HEAD / 2];
-    static _Thread_local float last_base;
-    static _Thread_local int   last_dims;
-    if (dims != last_dims || base != last_base) {
-        pydflash_rope_frequencies(frequencies, dims, base);
-        last_dims = dims;
-        last_base = base;
+    static _Thread_local struct pydflash_rope_params last;
+    if (memcmp(params, &last, sizeof(last)) != 0) {
+        pydflash_rope_frequencies(frequencies, *params);
+        last = *params;
     }
     return frequencies;
 }
@@ -41,12 +39,13 @@ static inline void turn_of(float angle, float * cosine, float * sine) {
     memcpy(cosine, &cos_bits, sizeof(*cosine));
 }
 
-void pydflash_rope_init(struct pydflash_rope * rope, int dims, float base) {
-    rope->dims     = dims;
+void pydflash_rope_init(struct pydflash_rope * rope, const struct ggml_tensor * node) {
+    rope->params   = pydflash_rope_params_of(node);
     rope->position = 0;
-    memcpy(rope->frequencies, frequencies_of(dims, base), (size_t) (dims / 2) * sizeof(float));
-    for (int i = 0; i < dims / 2; i++) {
-        rope->cosines[i] = 1.0f;
+    const int half = rope->params.dims / 2;
+    memcpy(rope->frequencies, frequencies_of(&rope->params), (size_t) half * sizeof(float));
+    for (int i = 0; i < half; i++) {
+        rope->cosines[i] = rope->params.magnitude;
         rope->sines[i]   = 0.0f;
     }
 }
@@ -56,14 +55,18 @@ void pydflash_rope_move(struct pydflash_rope * rope, int32_t position) {
         return;
     }
     rope->position = position;
-    const int half = rope->dims / 2;
+    const int   half      = rope->params.dims / 2;
+    const float magnitude = rope->params.magnitude;
     for (int i = 0; i < half; i++) {
-        turn_of((float) position * rope->frequencies[i], &rope->cosines[i], &rope->sines[i]);
+        float cosine, sine;
+        turn_of((float) position * rope->frequencies[i], &cosine, &sine);
+        rope->cosines[i] = cosine * magnitude;
+        rope->sines[i]   = sine * magnitude;
     }
 }
 
 void pydflash_rope_turn(const struct pydflash_rope * rope, float * head) {
-    const int half = rope->dims / 2;
+    const int half = rope->params.dims / 2;
     const float * restrict cosines = rope->cosines, * restrict sines = rope->sines;
     float * restrict first = head, * restrict second = head + half;
     for (int i = 0; i < half; i++) {
@@ -79,7 +82,7 @@ void pydflash_rope_cpu(struct ggml_tensor * dst, int ith, int nth, void * op) {
     const struct ggml_tensor * x = dst->src[0];
     const int32_t * positions    = (const int32_t *) dst->src[1]->data;
     struct pydflash_rope rope;
-    pydflash_rope_init(&rope, pydflash_node_params(dst)[0], pydflash_node_param_f32(dst, 1));
+    pydflash_rope_init(&rope, dst);
     int64_t begin, end;
     pydflash_share(x->ne[1] * x->ne[2], ith, nth, &begin, &end);
     for (int64_t item = begin; item < end; item++) {

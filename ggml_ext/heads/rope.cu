@@ -31,7 +31,7 @@ bool launch(pydflash_cuda * cuda, ggml_tensor * node) {
     const dim3 grid((unsigned) x->ne[1], (unsigned) x->ne[2]);
     return launch_early(cuda, rope, grid, (unsigned) x->ne[0], 0, (const char *) x->data, (int64_t) x->nb[1],
                         (int64_t) x->nb[2], (float *) node->data, (const int32_t *) node->src[1]->data,
-                        rope_frequencies_of(pydflash_node_params(node)[0], pydflash_node_param_f32(node, 1)));
+                        rope_frequencies_of(node));
 }
 
 }  // namespace

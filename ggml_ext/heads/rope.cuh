@@ -10,13 +10,16 @@
 // Computed on the host and passed to a kernel by value.
 struct rope_frequencies {
     int   dims;
+    float magnitude;
     float of[PYDFLASH_MAX_HEAD / 2];
 };
 
-static inline rope_frequencies rope_frequencies_of(int dims, float base) {
+static inline rope_frequencies rope_frequencies_of(const ggml_tensor * node) {
+    const pydflash_rope_params p = pydflash_rope_params_of(node);
     rope_frequencies f;
-    f.dims = dims;
-    pydflash_rope_frequencies(f.of, dims, base);
+    f.dims      = p.dims;
+    f.magnitude = p.magnitude;
+    pydflash_rope_frequencies(f.of, p);
     return f;
 }
 
@@ -50,6 +53,6 @@ static __device__ __forceinline__ float turn(float v, float partner, int i, int 
     const int    half  = f.dims / 2;
     const bool   first = i < half;
     const float2 t     = cos_sin(__fmul_rn((float) position, f.of[first ? i : i - half]));
-    const float  other = __fmul_rn(partner, t.y);
-    return __fmaf_rn(v, t.x, first ? -other : other);
+    const float  other = __fmul_rn(partner, __fmul_rn(t.y, f.magnitude));
+    return __fmaf_rn(v, __fmul_rn(t.x, f.magnitude), first ? -other : other);
 }

@@ -27,16 +27,16 @@ void pydflash_store_kv_cpu(struct ggml_tensor * dst, int ith, int nth, void * op
     const struct ggml_tensor * v = dst->src[1];
     const int32_t * positions = (const int32_t *) dst->src[3]->data;
     const int32_t * rows      = (const int32_t *) dst->src[4]->data;
-    const int       v_group   = pydflash_node_params(dst)[4];
+    const int       v_group   = pydflash_node_params(dst)[PYDFLASH_ROPE_PARAMS + 2];
     const int64_t   size      = k->ne[0];
     struct pydflash_head head = {
         .weight = (const float *) dst->src[2]->data,
         .signs  = dst->src[7] ? (const float *) dst->src[7]->data : NULL,
-        .eps    = pydflash_node_param_f32(dst, 2),
-        .group  = pydflash_node_params(dst)[3],
+        .eps    = pydflash_node_param_f32(dst, PYDFLASH_ROPE_PARAMS),
+        .group  = pydflash_node_params(dst)[PYDFLASH_ROPE_PARAMS + 1],
         .size   = (int32_t) size,
     };
-    pydflash_rope_init(&head.rope, pydflash_node_params(dst)[0], pydflash_node_param_f32(dst, 1));
+    pydflash_rope_init(&head.rope, dst);
     float values[PYDFLASH_MAX_HEAD];
     int64_t begin, end;
     pydflash_share(k->ne[1] * k->ne[2], ith, nth, &begin, &end);

@@ -126,13 +126,13 @@ bool launch(pydflash_cuda * cuda, ggml_tensor * node) {
     a.k_table = table_of(node->src[5]);
     a.v_table = table_of(node->src[6]);
     a.rows    = (const int32_t *) node->src[4]->data;
-    a.v_group = pydflash_node_params(node)[4];
+    a.v_group = pydflash_node_params(node)[PYDFLASH_ROPE_PARAMS + 2];
     a.head.weight      = (const float *) node->src[2]->data;
     a.head.positions   = (const int32_t *) node->src[3]->data;
     a.head.signs       = node->src[7] ? (const float *) node->src[7]->data : nullptr;
-    a.head.eps         = pydflash_node_param_f32(node, 2);
-    a.head.group       = pydflash_node_params(node)[3];
-    a.head.rope        = rope_frequencies_of(pydflash_node_params(node)[0], pydflash_node_param_f32(node, 1));
+    a.head.eps         = pydflash_node_param_f32(node, PYDFLASH_ROPE_PARAMS);
+    a.head.group       = pydflash_node_params(node)[PYDFLASH_ROPE_PARAMS + 1];
+    a.head.rope        = rope_frequencies_of(node);
     auto run = [&](auto kernel) {
         const dim3 grid((unsigned) k->ne[1], (unsigned) k->ne[2], 2);
         return launch_early(cuda, kernel, grid, (unsigned) k->ne[0], 0, a);

@@ -11,7 +11,7 @@
 //   src[5]   k_table     (P, Hkv * D) in any type of the cache (docs/kv-cache.md); updated in place
 //   src[6]   v_table     (P, Hkv * D) as k_table; its type may differ from k_table's
 //   src[7]   signs       (2, k_group) f32; optional
-//   params   [0] dims   [1] base (float)   [2] eps (float)   [3] k_group   [4] v_group: 0, 64, 128 or 256 dividing D
+//   params   [0..4] those of rope   [5] eps (float)   [6] k_group   [7] v_group: 0, 64, 128 or 256 dividing D
 //   result   a view of k_table
 //
 // When several rows share a table row (padding), its contents are undefined. Otherwise the tables have the same bytes

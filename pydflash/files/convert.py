@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -88,12 +89,20 @@ class _Config:
             inner.get(key, self.values.get(key, default)) if isinstance(inner, dict) else self.values.get(key, default)
         )
 
+    def joined(self, first: Mapping[str, Any]) -> _Config:
+        """The same configuration with the keys of ``first`` before all others."""
+        inner = self.values.get("dflash_config")
+        return _Config(
+            self.path, {**self.values, **(inner if isinstance(inner, dict) else {}), **first, "dflash_config": {}}
+        )
+
     def need(self, key: str, kind: type[Any]) -> Any:
+        """The value of ``key``; an integer passes as float. Raises BadMetadata."""
         value = self.get(key)
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind is float and type(value) is int and abs(value) < 1 << 63:
             value = float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            found = "missing" if value is None else f"{value!r}"
+        if type(value) is not kind or (kind is float and not math.isfinite(value)):
+            found = "missing" if value is None else f"{value!r:.80}"
             raise BadMetadata(
                 f"{self.path}: {key!r} is needed as {kind.__name__} and is {found}; is this a DFlash draft?"
             )
@@ -116,8 +125,6 @@ def _metadata(config: _Config, folder: Path) -> dict[str, Any]:
     layers = config.need("num_hidden_layers", int)
     heads, hidden = config.need("num_attention_heads", int), config.need("hidden_size", int)
     size = config.get("head_dim") or hidden // max(heads, 1)
-    rope = config.get("rope_parameters") or {}
-    theta = config.get("rope_theta") if "rope_theta" not in rope else rope["rope_theta"]
     keys: dict[str, Any] = {
         "block_count": layers,
         "context_length": int(config.get("max_position_embeddings", 0)),
@@ -128,9 +135,9 @@ def _metadata(config: _Config, folder: Path) -> dict[str, Any]:
         "attention.key_length": size,
         "attention.value_length": size,
         "attention.layer_norm_rms_epsilon": config.need("rms_norm_eps", float),
-        "rope.freq_base": float(theta) if theta is not None else config.need("rope_theta", float),
         "block_size": config.need("block_size", int),
         "target_layers": [int(layer) + 1 for layer in config.need("target_layer_ids", list)],
+        **_rope(config, size),
     }
     kinds = config.get("layer_types") or ["full_attention"] * layers
     sliding = [kind == "sliding_attention" for kind in kinds]
@@ -150,6 +157,45 @@ def _metadata(config: _Config, folder: Path) -> dict[str, Any]:
         "general.quantization_version": 2,
         **{f"dflash.{key}": value for key, value in keys.items()},
     }
+
+
+# Members of rope_parameters, which older versions of Hugging Face's library call rope_scaling.
+_ROPE_HARMLESS = ("finetuned", "mrope_section", "mrope_interleaved", "original_max_position_embeddings")
+_ROPE_NEUTRAL = {"factor": 1, "attn_factor": 1, "extrapolation_factor": 1, "truncate": True}
+_YARN = {"attention_factor": "yarn_attn_factor", "beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
+
+
+def _rope(config: _Config, head_size: int) -> dict[str, Any]:
+    """The ``rope.*`` keys, as llama.cpp's converter writes them. BadMetadata for a scaling that they do not express."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(found, dict):
+        raise BadMetadata(f"{config.path}: RoPE's parameters are {found!r}; an object is needed")
+    rope = config.joined(found)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    keys: dict[str, Any] = {"rope.freq_base": rope.need("rope_theta", float)}
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if rope.get("partial_rotary_factor") is not None:
+        part = rope.need("partial_rotary_factor", float)
+        if not 0 < part <= 1:
+            raise BadMetadata(f"{config.path}: 'partial_rotary_factor' is {part:g}; it must lie in 0..1")
+        keys["rope.dimension_count"] = int(head_size * part)
+    if kind in ("linear", "yarn"):
+        known |= {"factor"}
+        keys |= {"rope.scaling.type": kind, "rope.scaling.factor": rope.need("factor", float)}
+    if kind == "yarn":
+        known |= _YARN.keys()
+        keys |= {f"rope.scaling.{_YARN[key]}": rope.need(key, float) for key in _YARN if rope.get(key) is not None}
+        original = "original_max_position_embeddings"
+        named = original if rope.get(original) is not None else "max_position_embeddings"
+        keys["rope.scaling.original_context_length"] = rope.need(named, int)
+    elif kind not in ("default", "none", "linear"):
+        raise BadMetadata(f"{config.path}: RoPE is scaled by {kind!r}; default, linear and yarn are supported")
+    for name in sorted(found.keys() - known - set(_ROPE_HARMLESS)):
+        if found[name] not in (None, _ROPE_NEUTRAL.get(name)):
+            raise BadMetadata(f"{config.path}: RoPE's {name!r} is {found[name]!r}, which is not supported for {kind!r}")
+    if not keys.get("rope.scaling.factor", 1.0) >= 1:
+        raise BadMetadata(f"{config.path}: RoPE's 'factor' is {rope.get('factor')!r}; it must be at least 1")
+    return keys
 
 
 def _tokenizer(target: GGUFFile, config: _Config) -> dict[str, Any]:

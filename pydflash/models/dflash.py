@@ -15,9 +15,10 @@ from pydflash import ops
 from pydflash.errors import BadMetadata, DraftMismatch, UnsupportedArchitecture
 from pydflash.files import GGUFFile
 from pydflash.limits import EXACT_ROWS
+from pydflash.models.rope import read_rope
 from pydflash.models.weights import Linear, Weights
 from pydflash.native import Shape, Tensor
-from pydflash.ops import NormRope
+from pydflash.ops import NormRope, Rope
 from pydflash.state import Ring, RingBatch, RingSpec
 
 __all__ = ["ARCHITECTURES", "DFlash", "DraftConfig"]
@@ -49,7 +50,7 @@ class DraftConfig:
     heads: int
     kv_heads: int
     head_size: int
-    rope_base: float
+    rope: Rope
     eps: float
     block_size: int
     mask_token_id: int
@@ -73,12 +74,12 @@ class DraftConfig:
                     f"{file.path}: the draft has {what} (tensor {name!r}), which is not supported"
                 )
 
-        def number(key: str) -> int:
-            return file.require_within(f"{prefix}.{key}", 1, _LIMIT)
+        def number(key: str, default: int | None = None) -> int:
+            return file.require_within(f"{prefix}.{key}", 1, _LIMIT, default=default)
 
         fork, held = _is_fork(file), len(file.tensors)
         layers = file.require_within(f"{prefix}.block_count", 1, held, because=f"the file holds {held} tensors")
-        windows = _windows(file, prefix, layers)
+        windows, head_size = _windows(file, prefix, layers), number("attention.key_length")
         said = file.get(f"{prefix}.attention.causal", bool, default=None) if causal is None else causal
         if fork:
             taps, mask = file.require(f"{prefix}.dflash.target_layer_ids", list), f"{prefix}.dflash.mask_token_id"
@@ -93,8 +94,8 @@ class DraftConfig:
             ffn=number("feed_forward_length"),
             heads=number("attention.head_count"),
             kv_heads=number("attention.head_count_kv"),
-            head_size=number("attention.key_length"),
-            rope_base=float(file.require(f"{prefix}.rope.freq_base", float)),
+            head_size=head_size,
+            rope=read_rope(file, f"{prefix}.", number("rope.dimension_count", head_size), head_size),
             eps=float(file.require(f"{prefix}.attention.layer_norm_rms_epsilon", float)),
             block_size=number("dflash.block_size" if fork else "block_size"),
             mask_token_id=int(file.require(mask, int)),
@@ -114,7 +115,6 @@ class DraftConfig:
             ),
             (self.heads % self.kv_heads == 0, f"{self.heads} heads over {self.kv_heads} K/V heads"),
             (self.head_size in (64, 128, 256), f"heads of {self.head_size}; 64, 128 and 256 are supported"),
-            (1.0 <= self.rope_base < 1e12, f"rope.freq_base is {self.rope_base}"),
             (0.0 < self.eps < 1.0, f"layer_norm_rms_epsilon is {self.eps}"),
             (1 <= len(self.taps) <= 64, f"{len(self.taps)} target layers; 1 to 64 are supported"),
             (self.mask_token_id >= 0, f"mask_token_id is {self.mask_token_id}"),
@@ -202,7 +202,7 @@ class DraftLayer:
             return Linear(named(name))
 
         def norm_rope(name: str) -> NormRope:
-            return NormRope(named(name), config.eps, config.head_size, config.rope_base)
+            return NormRope(named(name), config.eps, config.rope)
 
         self.layer, self.config = layer, config
         self.attn_norm, self.ffn_norm = named("attn_norm"), named("ffn_norm")
@@ -219,7 +219,7 @@ class DraftLayer:
 
     def remembers(self) -> RingSpec:
         c = self.config
-        return RingSpec(c.windows[self.layer], c.causal[self.layer], c.rope_base, c.kv_heads, c.head_size)
+        return RingSpec(c.windows[self.layer], c.causal[self.layer], c.rope, c.kv_heads, c.head_size)
 
     def __call__(self, x: Tensor, batch: RingBatch, ring: Ring) -> Tensor:
         c, T = self.config, x.shape[0]

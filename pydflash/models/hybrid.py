@@ -7,6 +7,7 @@ reference code.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,13 +17,15 @@ from pydflash import ops
 from pydflash.errors import BadMetadata
 from pydflash.files import GGUFFile
 from pydflash.limits import MAX_TAPS
+from pydflash.models.rope import read_rope
 from pydflash.models.weights import Weights
 from pydflash.native import Shape, Tensor
-from pydflash.ops import NormRope
+from pydflash.ops import NormRope, Rope
 from pydflash.state import Batch, CacheFormat, DeltaSpec, DeltaState, KVCache, KVSpec, LayerSpec, LayerState
 
 __all__ = ["Hybrid", "HybridConfig", "Keys"]
 
+_BIAS = re.compile(r"blk\.\d+\.attn_[qkv]\.bias")
 _LIMIT = 1 << 20  # no count or size in a real file comes near; products of two stay far below 2^63
 
 C = TypeVar("C", bound="HybridConfig")
@@ -44,7 +47,10 @@ class Keys:
 
 @dataclass(frozen=True)
 class HybridConfig(ABC):
-    """Hyperparameters, named after their GGUF keys' meaning. A subclass adds those of its feed-forward."""
+    """Hyperparameters, named after their GGUF keys' meaning. A subclass adds those of its feed-forward.
+
+    ``biases``: names of the biases of Q, K and V that the file has, any of which an attention layer may lack.
+    """
 
     architecture: ClassVar[str]
 
@@ -54,8 +60,7 @@ class HybridConfig(ABC):
     heads: int
     kv_heads: int
     head_size: int
-    rope_dims: int
-    rope_base: float
+    rope: Rope
     eps: float
     k_heads: int
     v_heads: int
@@ -63,13 +68,14 @@ class HybridConfig(ABC):
     conv_kernel: int
     context: int
     tied: bool
+    biases: frozenset[str] = field(repr=False)
     recurrent: tuple[bool, ...] = field(repr=False)
 
     @classmethod
     def read(cls: type[C], file: GGUFFile) -> C:
         """From a file's metadata. Raises BadMetadata."""
         keys = Keys(file, cls.architecture)
-        layers = _layers(keys)
+        layers, head_size = _layers(keys), keys.number("attention.key_length")
         embedding = file.tensors.get("token_embd.weight")
         common: dict[str, Any] = {
             "layers": layers,
@@ -77,9 +83,8 @@ class HybridConfig(ABC):
             "vocab": embedding.shape[0] if embedding else 0,
             "heads": keys.number("attention.head_count"),
             "kv_heads": keys.number("attention.head_count_kv"),
-            "head_size": keys.number("attention.key_length"),
-            "rope_dims": keys.number("rope.dimension_count"),
-            "rope_base": keys.real("rope.freq_base"),
+            "head_size": head_size,
+            "rope": read_rope(file, keys.prefix, keys.number("rope.dimension_count"), head_size),
             "eps": keys.real("attention.layer_norm_rms_epsilon"),
             "k_heads": keys.number("ssm.group_count"),
             "v_heads": keys.number("ssm.time_step_rank"),
@@ -87,6 +92,7 @@ class HybridConfig(ABC):
             "conv_kernel": keys.number("ssm.conv_kernel", 2),
             "context": int(file.get(f"{cls.architecture}.context_length", int, default=0)),
             "tied": "output.weight" not in file.tensors,
+            "biases": frozenset(name for name in file.tensors if _BIAS.fullmatch(name)),
             "recurrent": _recurrent_layers(keys, layers),
         }
         config = cls(**common, **cls._read_feed_forward(keys, layers))
@@ -120,13 +126,9 @@ class HybridConfig(ABC):
                 self.head_size in (64, 128, 256),
                 f"{self.head_size}; 64, 128 and 256 are supported",
             ),
-            "rope.dimension_count": (
-                self.rope_dims <= self.head_size and self.rope_dims % 2 == 0,
-                f"{self.rope_dims} for heads of {self.head_size}",
-            ),
             "rope.dimension_sections": (
-                sections is None or 2 * sum(int(s) for s in sections) <= self.rope_dims,
-                f"{sections} cover more than {self.rope_dims // 2} pairs",
+                sections is None or 2 * sum(int(s) for s in sections) <= self.rope.dims,
+                f"{sections} cover more than {self.rope.dims // 2} pairs",
             ),
             "ssm.time_step_rank": (
                 self.v_heads % self.k_heads == 0,
@@ -141,7 +143,6 @@ class HybridConfig(ABC):
                 f"{self.state_size}; 32, 64, 128 and 256 are supported",
             ),
             "ssm.conv_kernel": (self.conv_kernel <= MAX_TAPS, f"{self.conv_kernel}; at most {MAX_TAPS}"),
-            "rope.freq_base": (1.0 <= self.rope_base < 1e12, f"{self.rope_base}"),
             "attention.layer_norm_rms_epsilon": (0.0 < self.eps < 1.0, f"{self.eps}"),
         }
         for key, (holds, found) in rules.items():
@@ -182,6 +183,8 @@ class HybridConfig(ABC):
                     "attn_output.weight": (c, q),
                     "attn_q_norm.weight": (self.head_size,), "attn_k_norm.weight": (self.head_size,),
                 }  # fmt: skip
+                rows = {"attn_q.bias": (2 * q,), "attn_k.bias": (kv,), "attn_v.bias": (kv,)}
+                block |= {name: shape for name, shape in rows.items() if f"blk.{i}.{name}" in self.biases}
             shapes |= {f"blk.{i}.{name}": shape for name, shape in block.items()}
         return shapes
 
@@ -212,7 +215,7 @@ class GatedAttention:
 
     def __init__(self, weights: Weights, layer: int, config: HybridConfig) -> None:
         def norm_rope(name: str) -> NormRope:
-            return NormRope(weights[f"{block}.{name}.weight"], config.eps, config.rope_dims, config.rope_base)
+            return NormRope(weights[f"{block}.{name}.weight"], config.eps, config.rope)
 
         block = f"blk.{layer}"
         self.config = config
@@ -222,7 +225,7 @@ class GatedAttention:
 
     def remembers(self, cache: CacheFormat) -> KVSpec:
         c = self.config
-        return KVSpec(*cache, c.rope_base, c.rope_dims, c.kv_heads, c.head_size)
+        return KVSpec(*cache, c.rope, c.kv_heads, c.head_size)
 
     def __call__(self, x: Tensor, batch: Batch, cache: KVCache) -> Tensor:
         c, T = self.config, x.shape[0]

@@ -21,15 +21,16 @@ Progress = Callable[[int, int], None]
 
 
 class Linear:
-    """A projection: ``y = x @ weight.T``."""
+    """A projection: ``y = x @ weight.T + bias``, the last where there is one."""
 
-    __slots__ = ("weight",)
+    __slots__ = ("bias", "weight")
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight, self.bias = weight, bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight)
+        y = ops.linear(x, self.weight)
+        return y if self.bias is None else y + self.bias
 
 
 def find_tensors(file: GGUFFile, expected: Mapping[str, Shape]) -> dict[str, TensorInfo]:
@@ -109,8 +110,8 @@ class Weights:
         return self._tensors[name]
 
     def linear(self, name: str) -> Linear:
-        """The projection ``name.weight``."""
-        return Linear(self[f"{name}.weight"])
+        """The projection ``name.weight``, with ``name.bias`` where that was loaded."""
+        return Linear(self[f"{name}.weight"], self._tensors.get(f"{name}.bias"))
 
     @property
     def closed(self) -> bool:

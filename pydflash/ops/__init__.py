@@ -9,7 +9,7 @@ node, in the folder of ``ggml_ext/`` that has the module's name.
 from pydflash.ops.attention import attention, attention_prefill
 from pydflash.ops.delta import delta_inputs, delta_rule
 from pydflash.ops.experts import experts, mix_experts
-from pydflash.ops.heads import NormRope, norm_rope, rope, store_kv, turbo_wht
+from pydflash.ops.heads import NormRope, Rope, norm_rope, rope, store_kv, turbo_wht
 from pydflash.ops.largest import argmax, top_k
 from pydflash.ops.linear import linear
 from pydflash.ops.norms import gated_rms_norm, rms_norm, sigmoid, sigmoid_gate, silu, swiglu
@@ -17,6 +17,7 @@ from pydflash.ops.rows import copy_into, get_rows, set_rows
 
 __all__ = [
     "NormRope",
+    "Rope",
     "argmax",
     "attention",
     "attention_prefill",

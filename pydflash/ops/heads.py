@@ -12,11 +12,31 @@ from pydflash.native import Tensor
 from pydflash.ops.node import custom, require
 from pydflash.ops.norms import rms_norm
 
-__all__ = ["NormRope", "norm_rope", "rope", "store_kv", "turbo_wht"]
+__all__ = ["NormRope", "Rope", "norm_rope", "rope", "store_kv", "turbo_wht"]
 
 
-def rope(x: Tensor, positions: Tensor, dims: int, base: float) -> Tensor:
-    """Rotary embedding of the first ``dims`` values of each head, by the reference's angles (rope.h).
+@dataclass(frozen=True)
+class Rope:
+    """A rotary embedding of the first ``dims`` values of a head; ``base`` is the frequencies' (rope.h).
+
+    With scaling, pairs from ``high`` on turn ``factor`` times slower, those before ``low`` as without, those between in
+    a linear mixture; low and high are 0 for linear scaling. What has turned is multiplied by ``magnitude``.
+    """
+
+    dims: int
+    base: float
+    factor: float = 1.0
+    low: int = 0
+    high: int = 0
+    magnitude: float = 1.0
+
+    def params(self) -> list[int | float]:
+        """Of a node."""
+        return [self.dims, float(self.base), float(self.factor), self.low | self.high << 16, float(self.magnitude)]
+
+
+def rope(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
+    """Rotary embedding of the first ``rope.dims`` values of each head, by the reference's angles (rope.h).
 
     (T, H, D), strided or not, D at most 256, and positions (T,) int32 to (T, H, D); NEOX pairs (i, i + dims/2). For
     text, Qwen's interleaved multi-axis RoPE has the same position on every axis and equals this.
@@ -25,8 +45,8 @@ def rope(x: Tensor, positions: Tensor, dims: int, base: float) -> Tensor:
         len(x.shape) == 3 and x.shape[2] <= MAX_HEAD and x.dtype == GGMLType.F32 and x.c.nb[0] == 4,
         f"rope: {x!r} is not (T, H, D) f32 with D at most {MAX_HEAD} and contiguous heads",
     )
-    _check_rope("rope", x, positions, dims)
-    return custom(lib.PYDFLASH_OP_ROPE, [x, positions], x.shape, [dims, float(base)])
+    _check_rope("rope", x, positions, rope)
+    return custom(lib.PYDFLASH_OP_ROPE, [x, positions], x.shape, rope.params())
 
 
 def turbo_wht(x: Tensor, group: int, signs: Tensor | None = None, inverse: bool = False) -> Tensor:
@@ -44,16 +64,15 @@ def turbo_wht(x: Tensor, group: int, signs: Tensor | None = None, inverse: bool 
 
 @dataclass(frozen=True)
 class NormRope:
-    """What a head of Q or of K goes through: RMS norm by ``weight`` (D,), then RoPE of its first ``dims`` values."""
+    """What a head of Q or of K goes through: RMS norm by ``weight`` (D,), then ``rope``."""
 
     weight: Tensor
     eps: float
-    dims: int
-    base: float
+    rope: Rope
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """(T, H, D) and (T,) int32 positions to (T, H, D), one operation after the other."""
-        return rope(rms_norm(x, self.weight, self.eps), positions, self.dims, self.base)
+        return rope(rms_norm(x, self.weight, self.eps), positions, self.rope)
 
 
 def norm_rope(x: Tensor, norm: NormRope, positions: Tensor, group: int = 0, signs: Tensor | None = None) -> Tensor:
@@ -63,7 +82,7 @@ def norm_rope(x: Tensor, norm: NormRope, positions: Tensor, group: int = 0, sign
     """
     _check_heads("norm_rope", x, norm, positions, group, signs)
     operands = [x, norm.weight, positions] if signs is None else [x, norm.weight, positions, signs]
-    return custom(lib.PYDFLASH_OP_NORM_ROPE, operands, x.shape, [norm.dims, float(norm.base), float(norm.eps), group])
+    return custom(lib.PYDFLASH_OP_NORM_ROPE, operands, x.shape, [*norm.rope.params(), float(norm.eps), group])
 
 
 def store_kv(
@@ -97,7 +116,7 @@ def store_kv(
             f"store_kv: table {table!r} is not (P, {width}) of {', '.join(CACHE_TYPES)}",
         )
     operands = [k, v, norm.weight, positions, rows, k_table, v_table, *(() if signs is None else (signs,))]
-    params = [norm.dims, float(norm.base), float(norm.eps), k_group, v_group]
+    params = [*norm.rope.params(), float(norm.eps), k_group, v_group]
     # The node is a view of K's table. V's table stays the same tensor, and what reads it comes later in program order.
     return custom(lib.PYDFLASH_OP_STORE_KV, operands, k_table.shape, params, inplace=k_table), v_table
 
@@ -112,16 +131,20 @@ def _check_heads(op: str, x: Tensor, norm: NormRope, positions: Tensor, group: i
         norm.weight.shape == x.shape[2:] and norm.weight.dtype == GGMLType.F32,
         f"{op}: weight {norm.weight!r} does not fit {x!r}",
     )
-    _check_rope(op, x, positions, norm.dims)
+    _check_rope(op, x, positions, norm.rope)
     _check_group(op, x, group, signs)
 
 
-def _check_rope(op: str, x: Tensor, positions: Tensor, dims: int) -> None:
+def _check_rope(op: str, x: Tensor, positions: Tensor, rope: Rope) -> None:
     require(
         positions.shape == x.shape[:1] and positions.dtype == GGMLType.I32,
         f"{op}: positions {positions!r} are not an i32 for each row of {x!r}",
     )
-    require(0 < dims <= x.shape[2] and dims % 2 == 0, f"{op}: RoPE of {dims} dims of {x!r}")
+    require(0 < rope.dims <= x.shape[2] and rope.dims % 2 == 0, f"{op}: RoPE of {rope.dims} dims of {x!r}")
+    require(
+        rope.factor >= 1 and 0 <= rope.low <= rope.high < 1 << 15 and rope.magnitude > 0,
+        f"{op}: {rope!r} does not scale positions",
+    )
 
 
 def _check_group(op: str, x: Tensor, group: int, signs: Tensor | None) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from pydflash.errors import SnapshotMismatch
+from pydflash.ops import Rope
 from pydflash.state.delta import DeltaSpec
 from pydflash.state.kv import KVSpec
 from pydflash.state.layer import LayerSpec, Layout
@@ -14,7 +15,7 @@ from pydflash.state.rings import RingSpec
 
 __all__ = ["FORMAT", "KINDS", "Fingerprint", "check_fingerprint"]
 
-FORMAT = 2
+FORMAT = 3
 """Raised when a version of this package gives the bytes of a snapshot another meaning, or another order."""
 
 KINDS: dict[str, type[Any]] = {
@@ -62,11 +63,7 @@ class Fingerprint:
     def from_json(cls, found: Mapping[str, Any]) -> Fingerprint:
         """What ``as_json`` gave. Raises ValueError, KeyError or TypeError for anything else."""
         plain = {f.name: checked(str(f.type), found[f.name]) for f in fields(cls) if f.name != "layers"}
-        layers = []
-        for entry in found["layers"]:
-            kind = KINDS[entry["kind"]]
-            layers.append(kind(**{f.name: checked(str(f.type), entry[f.name]) for f in fields(kind)}))
-        return cls(**plain, layers=tuple(layers))
+        return cls(**plain, layers=tuple(_made(KINDS[entry["kind"]], entry) for entry in found["layers"]))
 
 
 def check_fingerprint(found: Fingerprint, wanted: Fingerprint) -> None:
@@ -91,8 +88,14 @@ def _compare(name: str, theirs: object, ours: object, kind: str) -> None:
         )
 
 
+def _made(kind: type[Any], found: Mapping[str, Any]) -> Any:
+    return kind(**{f.name: checked(str(f.type), found[f.name]) for f in fields(kind)})
+
+
 def checked(kind: str, value: Any) -> Any:
     """``value`` from JSON for a field declared as ``kind``; ValueError for another type or a number out of range."""
+    if kind == "Rope":
+        return _made(Rope, value)
     if kind.startswith("tuple["):
         if type(value) is not list:
             raise ValueError(f"{value!r:.20} is not a list")

@@ -14,7 +14,7 @@ from pydflash.errors import ConfigError
 from pydflash.ggml_types import GGMLType
 from pydflash.kv_format import CACHE_TYPES, K_BASES, V_BASES, Basis
 from pydflash.native import Tensor
-from pydflash.ops import NormRope
+from pydflash.ops import NormRope, Rope
 from pydflash.state.layer import Batch, Layout, Part, Room
 
 __all__ = ["CacheFormat", "KVCache", "KVPath", "KVSpec", "check_pair", "packed_rows", "rotation_signs"]
@@ -103,8 +103,7 @@ class KVSpec:
     cache_v: str
     k_basis: str
     v_basis: str
-    rope_base: float
-    rope_dims: int
+    rope: Rope
     kv_heads: int
     head_size: int
 

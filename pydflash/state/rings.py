@@ -11,7 +11,7 @@ from pydflash.errors import ShapeError
 from pydflash.ggml_types import GGMLType
 from pydflash.limits import SLOT_STEP, TAPE_ROWS
 from pydflash.native import Graph, Tensor
-from pydflash.ops import NormRope
+from pydflash.ops import NormRope, Rope
 from pydflash.state.kv import KVPath, packed_rows
 from pydflash.state.layer import Layout, Part, Room
 
@@ -42,7 +42,7 @@ class RingSpec:
 
     window: int
     causal: bool
-    rope_base: float
+    rope: Rope
     kv_heads: int
     head_size: int
 

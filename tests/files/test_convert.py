@@ -179,6 +179,9 @@ def test_the_quantisers_agree_on_awkward_blocks(kind: GGMLType) -> None:
         ({"layer_types": ...}, "dflash.attention.sliding_window", None),
         ({"rope_theta": ..., "rope_parameters": {"rope_theta": 5e5}}, "dflash.rope.freq_base", 5e5),
         ({"dflash_config": ..., "mask_token_id": 3, "target_layer_ids": [1, 2]}, "dflash.target_layers", [2, 3]),
+        ({"partial_rotary_factor": 0.5}, "dflash.rope.dimension_count", 32),
+        ({"rope_scaling": None}, "dflash.rope.scaling.type", None),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, "dflash.rope.scaling.type", None),
     ],
 )
 def test_what_the_configuration_says_reaches_the_file(
@@ -210,6 +213,77 @@ def test_a_folder_that_does_not_fit_is_refused_and_no_file_is_left(
     with GGUFFile.open(reference_path) as reference:
         folder = write_hf(tmp_path / "hf", reference, **changes)
     with pytest.raises(error, match=named):
+        convert_draft(folder, tmp_path / "out.gguf", target=target_path)
+    assert not (tmp_path / "out.gguf").exists()
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 512}
+
+
+@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("spelling", ["type", "rope_type"])
+@pytest.mark.parametrize(
+    ("kind", "found", "wanted"),
+    [
+        ("linear", {"factor": 4}, {"factor": 4.0}),
+        ("yarn", YARN | {"finetuned": True, "truncate": True}, {"factor": 4.0, "original_context_length": 512}),
+        ("yarn", {"factor": 4.0}, {"factor": 4.0, "original_context_length": GEOMETRY.context}),
+        (
+            "yarn",
+            YARN | {"attention_factor": 1.25, "beta_fast": 16, "beta_slow": 2, "attn_factor": 1, "mscale": None},
+            {
+                "factor": 4.0, "original_context_length": 512,
+                "yarn_attn_factor": 1.25, "yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0,
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_scaled_positions_of_the_configuration_reach_the_file(
+    target_path: Path, reference_path: Path, tmp_path: Path, place: str, spelling: str, kind: str,
+    found: dict[str, Any], wanted: dict[str, Any],
+) -> None:  # fmt: skip
+    with GGUFFile.open(reference_path) as reference:
+        folder = write_hf(tmp_path / "hf", reference, **{place: {spelling: kind, **found}})
+    convert_draft(folder, tmp_path / "out.gguf", target=target_path, type="f16")
+    with GGUFFile.open(tmp_path / "out.gguf") as converted:
+        prefix = "dflash.rope.scaling."
+        keys = {
+            key.removeprefix(prefix): converted.metadata[key] for key in converted.metadata if key.startswith(prefix)
+        }
+        assert keys == {"type": kind, **wanted}
+        assert converted.metadata["dflash.rope.freq_base"] == 1e7
+    with load_model(target_path, "cpu", threads=1) as model, load_draft(tmp_path / "out.gguf", model) as draft:
+        assert draft.config.rope.factor == 4.0
+
+
+@pytest.mark.parametrize(
+    ("rope", "words"),
+    [
+        *[({"rope_type": kind, "factor": 4.0}, f"scaled by {kind!r}; default, linear and yarn are supported")
+          for kind in ("dynamic", "longrope", "su", "llama3", "proportional", 3)],
+        ({"rope_type": "linear"}, "'factor' is needed as float and is missing"),
+        ({"rope_type": "yarn", "factor": "4"}, "'factor' is needed as float and is '4'"),
+        ({"rope_type": "yarn", "factor": 0.5}, "'factor' is 0.5; it must be at least 1"),
+        ({"rope_type": "yarn", "factor": float("nan")}, "'factor' is needed as float and is nan"),
+        ({"factor": 4.0}, "'factor' is 4.0, which is not supported for 'default'"),
+        ({"rope_type": "yarn", **YARN, "mscale": 1.0}, "'mscale' is 1.0, which is not supported for 'yarn'"),
+        ({"rope_type": "yarn", **YARN, "attn_factor": 2.0}, "'attn_factor' is 2.0, which is not"),
+        ({"rope_type": "yarn", **YARN, "truncate": False}, "'truncate' is False, which is not"),
+        ({"rope_type": "yarn", **YARN, "beta_fast": "32"}, "'beta_fast' is needed as float"),
+        ({"rope_type": "linear", "factor": 4.0, "beta_fast": 32}, "'beta_fast' is 32, which is not supported"),
+        ({"full_attention": {"rope_type": "default"}}, "'full_attention' is {'rope_type': 'default'}, which"),
+        ({"rope_theta": "1e7"}, "'rope_theta' is needed as float and is '1e7'"),
+        ({"rope_theta": 10**400}, "'rope_theta' is needed as float and is 1000"),
+        ([4.0], r"RoPE's parameters are \[4.0\]; an object is needed"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_scaled_positions_that_no_file_can_hold_are_refused(
+    target_path: Path, reference_path: Path, tmp_path: Path, rope: Any, words: str
+) -> None:
+    with GGUFFile.open(reference_path) as reference:
+        folder = write_hf(tmp_path / "hf", reference, rope_parameters=rope)
+    with pytest.raises(BadMetadata, match=words):
         convert_draft(folder, tmp_path / "out.gguf", target=target_path)
     assert not (tmp_path / "out.gguf").exists()
 

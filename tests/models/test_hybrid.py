@@ -18,12 +18,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pydflash.errors import StateError
+from pydflash.errors import LoadError, StateError
 from pydflash.models import load_model
 from pydflash.runtime import Session
+from tests import tiny
 from tests.helpers import RoundedReference, captured, cosine, engine_rows, nmse
 from tests.reference.qwen35 import Reference
-from tests.tiny import GEOMETRIES, K_QUANT_GEOMETRIES
+from tests.tiny import GEOMETRIES, K_QUANT_GEOMETRIES, write_target
+from tools.synth.layout import Slot
 
 Target = Callable[[str, str], Path]
 
@@ -36,6 +38,7 @@ ROUNDING_NMSE = 1e-2
 # Rows of 128 and states of 32 average little, and their gain is higher: a flip between f16 levels shows in the sixth
 # digit there.
 SENSITIVE = ("equal", "mtp", "listed")
+QKV = ("attn_q", "attn_k", "attn_v")
 
 
 def tokens_for(name: str, count: int = 24) -> list[int]:
@@ -96,6 +99,37 @@ def test_captured_layers_are_the_oracle_s_residual_stream(target_of: Target, nam
     got = captured(path, tokens)
     for layer in range(oracle.layers):
         assert nmse(got[:, layer], oracle.hidden[layer]) < FLOAT32_NMSE, layer
+
+
+# Some and all of the projections that may have a bias, in any kind of model.
+BIASED = [("equal", ("attn_q",)), ("odd", ("attn_k", "attn_v")), ("gqa6", QKV), ("mtp", QKV)]
+
+
+@pytest.mark.parametrize(("name", "biases"), BIASED, ids=str)
+def test_biases_of_q_k_and_v_are_added(tmp_path: Path, name: str, biases: tuple[str, ...]) -> None:
+    path = write_target(tmp_path / "x.gguf", GEOMETRIES[name], seed=1, biases=biases)
+    plain = write_target(tmp_path / "plain.gguf", GEOMETRIES[name], seed=1)
+    tokens = tokens_for(name)
+    wanted, without = Reference(path).forward(tokens), engine_rows(plain, tokens)
+    for width in (8, len(tokens)):  # steps that are exact and one that is wide
+        got = engine_rows(path, tokens, width)
+        assert nmse(got, wanted) < FLOAT32_NMSE
+        assert nmse(got, without) > 1e4 * FLOAT32_NMSE
+
+
+def test_rows_of_a_model_with_biases_are_bit_equal_at_every_width(tmp_path: Path) -> None:
+    path = write_target(tmp_path / "x.gguf", GEOMETRIES["gqa6"], "q8_0", seed=1, biases=QKV)
+    tokens = tokens_for("gqa6")
+    one = engine_rows(path, tokens, 1)
+    for width in (2, 7, 16):
+        assert np.array_equal(engine_rows(path, tokens, width), one), width
+
+
+def test_a_bias_that_does_not_fit_its_projection_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny, "Slot", lambda name, shape, kind: Slot(name, (shape[0] // 2,), kind))
+    path = write_target(tmp_path / "x.gguf", GEOMETRIES["equal"], biases=("attn_q",))
+    with pytest.raises(LoadError, match=r"blk\.3\.attn_q\.bias' has shape \(256,\); its metadata asks for \(512,\)"):
+        load_model(path, "cpu", threads=1)
 
 
 def test_layers_are_captured_in_the_order_asked_for(target_of: Target) -> None:

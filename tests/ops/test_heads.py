@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -14,7 +13,7 @@ from pydflash.errors import ShapeError
 from pydflash.ggml_types import GGMLType
 from pydflash.kv_format import CACHE_TYPES
 from pydflash.native import Backend, Graph, Tensor
-from pydflash.ops import NormRope
+from pydflash.ops import NormRope, Rope
 from tests.helpers import Array, Packed, compute, packed, relative
 from tests.ops.test_turbo_wht import rotated, signs_of
 from tests.reference import qwen35 as oracle
@@ -42,8 +41,9 @@ def positions_of(rows: int) -> Array:
     return positions.astype(np.int32)
 
 
-def norm_of(weight: Tensor, dims: int) -> NormRope:
-    return NormRope(weight, EPS, dims, BASE)
+def norm_of(weight: Tensor, rope: Rope | int) -> NormRope:
+    """``rope``, or plain RoPE of so many values."""
+    return NormRope(weight, EPS, Rope(rope, BASE) if isinstance(rope, int) else rope)
 
 
 def weight_of(size: int) -> Array:
@@ -58,18 +58,18 @@ def same_bytes(backend: Backend, one: Build, other: Build, *leaves: Array | Pack
 # --- Q ----------------------------------------------------------------------------------------------------------------
 
 
-def fused_q(size: int, dims: int, group: int) -> Build:
+def fused_q(size: int, rope: Rope | int, group: int) -> Build:
     """From (T, H, 2 D), of which q is the first half of every head."""
 
     def build(x: Tensor, w: Tensor, p: Tensor, signs: Tensor | None = None) -> Tensor:
-        return ops.norm_rope(x.slice(2, 0, size), norm_of(w, dims), p, group, signs)
+        return ops.norm_rope(x.slice(2, 0, size), norm_of(w, rope), p, group, signs)
 
     return build
 
 
-def plain_q(size: int, dims: int, group: int) -> Build:
+def plain_q(size: int, rope: Rope | int, group: int) -> Build:
     def build(x: Tensor, w: Tensor, p: Tensor, signs: Tensor | None = None) -> Tensor:
-        q = norm_of(w, dims)(x.slice(2, 0, size), p)
+        q = norm_of(w, rope)(x.slice(2, 0, size), p)
         return ops.turbo_wht(q, group, signs) if group else q
 
     return build
@@ -93,6 +93,15 @@ def test_norm_rope_with_signs_has_the_bits_of_its_parts(backend: Backend, group:
     assert same_bytes(backend, fused_q(*shape), plain_q(*shape), *q_leaves(17, 6, 256, group, signed=True))
 
 
+@pytest.mark.parametrize("rope", [Rope(64, BASE, 4.0), Rope(64, BASE, 4.0, 14, 22, 1.1386294)], ids=["linear", "yarn"])
+def test_scaled_heads_have_the_bits_of_their_parts(backend: Backend, rope: Rope) -> None:
+    q, kv = q_leaves(17, 3, 256, 256, signed=False), kv_leaves(17, 4, 256, "f32", "q8_0")
+    assert same_bytes(backend, fused_q(256, rope, 256), plain_q(256, rope, 256), *q)
+    assert not same_bytes(backend, fused_q(256, rope, 256), fused_q(256, 64, 256), *q)
+    assert same_bytes(backend, fused_kv(256, rope, 256, 64), plain_kv(256, rope, 256, 64), *kv)
+    assert not same_bytes(backend, fused_kv(256, rope, 256, 64), fused_kv(256, 64, 256, 64), *kv)
+
+
 @pytest.mark.parametrize(("size", "dims", "group"), SHAPES)
 def test_norm_rope_equals_numpy(backend: Backend, size: int, dims: int, group: int) -> None:
     x, weight, positions = q_leaves(17, 3, size, group, signed=False)
@@ -114,25 +123,25 @@ def test_a_row_of_norm_rope_is_bit_equal_at_every_width(backend: Backend, group:
 # --- K and V ----------------------------------------------------------------------------------------------------------
 
 
-def fused_kv(size: int, dims: int, k_group: int = 0, v_group: int = 0) -> Build:
+def fused_kv(size: int, rope: Rope | int, k_group: int = 0, v_group: int = 0) -> Build:
     """From K and V as halves of one (T, Hkv, 2 D)."""
 
     def build(
         x: Tensor, w: Tensor, p: Tensor, rows: Tensor, k_table: Tensor, v_table: Tensor, signs: Tensor | None = None
     ) -> Sequence[Tensor]:
         k, v = x.split([size, size])
-        norm = norm_of(w, dims)
+        norm = norm_of(w, rope)
         return ops.store_kv(k, v, norm, p, rows, k_table, v_table, k_group=k_group, signs=signs, v_group=v_group)
 
     return build
 
 
-def plain_kv(size: int, dims: int, k_group: int = 0, v_group: int = 0) -> Build:
+def plain_kv(size: int, rope: Rope | int, k_group: int = 0, v_group: int = 0) -> Build:
     def build(
         x: Tensor, w: Tensor, p: Tensor, rows: Tensor, k_table: Tensor, v_table: Tensor, signs: Tensor | None = None
     ) -> Sequence[Tensor]:
         k, v = x.split([size, size])
-        k = norm_of(w, dims)(k, p)
+        k = norm_of(w, rope)(k, p)
         k = ops.turbo_wht(k, k_group, signs) if k_group else k
         v = ops.turbo_wht(v, v_group) if v_group else v
         width = (x.shape[0], k_table.shape[1])
@@ -272,7 +281,7 @@ def attempt(cpu: Backend, other: dict[str, tuple[tuple[int, ...], GGMLType]], **
     """The names of the operations that refuse, as their errors say them."""
     graph = Graph(cpu, 64)
     t = {name: graph.input(*spec) for name, spec in (GOOD | other).items()}
-    norm = replace(norm_of(t["weight"], 64), dims=options.get("dims", 64))
+    norm = norm_of(t["weight"], options.get("dims", 64))
     k_group, v_group = options.get("k_group", 128), options.get("v_group", 0)
     kv = (t["x"], t["v"], norm, t["positions"], t["rows"], t["k_table"], t["v_table"])
     calls: list[Callable[[], object]] = [

@@ -12,7 +12,7 @@ from pydflash.errors import DeviceError
 from pydflash.ggml_types import GGMLType
 from pydflash.kv_format import CACHE_TYPES
 from pydflash.native import Backend, Tensor
-from pydflash.ops import norms
+from pydflash.ops import Rope, norms
 from tests.helpers import Array, Packed, Shapes, check_refused, compute, packed, relative
 from tests.reference import qwen35 as oracle
 
@@ -41,7 +41,8 @@ Case = tuple[Callable[..., Tensor], tuple[Array | Packed, ...]]
 CASES: dict[str, Case] = {
     "rms_norm": (lambda x, w: ops.rms_norm(x, w, 1e-6), (X, WEIGHT)),
     "rms_norm of heads": (lambda x, w: ops.rms_norm(x, w, 1e-6), (HEADS, HEAD_WEIGHT)),
-    "rope": (lambda x, p: ops.rope(x, p, 64, 1e7), (HEADS, POSITIONS)),
+    "rope": (lambda x, p: ops.rope(x, p, Rope(64, 1e7)), (HEADS, POSITIONS)),
+    "rope by yarn": (lambda x, p: ops.rope(x, p, Rope(64, 1e7, 4.0, 14, 22, 1.1386294)), (HEADS, POSITIONS)),
     "silu": (ops.silu, (X,)),
     "sigmoid": (ops.sigmoid, (X,)),
     "swiglu": (ops.swiglu, (X, Y)),
@@ -131,7 +132,7 @@ def test_an_operation_of_the_cpu_alone_is_refused_on_cuda(
 @pytest.mark.parametrize("dims", [2, 16, 64, 128])
 @pytest.mark.parametrize("base", [1e4, 1e7])
 def test_rope_rotates_the_first_dims_of_each_head(backend: Backend, base: float, dims: int) -> None:
-    got = compute(backend, lambda x, p: ops.rope(x, p, dims, base), HEADS, POSITIONS)[0]
+    got = compute(backend, lambda x, p: ops.rope(x, p, Rope(dims, base)), HEADS, POSITIONS)[0]
     assert relative(got, oracle.rope(HEADS.astype(float), POSITIONS, dims, base)) < FEW_ULP
     assert np.array_equal(got[..., dims:], HEADS[..., dims:])
 
@@ -144,13 +145,53 @@ def test_rope_s_cosines_and_sines_are_those_of_the_reference_s_angles(
     """A head of ones and zeros turns into the cosines and sines themselves (rope.h states their error)."""
     positions = sign * np.linspace(0, furthest, 50_000).astype(np.int32)
     heads = np.repeat([[[1.0] * 8 + [0.0] * 8]], len(positions), axis=0).astype(np.float32)
-    got = compute(backend, lambda x, p: ops.rope(x, p, 16, 1e4), heads, positions)[0]
+    got = compute(backend, lambda x, p: ops.rope(x, p, Rope(16, 1e4)), heads, positions)[0]
     assert np.abs(got - oracle.rope(heads.astype(float), positions, 16, 1e4)).max() < bound
 
 
+SCALED = {
+    "linear": Rope(64, 1e7, 4.0),
+    "yarn": Rope(64, 1e7, 4.0, 14, 22, 1.1386294),
+    "yarn, all pairs kept": Rope(32, 1e4, 8.0, 16, 17, 1.2079442),
+    "yarn, one pair kept": Rope(128, 1e6, 2.5, 0, 1),
+    "a magnitude alone": Rope(128, 1e7, magnitude=0.75),
+}
+
+
+def scaling(rope: Rope) -> tuple[Array, float]:
+    """The oracle's factors of frequencies and of cosines and sines."""
+    slowed = np.ones(rope.dims // 2) / rope.factor
+    if rope.high:
+        kept = np.interp(np.arange(rope.dims // 2), [rope.low, rope.high], [1.0, 0.0])
+        slowed = kept + (1 - kept) * slowed
+    return slowed, rope.magnitude
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_scaled_rope_turns_slower_and_scales_what_turns(backend: Backend, name: str) -> None:
+    rope = SCALED[name]
+    got = compute(backend, lambda x, p: ops.rope(x, p, rope), HEADS, POSITIONS)[0]
+    wanted = oracle.rope(HEADS.astype(float), POSITIONS, rope.dims, rope.base, *scaling(rope))
+    assert relative(got, wanted) < FEW_ULP
+    assert np.array_equal(got[..., rope.dims :], HEADS[..., rope.dims :])
+    plain = compute(backend, lambda x, p: ops.rope(x, p, Rope(rope.dims, rope.base)), HEADS, POSITIONS)[0]
+    assert not np.array_equal(got, plain)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 0), (0, 1), (3, 9), (32, 33)])
+def test_a_factor_of_one_changes_no_bit(backend: Backend, low: int, high: int) -> None:
+    plain, scaled = Rope(64, 1e7), Rope(64, 1e7, 1.0, low, high)
+    outputs = [
+        compute(backend, lambda x, p, r=rope: ops.rope(x, p, r), HEADS, POSITIONS)[0] for rope in (plain, scaled)
+    ]
+    assert np.array_equal(*outputs)
+
+
 def test_rope_takes_strided_heads(backend: Backend) -> None:
-    wanted = compute(backend, lambda x, p: ops.rope(x, p, 32, 1e7), HEADS[:, 1:, 64:].copy(), POSITIONS)[0]
-    got = compute(backend, lambda x, p: ops.rope(x.slice(1, 1, 3).slice(2, 64, 128), p, 32, 1e7), HEADS, POSITIONS)[0]
+    wanted = compute(backend, lambda x, p: ops.rope(x, p, Rope(32, 1e7)), HEADS[:, 1:, 64:].copy(), POSITIONS)[0]
+    got = compute(
+        backend, lambda x, p: ops.rope(x.slice(1, 1, 3).slice(2, 64, 128), p, Rope(32, 1e7)), HEADS, POSITIONS
+    )[0]
     assert np.array_equal(got, wanted)
 
 
@@ -213,13 +254,21 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], Shapes]] = {
     "rms_norm weight": (lambda x, w: ops.rms_norm(x, w, 1e-6), [((8, 4), F), ((8,), F)]),
     "swiglu": (ops.swiglu, [((8, 4), F), ((8, 5), F)]),
     "argmax of a vector": (ops.argmax, [((8,), F)]),
-    "rope of a matrix": (lambda x, p: ops.rope(x, p, 4, 1e4), [((8, 4), F), ((8,), INT)]),
-    "rope of f16": (lambda x, p: ops.rope(x, p, 4, 1e4), [((8, 2, 4), GGMLType.F16), ((8,), INT)]),
-    "rope of large heads": (lambda x, p: ops.rope(x, p, 4, 1e4), [((8, 2, 258), F), ((8,), INT)]),
-    "rope by floats": (lambda x, p: ops.rope(x, p, 4, 1e4), [((8, 2, 4), F), ((8,), F)]),
-    "rope positions": (lambda x, p: ops.rope(x, p, 4, 1e4), [((8, 2, 4), F), ((7,), INT)]),
-    "rope of odd dims": (lambda x, p: ops.rope(x, p, 3, 1e4), [((8, 2, 4), F), ((8,), INT)]),
-    "rope of too many dims": (lambda x, p: ops.rope(x, p, 6, 1e4), [((8, 2, 4), F), ((8,), INT)]),
+    "rope of a matrix": (lambda x, p: ops.rope(x, p, Rope(4, 1e4)), [((8, 4), F), ((8,), INT)]),
+    "rope of f16": (lambda x, p: ops.rope(x, p, Rope(4, 1e4)), [((8, 2, 4), GGMLType.F16), ((8,), INT)]),
+    "rope of large heads": (lambda x, p: ops.rope(x, p, Rope(4, 1e4)), [((8, 2, 258), F), ((8,), INT)]),
+    "rope by floats": (lambda x, p: ops.rope(x, p, Rope(4, 1e4)), [((8, 2, 4), F), ((8,), F)]),
+    "rope positions": (lambda x, p: ops.rope(x, p, Rope(4, 1e4)), [((8, 2, 4), F), ((7,), INT)]),
+    "rope of odd dims": (lambda x, p: ops.rope(x, p, Rope(3, 1e4)), [((8, 2, 4), F), ((8,), INT)]),
+    "rope of too many dims": (lambda x, p: ops.rope(x, p, Rope(6, 1e4)), [((8, 2, 4), F), ((8,), INT)]),
+    "rope that speeds up": (lambda x, p: ops.rope(x, p, Rope(4, 1e4, 0.5)), [((8, 2, 4), F), ((8,), INT)]),
+    "rope by a factor of nan": (lambda x, p: ops.rope(x, p, Rope(4, 1e4, np.nan)), [((8, 2, 4), F), ((8,), INT)]),
+    "rope whose ramp falls": (lambda x, p: ops.rope(x, p, Rope(4, 1e4, 2.0, 2, 1)), [((8, 2, 4), F), ((8,), INT)]),
+    "rope far out": (lambda x, p: ops.rope(x, p, Rope(4, 1e4, 2.0, 0, 1 << 16)), [((8, 2, 4), F), ((8,), INT)]),
+    "rope of no magnitude": (
+        lambda x, p: ops.rope(x, p, Rope(4, 1e4, magnitude=0.0)),
+        [((8, 2, 4), F), ((8,), INT)],
+    ),
 }
 
 

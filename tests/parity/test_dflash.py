@@ -22,6 +22,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,6 +51,10 @@ PROMPTS, COUNT = 10, 64
 # after a dozen layers differ by some 1e-6 of that.
 FLOAT_TIE = 1e-4
 SEEN = 0.1
+SCALED: dict[str, dict[str, Any]] = {
+    "linear": {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
+    "yarn": {"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0, "rope.scaling.original_context_length": 32},
+}
 
 
 @dataclass
@@ -224,8 +229,22 @@ def test_random_drafts_propose_what_llama_cpp_proposes(
     geometry = GEOMETRIES[name]
     target = write_target(tmp_path / "target.gguf", geometry, seed=3)
     draft = write_draft(tmp_path / "draft.gguf", geometry, layers=3, window=24, causal=causal, seed=4)
+    random_prompts_agree(target, draft, geometry.vocab, tmp_path)
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_drafts_with_scaled_positions_propose_what_llama_cpp_proposes(
+    tmp_path: Path, float_context: None, name: str
+) -> None:
+    geometry, keys = GEOMETRIES["gqa6"], SCALED[name]
+    target = write_target(tmp_path / "target.gguf", geometry, seed=3, keys=keys)
+    draft = write_draft(tmp_path / "draft.gguf", geometry, layers=3, window=24, causal=True, seed=4, keys=keys)
+    random_prompts_agree(target, draft, geometry.vocab, tmp_path)
+
+
+def random_prompts_agree(target: Path, draft: Path, vocab: int, folder: Path) -> None:
     rng = np.random.default_rng(5)
-    prompts = [rng.integers(0, geometry.vocab, n).tolist() for n in (3, 40)]
+    prompts = [rng.integers(0, vocab, n).tolist() for n in (3, 40)]
     ours = our_speculation(target, draft, prompts, 12)
-    theirs = peer_speculation(target, draft, prompts, 12, tmp_path, float_draft=True)
+    theirs = peer_speculation(target, draft, prompts, 12, folder, float_draft=True)
     compare(target, prompts, ours, theirs, 12, FLOAT_TIE)

@@ -25,6 +25,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,6 +80,28 @@ def test_logits_with_float_weights_are_those_of_llama_cpp(tmp_path: Path, name: 
         error = nmse(ours(path, tokens, width), wanted)
         # f16 weights round activations to f16, whose flips a sensitive geometry amplifies: measured on the peer itself.
         assert error <= max(FLOAT_NMSE, own if types == "f16" else 0), (width, error, own)
+
+
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0, "rope.scaling.original_context_length": 32}
+FILES: dict[str, dict[str, Any]] = {
+    "linear": {"keys": {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}},
+    "a factor alone": {"keys": {"rope.scaling.factor": 4.0}},
+    "none": {"keys": {"rope.scaling.type": "none", "rope.scaling.factor": 4.0}},
+    "yarn": {"keys": YARN},
+    "yarn of the file's context": {"keys": {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}},
+    "yarn of a magnitude": {"keys": YARN | {"rope.scaling.attn_factor": 0.75}},
+    "biases": {"biases": ("attn_q", "attn_k", "attn_v")},
+}
+
+
+@pytest.mark.parametrize("what", FILES)
+@pytest.mark.parametrize("name", ["gqa6", "odd"])
+def test_scaled_positions_and_biases_are_those_of_llama_cpp(tmp_path: Path, name: str, what: str) -> None:
+    path, tokens = write_target(tmp_path / "x.gguf", GEOMETRIES[name], seed=1, **FILES[what]), tokens_for(name)
+    peer = peer_logits(path, tokens, [16], tmp_path)[16]
+    assert nmse(ours(path, tokens, 16), peer) <= FLOAT_NMSE
+    plain = write_target(tmp_path / "plain.gguf", GEOMETRIES[name], seed=1)
+    assert (nmse(ours(plain, tokens, 16), peer) > 10 * FLOAT_NMSE) == (what != "none")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .qwen35 import Array, Reference, Weights, attention, rms_norm, rope, swiglu
+from .qwen35 import Array, Reference, Weights, attention, rms_norm, rope, swiglu, yarn_or_linear
 
 KV = list[tuple[Array, Array]]  # per layer: k, v (rows, kv_heads, head_dim), k after RoPE
 
@@ -49,7 +49,9 @@ class DraftReference:
         self.heads: int = w.key("attention.head_count")
         self.kv_heads: int = w.key("attention.head_count_kv")
         self.head_dim: int = w.key("attention.key_length")
+        self.rope_dim: int = w.key("rope.dimension_count", self.head_dim)
         self.theta: float = w.key("rope.freq_base")
+        self.rope_scaling = yarn_or_linear(w, self.rope_dim, self.theta)
         self.eps: float = w.key("attention.layer_norm_rms_epsilon")
         window: int = w.key("attention.sliding_window", 0)
         sliding = w.key("attention.sliding_window_pattern", [False] * self.layers) if window else [False] * self.layers
@@ -95,7 +97,7 @@ class DraftReference:
             block = f"blk.{layer}."
             h = rms_norm(x, w[block + "attn_norm.weight"], self.eps)
             q = (h @ w[block + "attn_q.weight"].T).reshape(rows, self.heads, self.head_dim)
-            q = rope(rms_norm(q, w[block + "attn_q_norm.weight"], self.eps), positions, self.head_dim, self.theta)
+            q = self._turned(rms_norm(q, w[block + "attn_q_norm.weight"], self.eps), positions)
             k, v = (np.concatenate(pair) for pair in zip(context[layer], self._kv(h, layer, positions)))
             out = attention(q, k, v, self.visible(layer, start, rows))
             x = x + out.reshape(rows, -1) @ w[block + "attn_output.weight"].T
@@ -123,7 +125,10 @@ class DraftReference:
         k = (h @ w[block + "attn_k.weight"].T).reshape(len(h), self.kv_heads, self.head_dim)
         v = (h @ w[block + "attn_v.weight"].T).reshape(len(h), self.kv_heads, self.head_dim)
         k = rms_norm(k, w[block + "attn_k_norm.weight"], self.eps)
-        return rope(k, positions, self.head_dim, self.theta), v
+        return self._turned(k, positions), v
+
+    def _turned(self, x: Array, positions: Array) -> Array:
+        return rope(x, positions, self.rope_dim, self.theta, *self.rope_scaling)
 
 
 def speculative_reference(

@@ -67,17 +67,43 @@ def softmax(x: Array) -> Array:
     return e / np.sum(e, axis=-1, keepdims=True)
 
 
-def rope(x: Array, positions: Array, dims: int, theta: float) -> Array:
+def yarn_or_linear(weights: Weights, dims: int, theta: float) -> tuple[Array, float]:
+    """What a file's `rope.scaling.*` make of the plain frequencies, pair by pair: factors (dims / 2,), and the factor
+    of cosines and sines. As Hugging Face's `_compute_yarn_parameters` has it, in double precision."""
+
+    def key(name: str, default: Any = None) -> Any:
+        return weights.key(f"rope.scaling.{name}", default)
+
+    kind = key("type", "linear")
+    factor = key("factor", weights.key("rope.scale_linear", 1.0)) if kind != "none" else 1.0
+    if kind != "yarn":
+        return np.full(dims // 2, 1 / factor), key("attn_factor", 1.0)
+    trained = key("original_context_length", weights.key("context_length"))
+
+    def correction_dim(rotations: float) -> Any:
+        return dims * np.log(trained / (rotations * 2 * np.pi)) / (2 * np.log(theta))
+
+    low = max(np.floor(correction_dim(key("yarn_beta_fast", 32.0))), 0)
+    high = min(np.ceil(correction_dim(key("yarn_beta_slow", 1.0))), dims - 1)
+    ramp = np.clip((np.arange(dims // 2) - low) / max(high - low, 0.001), 0, 1)
+    magnitude = key("yarn_attn_factor", 0.1 * np.log(factor) + 1.0) * key("attn_factor", 1.0)
+    return ramp / factor + (1 - ramp), magnitude
+
+
+def rope(
+    x: Array, positions: Array, dims: int, theta: float, scaling: Array | float = 1.0, magnitude: float = 1.0
+) -> Array:
     """Rotate the first `dims` values of every head of x (rows, heads, head_dim), pairing i with i + dims / 2 (NeoX).
 
     M-RoPE with equal positions on all axes, which is what text has, is the same rotation. Frequencies and angles are
     rounded to float32 whatever x is, as the models' implementation rounds them: far positions turn by something else in
-    double precision.
+    double precision. `scaling` (dims / 2) multiplies frequencies, `magnitude` what was rotated.
     """
     half = dims // 2
     frequency = (float(theta) ** (-np.arange(half) / half)).astype(np.float32)
+    frequency = (frequency * np.asarray(scaling, np.float64)).astype(np.float32)
     angle = (np.asarray(positions, np.float32)[:, None] * frequency).astype(np.float64)  # (rows, half)
-    cos, sin = np.cos(angle)[:, None].astype(x.dtype), np.sin(angle)[:, None].astype(x.dtype)
+    cos, sin = ((magnitude * turn(angle))[:, None].astype(x.dtype) for turn in (np.cos, np.sin))
     first, second, rest = x[..., :half], x[..., half:dims], x[..., dims:]
     return np.concatenate([first * cos - second * sin, first * sin + second * cos, rest], axis=-1)
 
@@ -139,6 +165,7 @@ class Reference:
         self.head_dim: int = weights.key("attention.key_length")
         self.rope_dim: int = weights.key("rope.dimension_count", self.head_dim)
         self.theta: float = weights.key("rope.freq_base")
+        self.rope_scaling = yarn_or_linear(weights, self.rope_dim, self.theta)
         self.eps: float = weights.key("attention.layer_norm_rms_epsilon")
         self.k_heads: int = weights.key("ssm.group_count")
         self.v_heads: int = weights.key("ssm.time_step_rank")
@@ -194,15 +221,21 @@ class Reference:
     def _feed_forward(self, x: Array, block: str) -> Array:
         return swiglu(x, self.weights, block)
 
+    def _projected(self, x: Array, name: str) -> Array:
+        """x W^T, plus a bias where the file has one."""
+        y: Array = x @ self.weights[f"{name}.weight"].T
+        return y + self.weights[f"{name}.bias"] if f"{name}.bias" in self.weights else y
+
     def _attention(self, x: Array, layer: int, positions: Array) -> Array:
         w, block, rows, d = self.weights, f"blk.{layer}.", len(x), self.head_dim
+        turn = (positions, self.rope_dim, self.theta, *self.rope_scaling)
         # Each head's rows of attn_q are its query followed by its gate.
-        q_and_gate = (x @ w[block + "attn_q.weight"].T).reshape(rows, self.heads, 2 * d)
+        q_and_gate = self._projected(x, block + "attn_q").reshape(rows, self.heads, 2 * d)
         q, gate = q_and_gate[..., :d], q_and_gate[..., d:]
-        k = (x @ w[block + "attn_k.weight"].T).reshape(rows, self.kv_heads, d)
-        v = (x @ w[block + "attn_v.weight"].T).reshape(rows, self.kv_heads, d)
-        q = rope(rms_norm(q, w[block + "attn_q_norm.weight"], self.eps), positions, self.rope_dim, self.theta)
-        k = rope(rms_norm(k, w[block + "attn_k_norm.weight"], self.eps), positions, self.rope_dim, self.theta)
+        k = self._projected(x, block + "attn_k").reshape(rows, self.kv_heads, d)
+        v = self._projected(x, block + "attn_v").reshape(rows, self.kv_heads, d)
+        q = rope(rms_norm(q, w[block + "attn_q_norm.weight"], self.eps), *turn)
+        k = rope(rms_norm(k, w[block + "attn_k_norm.weight"], self.eps), *turn)
         cache = self._state[layer]
         cache["k"] = np.concatenate([cache["k"], self._cache_k(k)])
         cache["v"] = np.concatenate([cache["v"], self._cache_v(v)])

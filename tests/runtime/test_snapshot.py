@@ -17,6 +17,7 @@ import pytest
 from pydflash import Snapshot
 from pydflash.errors import ContextFull, SessionClosed, ShapeError, SnapshotMismatch, StateError
 from pydflash.models import Model, load_model
+from pydflash.ops import Rope
 from pydflash.runtime import Session
 from pydflash.state import DeltaSpec, Fingerprint, KVSpec, RingSpec, host_arrays
 from tests.helpers import run_chunks, state_of
@@ -243,6 +244,8 @@ def other_value(value: Any) -> Any:
     """A value of the same type with which a layout can be made."""
     if isinstance(value, tuple):
         return (*value, 77)
+    if isinstance(value, Rope):
+        return dataclasses.replace(value, factor=value.factor * 2)
     return {"f16": "q8_0", "q4_0": "f16"}.get(value, "other") if isinstance(value, str) else value * 2
 
 
@@ -295,7 +298,7 @@ def test_the_kind_and_the_number_of_layers_decide(model_of: Load) -> None:
 
 def test_the_snapshot_of_a_draft_session_is_no_session_s(model_of: Load) -> None:
     with Session(model_of("equal"), 256) as session:
-        layers = (RingSpec(0, False, 1e7, 2, 64),)
+        layers = (RingSpec(0, False, Rope(64, 1e7), 2, 64),)
         theirs = dataclasses.replace(session.fingerprint, draft="digest", layers=layers)
         with pytest.raises(SnapshotMismatch, match="the snapshot is that of a draft session, this is a session"):
             session.restore(Snapshot(theirs, "elsewhere", 10, 0, host_arrays(theirs.layout(10, 0))))

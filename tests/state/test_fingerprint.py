@@ -10,12 +10,13 @@ import pytest
 
 from pydflash import state
 from pydflash.errors import ShapeError, SnapshotMismatch
+from pydflash.ops import Rope
 from pydflash.state import FORMAT, DeltaSpec, Fingerprint, KVSpec, LayerSpec, RingSpec, check_fingerprint
 from pydflash.state.fingerprint import KINDS
 
 DELTA = DeltaSpec(k_heads=2, v_heads=4, state_size=32, conv_kernel=4)
-ATTENTION = KVSpec("q4_0", "f16", "hadamard-64", "none", 1e7, 16, kv_heads=2, head_size=64)
-RING = RingSpec(window=24, causal=True, rope_base=1e6, kv_heads=1, head_size=64)
+ATTENTION = KVSpec("q4_0", "f16", "hadamard-64", "none", Rope(16, 1e7), kv_heads=2, head_size=64)
+RING = RingSpec(window=24, causal=True, rope=Rope(64, 1e6, 4.0, 3, 9, 1.25), kv_heads=1, head_size=64)
 TARGET = Fingerprint(FORMAT, "a" * 64, "", (), (DELTA, DELTA, ATTENTION))
 DRAFT = Fingerprint(FORMAT, "a" * 64, "b" * 64, (0, 2), (RING, dataclasses.replace(RING, window=0, causal=False)))
 BOTH = pytest.mark.parametrize("fingerprint", [TARGET, DRAFT], ids=["target", "draft"])
@@ -38,6 +39,8 @@ def test_json_names_every_field_and_the_kind_of_each_layer(fingerprint: Fingerpr
     for entry, layer in zip(found["layers"], fingerprint.layers, strict=True):
         kind = KINDS[entry.pop("kind")]
         assert type(layer) is kind
+        if "rope" in entry:
+            entry["rope"] = Rope(**entry["rope"])
         assert kind(**entry) == layer
 
 
@@ -89,6 +92,10 @@ def test_what_agrees_is_accepted() -> None:
         ((DELTA, ATTENTION, DELTA), "the kind of each layer"),
         ((DELTA, dataclasses.replace(DELTA, v_heads=8), ATTENTION), "v_heads of the snapshot is 8, that .* is 4"),
         ((DELTA, DELTA, dataclasses.replace(ATTENTION, cache_v="q8_0")), "cache_v of the snapshot is 'q8_0', that"),
+        (
+            (DELTA, DELTA, dataclasses.replace(ATTENTION, rope=Rope(16, 1e7, 4.0))),
+            r"rope of the snapshot is Rope\(dims=16, base=10000000.0, factor=4.0, .*, that .* factor=1.0, ",
+        ),
     ],
 )
 def test_the_first_difference_is_named_with_both_values(layers: tuple[LayerSpec, ...], words: str) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from pydflash.limits import TAPE_ROWS
+from pydflash.ops import Rope
 from pydflash.state import RingSpec, Room
 
 
 def ring_of(window: int, positions: int) -> int:
-    return RingSpec(window, True, 1e7, 1, 64).state(Room(positions, True)).capacity
+    return RingSpec(window, True, Rope(64, 1e7), 1, 64).state(Room(positions, True)).capacity
 
 
 @pytest.mark.parametrize("positions", [1, 255, 256, 257, 5000])
@@ -27,5 +28,5 @@ def test_no_ring_is_longer_than_the_context() -> None:
 
 
 def test_a_last_row_is_for_padding() -> None:
-    ring = RingSpec(24, True, 1e7, 2, 64).state(Room(4096, True))
+    ring = RingSpec(24, True, Rope(64, 1e7), 2, 64).state(Room(4096, True))
     assert {part.shape for part in ring.parts().values()} == {(ring.capacity + 1, 128)}

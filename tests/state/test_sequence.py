@@ -10,10 +10,11 @@ import pytest
 from pydflash.errors import ConfigError, OutOfMemory
 from pydflash.ggml_types import GGMLType
 from pydflash.native import Backend
+from pydflash.ops import Rope
 from pydflash.state import DeltaSpec, DeltaState, KVCache, KVSpec, LayerState, Room, SequenceState
 
 DELTA = DeltaSpec(k_heads=2, v_heads=4, state_size=32, conv_kernel=4)
-ATTENTION = KVSpec("q8_0", "f16", "signed-128", "none", 1e7, 16, kv_heads=2, head_size=128)
+ATTENTION = KVSpec("q8_0", "f16", "signed-128", "none", Rope(16, 1e7), kv_heads=2, head_size=128)
 ROOM = Room(positions=256, fused=True)
 
 
@@ -102,6 +103,6 @@ def test_what_no_memory_holds_is_refused_by_what_it_is_for(cpu: Backend) -> None
 
 
 def test_a_type_whose_blocks_do_not_fit_the_heads_is_refused_by_its_setting(cpu: Backend) -> None:
-    spec = KVSpec("f16", "q4_0", "none", "none", 1e7, 16, kv_heads=2, head_size=80)
+    spec = KVSpec("f16", "q4_0", "none", "none", Rope(16, 1e7), kv_heads=2, head_size=80)
     with pytest.raises(ConfigError, match="cache_v q4_0 packs 32 values, heads hold 80"):
         SequenceState(cpu, (DELTA, spec), ROOM)

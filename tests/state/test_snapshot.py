@@ -225,17 +225,17 @@ def attention(statement: dict[str, Any]) -> dict[str, Any]:
     return layer
 
 
-@pytest.mark.parametrize("found", [1, 3, 0, -2, "2", 2.5, None, [2]], ids=repr)
+@pytest.mark.parametrize("found", [1, 2, 0, -3, "3", 2.5, None, [3]], ids=repr)
 def test_a_file_of_another_format_is_refused_with_both_numbers(path: Path, found: Any) -> None:
     forge(path, lambda statement: statement["fingerprint"].update(format=found))
-    refused(path, rf"has format {re.escape(repr(found))}, this version reads 2; take the snapshot again")
+    refused(path, rf"has format {re.escape(repr(found))}, this version reads 3; take the snapshot again")
 
 
 def test_the_arrays_lie_layer_by_layer(path: Path) -> None:
     header, statement, data = parts(path)
     names = [f"{part}.{i}" for i in range(3) for part in ("state", "window")] + ["k.3", "v.3"]
     assert [name for name in header if name != "__metadata__"] == names
-    assert statement["fingerprint"]["format"] == FORMAT == 2
+    assert statement["fingerprint"]["format"] == FORMAT == 3
     assert [layer["kind"] for layer in statement["fingerprint"]["layers"]] == ["delta"] * 3 + ["attention"]
     ends = [header[name]["data_offsets"] for name in names]
     assert [start for start, _ in ends] == [0, *(end for _, end in ends[:-1])]
@@ -283,7 +283,11 @@ def test_the_arrays_lie_layer_by_layer(path: Path) -> None:
         (lambda s: attention(s).update(cache_k="f32"), "its arrays are not those"),
         (lambda s: attention(s).update(head_size=33), "metadata are not those"),
         (lambda s: attention(s).update(head_size=1 << 30, kv_heads=1 << 30), "its arrays are not those"),
-        (lambda s: attention(s).update(rope_base=10), "metadata are not those"),
+        (lambda s: attention(s)["rope"].update(base=10), "metadata are not those"),
+        (lambda s: attention(s)["rope"].update(low=-1), "metadata are not those"),
+        (lambda s: attention(s)["rope"].pop("factor"), "metadata are not those"),
+        (lambda s: attention(s).update(rope=None), "metadata are not those"),
+        (lambda s: attention(s).update(rope=[1, 2.0]), "metadata are not those"),
     ],
 )
 def test_a_statement_that_lies_is_refused(path: Path, change: Callable[[dict[str, Any]], object], words: str) -> None:
