@@ -49,7 +49,7 @@ class Keys:
 class HybridConfig(ABC):
     """Hyperparameters, named after their GGUF keys' meaning. A subclass adds those of its feed-forward.
 
-    ``biases``: names of the biases of Q, K and V that the file has, any of which an attention layer may lack.
+    ``biases``: Q, K and V have biases, in every attention layer; a file with only some of them is incomplete.
     """
 
     architecture: ClassVar[str]
@@ -68,7 +68,7 @@ class HybridConfig(ABC):
     conv_kernel: int
     context: int
     tied: bool
-    biases: frozenset[str] = field(repr=False)
+    biases: bool
     recurrent: tuple[bool, ...] = field(repr=False)
 
     @classmethod
@@ -92,7 +92,7 @@ class HybridConfig(ABC):
             "conv_kernel": keys.number("ssm.conv_kernel", 2),
             "context": int(file.get(f"{cls.architecture}.context_length", int, default=0)),
             "tied": "output.weight" not in file.tensors,
-            "biases": frozenset(name for name in file.tensors if _BIAS.fullmatch(name)),
+            "biases": any(_BIAS.fullmatch(name) for name in file.tensors),
             "recurrent": _recurrent_layers(keys, layers),
         }
         config = cls(**common, **cls._read_feed_forward(keys, layers))
@@ -183,8 +183,8 @@ class HybridConfig(ABC):
                     "attn_output.weight": (c, q),
                     "attn_q_norm.weight": (self.head_size,), "attn_k_norm.weight": (self.head_size,),
                 }  # fmt: skip
-                rows = {"attn_q.bias": (2 * q,), "attn_k.bias": (kv,), "attn_v.bias": (kv,)}
-                block |= {name: shape for name, shape in rows.items() if f"blk.{i}.{name}" in self.biases}
+                if self.biases:
+                    block |= {"attn_q.bias": (2 * q,), "attn_k.bias": (kv,), "attn_v.bias": (kv,)}
             shapes |= {f"blk.{i}.{name}": shape for name, shape in block.items()}
         return shapes
 

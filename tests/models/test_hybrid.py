@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pydflash.errors import LoadError, StateError
+from pydflash.errors import LoadError, MissingTensor, StateError
 from pydflash.models import load_model
 from pydflash.runtime import Session
 from tests import tiny
@@ -101,13 +101,9 @@ def test_captured_layers_are_the_oracle_s_residual_stream(target_of: Target, nam
         assert nmse(got[:, layer], oracle.hidden[layer]) < FLOAT32_NMSE, layer
 
 
-# Some and all of the projections that may have a bias, in any kind of model.
-BIASED = [("equal", ("attn_q",)), ("odd", ("attn_k", "attn_v")), ("gqa6", QKV), ("mtp", QKV)]
-
-
-@pytest.mark.parametrize(("name", "biases"), BIASED, ids=str)
-def test_biases_of_q_k_and_v_are_added(tmp_path: Path, name: str, biases: tuple[str, ...]) -> None:
-    path = write_target(tmp_path / "x.gguf", GEOMETRIES[name], seed=1, biases=biases)
+@pytest.mark.parametrize("name", ["equal", "odd", "gqa6", "mtp"])
+def test_biases_of_q_k_and_v_are_added(tmp_path: Path, name: str) -> None:
+    path = write_target(tmp_path / "x.gguf", GEOMETRIES[name], seed=1, biases=QKV)
     plain = write_target(tmp_path / "plain.gguf", GEOMETRIES[name], seed=1)
     tokens = tokens_for(name)
     wanted, without = Reference(path).forward(tokens), engine_rows(plain, tokens)
@@ -125,9 +121,17 @@ def test_rows_of_a_model_with_biases_are_bit_equal_at_every_width(tmp_path: Path
         assert np.array_equal(engine_rows(path, tokens, width), one), width
 
 
+@pytest.mark.parametrize("some", [("attn_q",), ("attn_k", "attn_v")], ids=str)
+def test_a_file_with_some_of_the_biases_is_incomplete(tmp_path: Path, some: tuple[str, ...]) -> None:
+    path = write_target(tmp_path / "x.gguf", GEOMETRIES["equal"], biases=some)
+    missing = next(name for name in QKV if name not in some)
+    with pytest.raises(MissingTensor, match=rf"blk\.3\.{missing}\.bias' of shape \(\d+,\) is missing"):
+        load_model(path, "cpu", threads=1)
+
+
 def test_a_bias_that_does_not_fit_its_projection_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny, "Slot", lambda name, shape, kind: Slot(name, (shape[0] // 2,), kind))
-    path = write_target(tmp_path / "x.gguf", GEOMETRIES["equal"], biases=("attn_q",))
+    path = write_target(tmp_path / "x.gguf", GEOMETRIES["equal"], biases=QKV)
     with pytest.raises(LoadError, match=r"blk\.3\.attn_q\.bias' has shape \(256,\); its metadata asks for \(512,\)"):
         load_model(path, "cpu", threads=1)
 
