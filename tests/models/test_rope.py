@@ -156,7 +156,9 @@ def test_logits_equal_the_oracle_and_not_those_without_scaling(tmp_path: Path, n
 
 
 def test_a_model_with_experts_is_scaled_too_and_has_biases(tmp_path: Path) -> None:
-    path = write_target(tmp_path / "x.gguf", MOE_GEOMETRIES["moe"], seed=1, keys=YARN, biases=("attn_q", "attn_k", "attn_v"))
+    path = write_target(
+        tmp_path / "x.gguf", MOE_GEOMETRIES["moe"], seed=1, keys=YARN, biases=("attn_q", "attn_k", "attn_v")
+    )
     tokens = tokens_for(MOE_GEOMETRIES["moe"].vocab)
     assert nmse(engine_rows(path, tokens), MoEReference(path).forward(tokens)) < FLOAT32_NMSE
 
