@@ -5,9 +5,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -17,15 +16,13 @@ from pydflash.drafts import CycleCosts, LoadedDraft, ProposalLength, adapts, loa
 from pydflash.engine.completion import Chunk, Completion, chunk_of
 from pydflash.engine.explain import derived
 from pydflash.engine.stream import Caller, Stream
-from pydflash.errors import ConfigError, SessionClosed, ShapeError, StateError
+from pydflash.errors import ConfigError, PydflashError, SessionClosed, ShapeError, StateError
 from pydflash.models import Model, Progress, load_model
 from pydflash.runtime import Session
-from pydflash.text import TextStream, Tokenizer
+from pydflash.text import ChatTemplate, TextStream, Tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from pydflash.text.chat import ChatTemplate
 
 __all__ = ["Engine", "Prompt"]
 
@@ -51,6 +48,7 @@ class Engine:
             self.draft_session = undo.enter_context(closing(draft.open(self.session))) if draft else None
             self._sessions = undo.pop_all()
         self._loaded = ExitStack()  # what is the engine's own besides
+        self._chat_template: ChatTemplate | None = None
         self._costs = CycleCosts()
         self._callers = threading.Lock()  # held while the two change
         self._caller: Caller | None = None
@@ -82,7 +80,9 @@ class Engine:
                 undo.enter_context(closing(loaded))
             engine = cls(model, loaded, config)
             engine._loaded = undo.pop_all()
-            return engine
+        with suppress(PydflashError):  # which is for whoever gives messages
+            engine._start_chat_template()
+        return engine
 
     @classmethod
     def share(cls, model: Model, draft: LoadedDraft | None, config: EngineConfig) -> Engine:
@@ -97,12 +97,21 @@ class Engine:
     def tokenizer(self) -> Tokenizer:
         return self.model.tokenizer
 
-    @cached_property
+    @property
     def chat_template(self) -> ChatTemplate:
-        """The file's template; TemplateError when it has none or it does not compile."""
-        from pydflash.text.chat import ChatTemplate  # jinja2 is slow to import, and raw prompts do not need it
+        """The file's template; TemplateError when it has none or it does not compile, SessionClosed after ``close``."""
+        template = self._start_chat_template()
+        template.compile()
+        return template
 
-        return ChatTemplate.from_metadata(self.model.file.metadata)
+    def _start_chat_template(self) -> ChatTemplate:
+        """Start its process, unless it is; ``load`` does not wait for it."""
+        with self._callers:
+            self._check_open()
+            if self._chat_template is None:
+                template = ChatTemplate.from_metadata(self.model.file.metadata, wait=False)
+                self._chat_template = self._loaded.enter_context(template)
+            return self._chat_template
 
     # --- generating -------------------------------------------------------------------------------------------------
 

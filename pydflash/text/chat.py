@@ -7,26 +7,38 @@ from typing import Any
 
 from pydflash.errors import TemplateError
 from pydflash.text.messages import checked_messages, checked_tools
-from pydflash.text.sandbox import Template
+from pydflash.text.template_process import Limits, TemplateProcess
 from pydflash.text.tokenizer import named_token_id
 
 __all__ = ["ChatTemplate"]
 
 
 class ChatTemplate:
-    """A compiled chat template.
+    """A chat template, in a process of its own that ``close`` or ``with`` ends, or the end of this object.
 
     ``source`` is the template's text, ``special`` its token variables, such as ``{"eos_token": "<|im_end|>"}``.
     """
 
-    def __init__(self, source: str, special: Mapping[str, str] | None = None) -> None:
-        """Raises TemplateError, with the line, where the template does not compile."""
+    def __init__(
+        self,
+        source: str,
+        special: Mapping[str, str] | None = None,
+        *,
+        limits: Limits | None = None,
+        wait: bool = True,
+    ) -> None:
+        """Start the process and compile the template, or with ``wait`` False leave that to the first use.
+
+        Raises TemplateError, with the line, where the template does not compile.
+        """
         self.source = source
         self.special = dict(special or {})
-        self._template = Template(source)
+        self._process = TemplateProcess(source, limits)
+        if wait:
+            self.compile()
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any]) -> ChatTemplate:
+    def from_metadata(cls, metadata: Mapping[str, Any], *, wait: bool = True) -> ChatTemplate:
         """Compile the GGUF key ``tokenizer.chat_template``; BOS, EOS and padding tokens become its variables.
 
         Raises TemplateError where the file has no template: with a guessed one the model would answer worse, silently.
@@ -43,7 +55,21 @@ class ChatTemplate:
             token = named_token_id(metadata, name)
             if token is not None and 0 <= token < len(tokens):
                 special[variable] = tokens[token]
-        return cls(source, special)
+        return cls(source, special, wait=wait)
+
+    def compile(self) -> None:
+        """Wait until the template is compiled. Raises TemplateError, with the line, where it does not compile."""
+        self._process.compile()
+
+    def close(self) -> None:
+        """End the template's process, in the middle of a rendering too. Safe to call twice."""
+        self._process.close()
+
+    def __enter__(self) -> ChatTemplate:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def render(
         self,
@@ -58,10 +84,11 @@ class ChatTemplate:
         messages: dicts with ``role`` and ``content``: a string, a list of ``{"type": "text", "text": ...}``, or nothing
         beside ``tool_calls``, whose arguments may be JSON text. Other keys reach the template as they are.
         variables: whatever else the template knows, such as ``enable_thinking=False``.
-        Raises ConfigError, with the message's index, for malformed messages; TemplateError, with the template's line,
-        where the template refuses the conversation, fails, or reaches a limit.
+        Raises ConfigError, with the message's index, for malformed messages, and for what has no form in JSON: the
+        template runs in another process. TemplateError, with the template's line, where the template refuses the
+        conversation, fails, or reaches a limit; SessionClosed after ``close``.
         """
-        return self._template.render(
+        return self._process.render(
             {
                 **self.special,
                 "messages": checked_messages(messages),
