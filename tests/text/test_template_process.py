@@ -237,20 +237,16 @@ def test_a_signal_handler_may_close_but_not_render_in_the_middle_of_a_rendering(
     assert answer.split() == ["StateError", "SessionClosed"]
 
 
-@pytest.mark.parametrize(
-    "habit",
-    [
-        "signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
-        "signal.signal(signal.SIGCHLD, lambda *_: os.waitpid(-1, os.WNOHANG))",
-        "signal.signal(signal.SIGPIPE, signal.SIG_DFL)",
-        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])",
-        "signal.signal(signal.SIGALRM, signal.SIG_IGN)",
-        "import socket; socket.setdefaulttimeout(0.001)",
-        "os.environ.clear(); os.chdir('/')",
-        "sys.stdin = sys.stderr = None; os.close(0); os.close(2)",
-        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))",
-    ],
-)
+HABITS = {
+    "signals": "signal.signal(signal.SIGCHLD, signal.SIG_IGN); signal.signal(signal.SIGPIPE, signal.SIG_DFL);"
+    "signal.signal(signal.SIGALRM, signal.SIG_IGN); signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])",
+    "reaping": "signal.signal(signal.SIGCHLD, lambda *_: os.waitpid(-1, os.WNOHANG))",
+    "files": "sys.stdin = sys.stderr = None; os.close(0); os.close(2); os.environ.clear(); os.chdir('/');"
+    "import resource, socket; resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32)); socket.setdefaulttimeout(0.001)",
+}
+
+
+@pytest.mark.parametrize("habit", HABITS.values(), ids=HABITS.keys())
 def test_habits_of_the_parent_do_not_matter(habit: str) -> None:
     answer = run(f"""
         {habit}
