@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -31,11 +32,11 @@ FILENAME = "<template>"  # what Jinja calls a template that comes from a string
 class Template:
     """A compiled template. It lives in the main thread of its process, whose alarm signal it uses."""
 
-    def __init__(self, source: str, limits: Limits) -> None:
+    def __init__(self, source: str, limits: Limits | None = None) -> None:
         """Raises TemplateError, with the line, where the template does not compile."""
-        self._limits = limits
+        self._limits = limits or Limits()
         try:
-            with _alarm(limits):
+            with _alarm(self._limits):
                 self._template = _Sandbox().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(f"the chat template does not compile: line {error.lineno}: {error.message}") from error
@@ -84,11 +85,31 @@ def _alarm(limits: Limits) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
+class _Rendering(CodeGenerator):
+    """Leaves constant expressions to the rendering.
+
+    Jinja computes them while it compiles, where it takes a limit that was reached for an expression that is not
+    constant, goes on, and knows no line.
+    """
+
+    def _output_child_to_const(self, node: nodes.Expr, frame: Frame, finalize: Any) -> str:
+        if not isinstance(node, nodes.TemplateData | nodes.Const):
+            raise nodes.Impossible
+        return super()._output_child_to_const(node, frame, finalize)
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
     """Jinja with the options and functions that chat templates are written for."""
 
+    code_generator_class = _Rendering
+
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            optimized=False,
+            extensions=["jinja2.ext.loopcontrols", _Generation],
+        )
         del self.globals["lipsum"]  # random text
         self.filters["tojson"] = _to_json
         self.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)

@@ -21,7 +21,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from pydflash.errors import SessionClosed, StateError, TemplateError
+from pydflash.errors import ConfigError, SessionClosed, StateError, TemplateError
 from pydflash.text.json_values import to_json
 from pydflash.text.template_protocol import EXHAUSTED, JOB, MAX_OUTPUT, TEXT, Limits, receive, send
 
@@ -46,7 +46,9 @@ class TemplateProcess:
     """
 
     def __init__(self, source: str, limits: Limits | None = None) -> None:
-        """Returns before the child is ready. TemplateError where the source is too long."""
+        """Returns before the child is ready. ConfigError or TemplateError for what is no template, or is too long."""
+        if not isinstance(source, str):
+            raise ConfigError(f"the chat template is a {type(source).__name__}; expected a text")
         if len(source) > MAX_SOURCE:
             raise TemplateError(f"the chat template has {len(source):,} characters; the most allowed is {MAX_SOURCE:,}")
         self._limits = limits or Limits()
@@ -72,10 +74,16 @@ class TemplateProcess:
         """End the child, in the middle of another thread's rendering too. Safe to call twice."""
         self._closed = True
         for pid, seat in tuple(self._seats.items()):
-            if seat.child is not None:
-                seat.child.kill()
-                if pid != os.getpid() or seat.lock.acquire(blocking=False):  # else whoever waits for it ends it
-                    seat.child.end()
+            child = seat.child
+            if child is None:
+                continue
+            if pid != os.getpid():
+                child.end()
+                continue
+            child.kill()
+            if seat.lock.acquire(blocking=False):  # else the thread that waits for an answer does the rest
+                child.end()
+                seat.lock.release()
 
     def __enter__(self) -> TemplateProcess:
         return self
@@ -119,8 +127,7 @@ class _Child:
     def __init__(self) -> None:
         """Start it, and do not wait until it is ready. TemplateError where it cannot be started."""
         self._process, self._channel = _start()
-        self._owner = os.getpid()
-        self.end = weakref.finalize(self, _end, self._process, self._channel, self._owner)
+        self.end = weakref.finalize(self, _end, self._process, self._channel, os.getpid())
         self._compiled = self._busy = False
 
     @property
@@ -129,8 +136,7 @@ class _Child:
 
     def kill(self) -> None:
         """End the process alone, from any thread; the one that waits for an answer goes on, without one."""
-        if self._owner == os.getpid():
-            self._process.kill()
+        self._process.kill()
 
     def ask(self, order: str, variables: str | None, limits: Limits) -> str:
         """The text for ``variables``; before the first the child compiles ``order``.
@@ -182,8 +188,9 @@ class _Child:
         code = self._process.returncode
         if code == -signal.SIGXCPU:
             return limits.time_reached
-        how = f"exit code {code}" if code >= 0 else f"signal {-code}"
-        return f"its process ended ({how}) before {limits.time_reached} or {limits.memory_reached}"
+        if code == -signal.SIGKILL:
+            return "its process was killed, as systems do when memory runs out"
+        return f"its process ended ({f'exit code {code}' if code >= 0 else f'signal {-code}'})"
 
 
 def _start() -> tuple[subprocess.Popen[bytes], socket.socket]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import socket
 import struct
 import time
@@ -20,8 +19,10 @@ EXHAUSTED = b"x"  # the same, from a child that is out of memory and ends
 # Far above a conversation that fills a context of a million tokens.
 MAX_OUTPUT = 16 << 20  # characters
 LEAST_MEMORY = 64 << 20  # bytes; an idle child takes about half
+MOST_SECONDS = 86_400
 
 HEADER = struct.Struct("<cQ")  # kind, bytes that follow
+NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # a program that lets SIGPIPE end it must not meet it here
 CODEC = ("utf-8", "surrogatepass")  # a lone surrogate is a character like any other
 
 
@@ -33,8 +34,8 @@ class Limits:
     memory: int = 1 << 30
 
     def __post_init__(self) -> None:
-        if not 0 < self.seconds < math.inf:
-            raise ConfigError(f"seconds is {self.seconds}; expected a positive number")
+        if not 0 < self.seconds <= MOST_SECONDS:
+            raise ConfigError(f"seconds is {self.seconds}; expected a number above 0, at most {MOST_SECONDS:,}")
         if self.memory < LEAST_MEMORY:
             raise ConfigError(f"memory is {self.memory:,} bytes; the least is {LEAST_MEMORY:,}")
 
@@ -51,7 +52,7 @@ def send(channel: socket.socket, kind: bytes, text: str, deadline: float | None 
     """Send a frame. Raises TimeoutError at ``deadline`` (``time.monotonic``), OSError when the other end is gone."""
     body = text.encode(*CODEC)
     _set_timeout(channel, deadline)
-    channel.sendall(HEADER.pack(kind, len(body)) + body, socket.MSG_NOSIGNAL)
+    channel.sendall(HEADER.pack(kind, len(body)) + body, NO_SIGNAL)
 
 
 def receive(channel: socket.socket, most: int, deadline: float | None = None) -> tuple[bytes, str]:

@@ -17,7 +17,7 @@ USER = {"role": "user", "content": "hi"}
 
 def render(source: str, messages: Any = None, *, limits: Limits | None = None, **variables: Any) -> str:
     given = {"messages": [USER] if messages is None else messages, **variables}
-    return Template(source, limits or Limits()).render(given)
+    return Template(source, limits).render(given)
 
 
 # --- the language -----------------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def test_render_errors_inside_macros_name_the_innermost_line() -> None:
 )
 def test_compile_errors_name_line_and_reason(source: str, message: str) -> None:
     with pytest.raises(TemplateError, match=message):
-        Template(source, Limits())
+        Template(source)
 
 
 # --- the sandbox ------------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def test_using_an_unsafe_attribute_is_an_error_that_says_so() -> None:
         "\n{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}",
         "{% macro m(n) %}\n{% if n %}{{ m(n - 1) ~ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
         "\n{% for x in [60] recursive %}{{ loop([x - 1, x - 1]) if x else '' }}{% endfor %}",
-        "{% set n = 9 ** 9 %}\n{{ 9 ** n }}",
+        "\n{{ 9 ** (9 ** 9) }}",
     ],
     ids=["loops", "macros", "recursive loop", "one operation"],
 )

@@ -138,6 +138,8 @@ def test_a_child_killed_from_outside_is_replaced_unnoticed(adder: TemplateProces
 def test_a_source_longer_than_any_template_is_refused() -> None:
     with pytest.raises(TemplateError, match="has 1,048,577 characters"):
         TemplateProcess("x" * (MAX_SOURCE + 1))
+    with pytest.raises(ConfigError, match="is a bytes; expected a text"):
+        TemplateProcess(b"x")  # type: ignore[arg-type]
     with TemplateProcess("x" * MAX_SOURCE) as process:
         assert len(process.render({})) == MAX_SOURCE
 
@@ -148,7 +150,7 @@ def test_large_texts_cross_both_ways() -> None:
         assert process.render({"x": text}) == text
 
 
-@pytest.mark.parametrize("limits", [{"seconds": 0}, {"seconds": float("nan")}, {"memory": 1000}])
+@pytest.mark.parametrize("limits", [{"seconds": 0}, {"seconds": float("nan")}, {"seconds": 1e12}, {"memory": 1000}])
 def test_limits_that_leave_nothing_are_refused(limits: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(limits))):
         Limits(**limits)
@@ -298,9 +300,10 @@ def test_closing_twice_and_using_what_is_closed(adder: TemplateProcess) -> None:
     adder.close()
     adder.close()
     assert pid not in children()
-    for use in (adder.compile, lambda: adder.render({"x": 1})):
-        with pytest.raises(SessionClosed, match="closed"):
-            use()
+    with ThreadPoolExecutor(1) as other:
+        for use in (adder.compile, lambda: adder.render({"x": 1}), other.submit(adder.compile).result):
+            with pytest.raises(SessionClosed, match="closed"):
+                use()
     assert pid not in children()
 
 
