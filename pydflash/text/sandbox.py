@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ class Template:
     def __init__(self, source: str, limits: Limits | None = None) -> None:
         """Raises TemplateError, with the line, where the template does not compile."""
         self._limits = limits or Limits()
+        begin = time.monotonic()
         try:
             with _alarm(self._limits):
                 self._template = _Sandbox().from_string(source)
@@ -42,12 +44,14 @@ class Template:
             raise TemplateError(f"the chat template does not compile: line {error.lineno}: {error.message}") from error
         except Exception as error:  # too deep, too large, or refused by the code generator
             raise TemplateError(f"the chat template does not compile: {self._reason(error)}") from error
+        self._spent = time.monotonic() - begin
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """The text. Raises TemplateError, with the line, where the template refuses, fails, or reaches a limit."""
         pieces, length = [], 0
+        spent, self._spent = self._spent, 0.0
         try:
-            with _alarm(self._limits):
+            with _alarm(self._limits, spent):
                 for piece in self._template.generate(variables):
                     length += len(piece)
                     if length > MAX_OUTPUT:
@@ -68,7 +72,7 @@ class _LimitReached(jinja2.TemplateRuntimeError):
 
 
 @contextmanager
-def _alarm(limits: Limits) -> Iterator[None]:
+def _alarm(limits: Limits, spent: float = 0.0) -> Iterator[None]:
     """Raise in the middle of whatever runs when the time is over; the traceback then names the template's line.
 
     A long operation in C notices only when it ends, if ever: the parent process does not wait for that.
@@ -78,7 +82,7 @@ def _alarm(limits: Limits) -> Iterator[None]:
         raise _LimitReached(limits.time_reached)
 
     signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, limits.seconds)
+    signal.setitimer(signal.ITIMER_REAL, max(limits.seconds - spent, 1e-3))  # 0 would mean never
     try:
         yield
     finally:

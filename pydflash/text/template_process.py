@@ -129,6 +129,7 @@ class _Child:
         self._process, self._channel = _start()
         self.end = weakref.finalize(self, _end, self._process, self._channel, os.getpid())
         self._compiled = self._busy = False
+        self._spent = 0.0  # seconds of the first rendering's time that compiling took
 
     @property
     def alive(self) -> bool:
@@ -149,11 +150,14 @@ class _Child:
         try:
             if not self._compiled:
                 self._answer(time.monotonic() + START_SECONDS)
-            deadline = time.monotonic() + limits.seconds + GRACE
-            if not self._compiled:
-                self._answer(deadline, order)
-                self._compiled = True
-            return "" if variables is None else self._answer(deadline, variables)
+                begin = time.monotonic()
+                self._answer(begin + limits.seconds + GRACE, order)
+                self._compiled, self._spent = True, time.monotonic() - begin
+            if variables is None:
+                return ""
+            deadline = time.monotonic() + limits.seconds + GRACE - self._spent
+            self._spent = 0.0
+            return self._answer(deadline, variables)
         except TemplateError:
             raise
         except TimeoutError:

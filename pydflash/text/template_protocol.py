@@ -28,7 +28,10 @@ CODEC = ("utf-8", "surrogatepass")  # a lone surrogate is a character like any o
 
 @dataclass(frozen=True)
 class Limits:
-    """What one rendering may take: ``seconds`` by the clock, and ``memory``, bytes of address space of its process."""
+    """What one rendering may take: ``seconds`` by the clock, and ``memory``, bytes of address space of its process.
+
+    The first rendering shares its time with compiling.
+    """
 
     seconds: float = 10.0
     memory: int = 1 << 30

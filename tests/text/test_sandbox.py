@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from datetime import datetime
 from typing import Any
 
 import pytest
 
 from pydflash.errors import TemplateError
+from pydflash.text import sandbox
 from pydflash.text.sandbox import Template
 from pydflash.text.template_protocol import Limits
 
@@ -159,6 +161,24 @@ def test_using_an_unsafe_attribute_is_an_error_that_says_so() -> None:
 def test_runaway_time_is_stopped_and_its_line_named(source: str) -> None:
     with pytest.raises(TemplateError, match=r"failed: line 2: it reached the time limit of 0\.2 seconds"):
         render(source, limits=Limits(seconds=0.2))
+
+
+def test_compiling_and_the_first_rendering_share_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = sandbox._Sandbox.from_string
+
+    def slowly(*given: Any) -> Any:
+        time.sleep(0.3)
+        return compiled(*given)
+
+    monkeypatch.setattr(sandbox._Sandbox, "from_string", slowly)
+    template = Template(
+        "{% for i in range(x) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", Limits(seconds=0.5)
+    )
+    for least, most in ((0.0, 0.4), (0.5, 1.0)):
+        begin = time.monotonic()
+        with pytest.raises(TemplateError, match=r"it reached the time limit of 0\.5 seconds"):
+            template.render({"x": 9999})
+        assert least <= time.monotonic() - begin < most
 
 
 def test_a_template_cannot_flood_its_reader() -> None:
