@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +18,13 @@ from pydflash.engine.completion import AnswerText, Chunk, Completion, chunk_of
 from pydflash.engine.explain import derived
 from pydflash.engine.prompt import Prompt, is_conversation, is_given, template_variables, token_ids
 from pydflash.engine.stream import Caller, Stream
-from pydflash.errors import ConfigError, SessionClosed, ShapeError, StateError
+from pydflash.errors import ConfigError, PydflashError, SessionClosed, ShapeError, StateError
 from pydflash.models import Model, Progress, load_model
 from pydflash.runtime import Session
 from pydflash.sampling_params import recommendations
 from pydflash.text import (
     SPECIAL,
+    ChatTemplate,
     ReasoningSplitter,
     Special,
     Tokenizer,
@@ -35,8 +36,6 @@ from pydflash.text import (
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from pydflash.text.chat import ChatTemplate
 
 __all__ = ["Engine"]
 
@@ -59,6 +58,7 @@ class Engine:
             self.draft_session = undo.enter_context(closing(draft.open(self.session))) if draft else None
             self._sessions = undo.pop_all()
         self._loaded = ExitStack()  # what is the engine's own besides
+        self._chat_template: ChatTemplate | None = None
         self._costs = CycleCosts()
         self._callers = threading.Lock()  # held while the two change
         self._caller: Caller | None = None
@@ -90,7 +90,9 @@ class Engine:
                 undo.enter_context(closing(loaded))
             engine = cls(model, loaded, config)
             engine._loaded = undo.pop_all()
-            return engine
+        with suppress(PydflashError):  # which is for whoever gives messages
+            engine._start_chat_template()
+        return engine
 
     @classmethod
     def share(cls, model: Model, draft: LoadedDraft | None, config: EngineConfig) -> Engine:
@@ -105,12 +107,21 @@ class Engine:
     def tokenizer(self) -> Tokenizer:
         return self.model.tokenizer
 
-    @cached_property
+    @property
     def chat_template(self) -> ChatTemplate:
-        """The file's template; TemplateError when it has none or it does not compile."""
-        from pydflash.text.chat import ChatTemplate  # jinja2 is slow to import, and raw prompts do not need it
+        """The file's template; TemplateError when it has none or it does not compile, SessionClosed after ``close``."""
+        template = self._start_chat_template()
+        template.compile()
+        return template
 
-        return ChatTemplate.from_metadata(self.model.file.metadata)
+    def _start_chat_template(self) -> ChatTemplate:
+        """Start its process, unless it is; ``load`` does not wait for it."""
+        with self._callers:
+            self._check_open()
+            if self._chat_template is None:
+                template = ChatTemplate.from_metadata(self.model.file.metadata, wait=False)
+                self._chat_template = self._loaded.enter_context(template)
+            return self._chat_template
 
     # --- generating -------------------------------------------------------------------------------------------------
 

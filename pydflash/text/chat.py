@@ -8,7 +8,7 @@ from typing import Any
 
 from pydflash.errors import TemplateError
 from pydflash.text.messages import checked_messages, checked_tools, checked_variables
-from pydflash.text.sandbox import Template
+from pydflash.text.template_process import Limits, TemplateProcess
 from pydflash.text.tokenizer import named_token_id
 
 __all__ = ["ChatTemplate"]
@@ -18,19 +18,31 @@ TAKES_REASONING = re.compile(r"""reasoning_content|split\(\s*['"]</think>|['"]</
 
 
 class ChatTemplate:
-    """A compiled chat template.
+    """A chat template, in a process of its own that ``close`` or ``with`` ends, or the end of this object.
 
     ``source`` is the template's text, ``special`` its token variables, such as ``{"eos_token": "<|im_end|>"}``.
     """
 
-    def __init__(self, source: str, special: Mapping[str, str] | None = None) -> None:
-        """Raises TemplateError, with the line, where the template does not compile."""
+    def __init__(
+        self,
+        source: str,
+        special: Mapping[str, str] | None = None,
+        *,
+        limits: Limits | None = None,
+        wait: bool = True,
+    ) -> None:
+        """Start the process and compile the template, or with ``wait`` False leave that to the first use.
+
+        Raises TemplateError, with the line, where the template does not compile.
+        """
         self.source = source
         self.special = dict(special or {})
-        self._template = Template(source)
+        self._process = TemplateProcess(source, limits)
+        if wait:
+            self.compile()
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any]) -> ChatTemplate:
+    def from_metadata(cls, metadata: Mapping[str, Any], *, wait: bool = True) -> ChatTemplate:
         """Compile the GGUF key ``tokenizer.chat_template``; BOS, EOS and padding tokens become its variables.
 
         Raises TemplateError where the file has no template: with a guessed one the model would answer worse, silently.
@@ -47,7 +59,21 @@ class ChatTemplate:
             token = named_token_id(metadata, name)
             if token is not None and 0 <= token < len(tokens):
                 special[variable] = tokens[token]
-        return cls(source, special)
+        return cls(source, special, wait=wait)
+
+    def compile(self) -> None:
+        """Wait until the template is compiled. Raises TemplateError, with the line, where it does not compile."""
+        self._process.compile()
+
+    def close(self) -> None:
+        """End the template's process, in the middle of a rendering too. Safe to call twice."""
+        self._process.close()
+
+    def __enter__(self) -> ChatTemplate:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def render(
         self,
@@ -63,9 +89,10 @@ class ChatTemplate:
         beside ``tool_calls``, whose arguments may be JSON text, or beside ``reasoning_content``. Other keys reach the
         template as they are.
         variables: whatever else the template knows, such as ``enable_thinking=False``.
-        All of them are plain data (dicts, lists, text, numbers) or what turns into it, such as pydantic's objects.
-        Raises ConfigError, with its place, for what is malformed; TemplateError, with the template's line,
-        where the template refuses the conversation, fails, or reaches a limit.
+        All of them are plain data (dicts, lists, text, numbers) or what turns into it, such as pydantic's objects: the
+        template runs in another process. Raises ConfigError, with its place, for what is malformed; TemplateError, with
+        the template's line, where the template refuses the conversation, fails, or reaches a limit; SessionClosed after
+        ``close``.
         """
         return self.render_context(
             self.context(messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables)
@@ -91,4 +118,4 @@ class ChatTemplate:
 
     def render_context(self, context: Mapping[str, Any]) -> str:
         """Return the prompt text of what ``context`` made. Raises TemplateError like ``render``."""
-        return self._template.render(context)
+        return self._process.render(context)

@@ -242,7 +242,7 @@ def test_reasoning_is_dimmed_on_a_terminal(
 def test_thinking_is_an_option(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, think: bool | None, ending: str
 ) -> None:
-    monkeypatch.setattr(engine, "chat_template", ChatTemplate(THINKING))
+    monkeypatch.setattr(engine, "_chat_template", ChatTemplate(THINKING))
     talk = talk_with(engine, think=think)
     asked: list[dict[str, Any]] = []
 

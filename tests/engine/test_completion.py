@@ -87,7 +87,7 @@ def test_reasoning_that_never_ends_leaves_no_text(tokenizer: Tokenizer) -> None:
 @pytest.fixture
 def thinking(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     """The engine, its model's template replaced by one whose prompts open reasoning."""
-    monkeypatch.setattr(engine, "chat_template", ChatTemplate(THINKING))
+    monkeypatch.setattr(engine, "_chat_template", ChatTemplate(THINKING))
     return engine
 
 

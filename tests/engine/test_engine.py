@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from pydflash.errors import (
     DraftMismatch,
     LoadError,
     NoDevice,
+    SessionClosed,
     ShapeError,
+    TemplateError,
     UnsupportedArchitecture,
 )
 from tests.tiny import GEOMETRIES, write_draft, write_target
@@ -139,6 +143,46 @@ def test_another_word_for_special_is_refused(engine: Engine, prompt: Any) -> Non
     for call in (engine.encode, engine.stream, engine.generate):
         with pytest.raises(ConfigError, match="special is 'some'; valid values are template, all, none"):
             call(prompt, special="some")  # type: ignore[operator]
+
+
+def test_a_template_that_does_not_compile_stops_messages_and_nothing_else(target_path: Path, tmp_path: Path) -> None:
+    whole = target_path.read_bytes()
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(whole.replace(b"{% for ", b"{% fur ", 1))
+    assert path.read_bytes() != whole
+    with Engine.load(path, **OPTIONS) as engine:  # type: ignore[arg-type]
+        assert len(engine.generate(PROMPT, greedy(3)).tokens) == 3
+        for use in (lambda: engine.chat_template, lambda: engine.stream([{"role": "user", "content": "hi"}])):
+            with pytest.raises(TemplateError, match="does not compile: line 1: Encountered unknown tag 'fur'"):
+                use()
+
+
+def test_the_template_s_process_starts_with_the_engine_and_ends_with_it(target_path: Path) -> None:
+    def children() -> set[str]:
+        return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+
+    gc.collect()
+    before = children()
+    with Engine.load(target_path, **OPTIONS) as engine:  # type: ignore[arg-type]
+        assert len(children() - before) == 1
+        started = children()
+        engine.encode([{"role": "user", "content": "hi"}])
+        assert children() == started
+    assert children() == before
+    for use in (lambda: engine.chat_template, lambda: engine.encode([{"role": "user", "content": "hi"}])):
+        with pytest.raises(SessionClosed):
+            use()
+
+
+def test_engines_that_are_dropped_leave_no_process_and_no_file_open(target_path: Path) -> None:
+    def held() -> tuple[str, int]:
+        gc.collect()
+        return Path(f"/proc/self/task/{os.getpid()}/children").read_text(), len(os.listdir("/proc/self/fd"))
+
+    before = held()
+    for _ in range(60):
+        Engine.load(target_path, **OPTIONS)  # type: ignore[arg-type]
+    assert held() == before
 
 
 def test_token_ids_are_a_prompt_too(engine: Engine) -> None:

@@ -96,7 +96,7 @@ def test_the_reading_of_imports_finds_what_there_is() -> None:
     found = {(i.module, i.name): i.lazy for i in IMPORTS}
     assert found["ops.linear", "native"] is False  # from a folder
     assert found["ops.linear", "_ffi"] is False
-    assert found["engine.engine", "text.chat"] is True  # for type checking
+    assert found["text.template_child", "text.sandbox"] is True  # for type checking
     assert found["cli.bench", "measure.bench"] is True  # in a function
     assert found["state.kv", "ops"] is False  # from pydflash import ops
     assert found["models.loading", "models.qwen35"] is False  # from pydflash.models import qwen35

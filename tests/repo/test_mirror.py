@@ -35,6 +35,8 @@ TESTED_IN = {
     "runtime/output": "runtime/test_session.py",
     "runtime/proposal": "runtime/test_session.py",
     "state/layer": "state/test_sequence.py",
+    "text/template_child": "text/test_template_process.py",
+    "text/template_protocol": "text/test_template_process.py",
 }
 COMMANDS = "cli/test_cli.py"
 
