@@ -58,7 +58,7 @@ def refuse_unread(
     rest = [name for name in names if not passes(name)]
     if not rest:
         return names
-    more = f", nor are {len(rest) - 1} more" if len(rest) > 1 else ""
+    more = f", nor are {len(rest) - 1} others" if len(rest) > 2 else ", nor is 1 other" * (len(rest) - 1)
     pattern = re.sub(r"\.\d+\.", ".*.", rest[0])
     raise UnsupportedModel(
         f"{path}: {describe(rest[0])} is not used by {reader}{more}; without it the results are not those that the "
