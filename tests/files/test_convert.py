@@ -277,7 +277,8 @@ def test_what_published_configurations_say_besides_is_harmless(
 ) -> None:
     more = {
         "architectures": ["DFlashDraftModel"], "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
-        "torch_dtype": "bfloat16", "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02,
+        "torch_dtype": "bfloat16", "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu",
+        "initializer_range": 0.02,
         "max_window_layers": 5, "num_target_layers": 4, "rope_scaling": None, "tie_word_embeddings": True,
         "transformers_version": "4.57.3", "use_cache": True, "use_sliding_window": True, "eos_token_id": 5,
         "bos_token_id": None, "draft_vocab_size": GEOMETRY.vocab,
