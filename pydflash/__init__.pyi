@@ -13,6 +13,7 @@ from .errors import (
     BadMetadata,
     ConfigError,
     ContextFull,
+    ContextWarning,
     DeviceError,
     DraftMismatch,
     LoadError,
@@ -28,6 +29,7 @@ from .errors import (
     StateError,
     TemplateError,
     UnsupportedArchitecture,
+    UnsupportedModel,
     WriteError,
 )
 from .models import Model, load_model

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 from pydflash.errors import ConfigError
 from pydflash.kv_format import CACHE_TYPES, K_BASES, V_BASES
 from pydflash.limits import CHUNKS, EXACT_ROWS, MOST_POSITIONS
-from pydflash.settings import Choice, Declaration, Flag, Pattern, Range, check, declarations, setting
+from pydflash.settings import Choice, Declaration, Flag, Pattern, Range, Texts, check, declarations, setting
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -42,6 +42,7 @@ class Settings(TypedDict, total=False):
     draft_max: int | None
     adaptive: bool | None
     draft_causal: bool | None
+    ignore: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,9 @@ class EngineConfig(SessionConfig):
     )
     draft_causal: bool | None = setting(
         None, Flag(), help="Let rows of a block see only earlier rows.", unset="as the draft file says"
+    )
+    ignore: tuple[str, ...] = setting(
+        (), Texts(), help="Tensors and metadata keys of the files that may stay unused, such as blk.*.attn_q.bias."
     )
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
@@ -129,9 +133,15 @@ class Setting(NamedTuple):
 
 def table(settings: Sequence[Setting]) -> str:
     """Name, value and source of each setting, in columns."""
-    rows = [(s.name, "none" if s.value is None else str(s.value), s.source) for s in settings]
+    rows = [(s.name, _shown(s.value), s.source) for s in settings]
     wide = [max(len(row[column]) for row in rows) for column in range(2)]
     return "\n".join(f"{name:<{wide[0]}}  {value:<{wide[1]}}  {source}" for name, value, source in rows)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(value) or "none"
+    return "none" if value is None else str(value)
 
 
 def _from_environment(environment: Mapping[str, str], known: Mapping[str, Declaration]) -> dict[str, Any]:

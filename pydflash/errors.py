@@ -8,6 +8,7 @@ __all__ = [
     "BadMetadata",
     "ConfigError",
     "ContextFull",
+    "ContextWarning",
     "DeviceError",
     "DraftMismatch",
     "LoadError",
@@ -23,6 +24,7 @@ __all__ = [
     "StateError",
     "TemplateError",
     "UnsupportedArchitecture",
+    "UnsupportedModel",
     "WriteError",
 ]
 
@@ -49,7 +51,11 @@ class LoadError(PydflashError):
     """A model file cannot be used."""
 
 
-class UnsupportedArchitecture(LoadError):
+class UnsupportedModel(LoadError):
+    """A file asks for something that this package does not compute; the message names the tensor or the key."""
+
+
+class UnsupportedArchitecture(UnsupportedModel):
     """The file's ``general.architecture`` is not one that this package runs."""
 
 
@@ -107,3 +113,7 @@ class NativeError(PydflashError):
 
 class WriteError(PydflashError, OSError):
     """A file cannot be written, or must not be because it is an input; what was there is unharmed."""
+
+
+class ContextWarning(UserWarning):
+    """A session has room for more positions than its model was trained on."""

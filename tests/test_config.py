@@ -15,7 +15,7 @@ import pytest
 import typer
 
 from pydflash import cli
-from pydflash.config import EngineConfig, SessionConfig, Settings, table
+from pydflash.config import EngineConfig, SessionConfig, Setting, Settings, table
 from pydflash.decode import SamplingParams
 from pydflash.engine import Engine
 from pydflash.errors import ConfigError, LoadError
@@ -176,6 +176,11 @@ def test_the_table_names_value_and_source_of_every_field() -> None:
     assert lines[0].split() == ["max_context", "99", "argument"]
 
 
+def test_the_table_shows_lists_and_what_is_not_set_as_a_person_writes_them() -> None:
+    shown = [Setting("a", None, "x"), Setting("b", (), "x"), Setting("c", ("d.*", "e"), "x"), Setting("f", False, "x")]
+    assert [line.split()[1:-1] for line in table(shown).splitlines()] == [["none"], ["none"], ["d.*,", "e"], ["False"]]
+
+
 # --- the environment, the library and the command line agree ----------------------------------------------------------
 
 
@@ -188,9 +193,10 @@ def test_a_valid_value_is_the_same_wherever_it_is_given(
     assert source(EngineConfig.resolve({variable: text}), name) == (value, f"environment ({variable})")
     flag = f"--{'' if value else 'no-'}{name.replace('_', '-')}"
     given = flag if isinstance(ENGINE[name].rule, Flag) else option(name, text)
-    assert explained(given)[name] == [str(value), "argument"]
+    shown = table([Setting(name, value, "")]).split()[1]
+    assert explained(given)[name] == [shown, "argument"]
     monkeypatch.setenv(variable, text)
-    assert explained()[name] == [str(value), f"environment ({variable})"]
+    assert explained()[name] == [shown, f"environment ({variable})"]
 
 
 @pytest.mark.parametrize(("name", "text"), samples(ENGINE, invalid_texts))

@@ -6,10 +6,12 @@ is fast.
 
 from __future__ import annotations
 
+import warnings
+
 import typer
 
 from pydflash.cli import ab, bench, chat, convert, demo, doctor, explain, generate, info
-from pydflash.cli.show import fail
+from pydflash.cli.show import fail, note
 from pydflash.errors import PydflashError
 
 __all__ = ["app", "main"]
@@ -36,8 +38,14 @@ for command in (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command line. A PydflashError is one line on stderr and exit code 2."""
-    try:
-        app(args=arguments, prog_name="pydflash")
-    except PydflashError as error:
-        fail(str(error))
+    """Run a command line. A PydflashError is one line on stderr and exit code 2, a warning one line."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            app(args=arguments, prog_name="pydflash")
+        except PydflashError as error:
+            fail(str(error))
+
+
+def _show_warning(message: Warning | str, *_where: object, **_more: object) -> None:
+    note(f"warning: {message}")

@@ -3,7 +3,7 @@
 from pydflash.drafts.base import LoadedDraft, Proposer
 from pydflash.drafts.dflash import Draft, DraftSession
 from pydflash.drafts.length import CycleCosts, ProposalLength, adapts
-from pydflash.drafts.loading import load_draft
+from pydflash.drafts.loading import is_name, load_draft
 from pydflash.drafts.ngram import NGramDraft, NGramProposer
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "ProposalLength",
     "Proposer",
     "adapts",
+    "is_name",
     "load_draft",
 ]

@@ -14,7 +14,7 @@ from pydflash.errors import ConfigError, DraftMismatch, SessionClosed, ShapeErro
 from pydflash.files import GGUFFile
 from pydflash.ggml_types import GGMLType
 from pydflash.limits import EXACT_ROWS
-from pydflash.models import Model, Progress, Weights, find_tensors
+from pydflash.models import Model, Progress, Weights, account, find_tensors
 from pydflash.models.dflash import DFlash, DraftConfig, tensor_names
 from pydflash.native import Arena, DeviceLock, Replay, ReplayCache, Tensor, closing, exclusive
 from pydflash.runtime import DeviceProposal, Session, width_for
@@ -36,9 +36,18 @@ __all__ = ["Draft", "DraftSession", "load_dflash"]
 class Draft:
     """A loaded DFlash draft: immutable weights on its target's device. ``close()`` (or ``with``) frees them."""
 
-    def __init__(self, file: GGUFFile, target: Model, config: DraftConfig, weights: Weights, network: DFlash) -> None:
+    def __init__(
+        self,
+        file: GGUFFile,
+        target: Model,
+        config: DraftConfig,
+        weights: Weights,
+        network: DFlash,
+        ignored: tuple[str, ...],
+    ) -> None:
+        """``ignored``: names in the file that were to stay unused."""
         self.file, self.target, self.config, self.weights, self.network = file, target, config, weights, network
-        self.path = file.path
+        self.path, self.ignored = file.path, ignored
 
     @property
     def limit(self) -> int:
@@ -62,6 +71,7 @@ class Draft:
             ("tapped layers", ", ".join(map(str, config.taps)), "draft"),
             ("windows", ", ".join(str(w) if w else "full" for w in config.windows), "draft"),
             ("causal layers", ", ".join("yes" if c else "no" for c in config.causal), config.causal_source),
+            *([("ignored in the draft", ", ".join(self.ignored), "ignore")] if self.ignored else []),
         ]
 
     @cached_property
@@ -86,27 +96,40 @@ class Draft:
         self.close()
 
 
-def load_dflash(file: GGUFFile, target: Model, progress: Progress | None, causal: bool | None) -> Draft:
+def load_dflash(
+    file: GGUFFile, target: Model, progress: Progress | None, causal: bool | None, ignore: str | Sequence[str] = ()
+) -> Draft:
     """A DFlash draft, in llama.cpp's layout or the other one in the wild; the draft owns ``file`` when this returns.
 
-    ``causal`` overrides whether rows of a block see only earlier rows. Raises LoadError; DraftMismatch when it does not
-    fit the target, naming both values.
+    ``causal`` overrides whether rows of a block see only earlier rows. ``ignore``: patterns of tensors and keys that
+    may stay unused. Raises LoadError; DraftMismatch when it does not fit the target, naming both values.
     """
     config = DraftConfig.read(file, causal)
     config.check_target(file.path, target.config.layers, target.config.hidden, target.config.vocab)
     _check_vocabulary(file, target)
     names = tensor_names(file, config.tensors())
     infos = find_tensors(file, {names[name]: shape for name, shape in config.tensors().items()})
+    ignored = account(file, file.require("general.architecture", str), infos, config.layers, ignore)
     weights = Weights(file, infos, target.backend, progress)
-    return Draft(file, target, config, weights, DFlash(config, weights, names))
+    return Draft(file, target, config, weights, DFlash(config, weights, names), ignored)
 
 
 def _check_vocabulary(file: GGUFFile, target: Model) -> None:
     """A draft that embeds its target's tokenizer must have been made for this vocabulary."""
-    tokens = file.metadata.count("tokenizer.ggml.tokens") if "tokenizer.ggml.tokens" in file.metadata else None
-    vocab = target.config.vocab
-    if tokens is not None and tokens != vocab:
+    key = "tokenizer.ggml.tokens"
+    if key not in file.metadata:
+        return
+    tokens, vocab = file.metadata.count(key), target.config.vocab
+    if tokens != vocab:
         raise DraftMismatch(f"{file.path}: the draft's vocabulary holds {tokens} tokens, the target's {vocab}")
+    listed: list[str] = file.require(key, list)
+    token = target.tokenizer.difference(listed)
+    if token is not None:
+        theirs = target.file.require(key, list)[token]
+        raise DraftMismatch(
+            f"{file.path}: token {token} is {listed[token]!r} in the draft and {theirs!r} in the target; "
+            "take the draft that was made for this model"
+        )
 
 
 class DraftSession:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pydflash.config import EngineConfig, Setting, Settings, table
 from pydflash.decode import Sampler, SamplingParams, Stats, Step, autoregressive, speculative
-from pydflash.drafts import CycleCosts, LoadedDraft, ProposalLength, adapts, load_draft
+from pydflash.drafts import CycleCosts, LoadedDraft, ProposalLength, adapts, is_name, load_draft
 from pydflash.engine.completion import AnswerText, Chunk, Completion, chunk_of
 from pydflash.engine.explain import derived
 from pydflash.engine.prompt import Prompt, is_conversation, is_given, template_variables, token_ids
 from pydflash.engine.stream import Caller, Stream
 from pydflash.errors import ConfigError, PydflashError, SessionClosed, ShapeError, StateError
+from pydflash.files import patterns_by_file
 from pydflash.models import Model, Progress, load_model
 from pydflash.runtime import Session
 from pydflash.sampling_params import recommendations
@@ -79,14 +80,17 @@ class Engine:
 
         EngineConfig describes the settings and holds their defaults. None leaves one to the environment
         (``PYDFLASH_<NAME>``; ``environment`` replaces ``os.environ``) or its default. ``progress(bytes_done,
-        bytes_total)`` runs once over the model, then over the draft. Raises ConfigError, LoadError, NoDevice or
-        OutOfMemory; nothing stays allocated then.
+        bytes_total)`` runs once over the model, then over the draft. A pattern of ``ignore`` has to match something in
+        one of the files. Raises ConfigError, LoadError, NoDevice or OutOfMemory; nothing stays allocated then.
         """
         config = EngineConfig.resolve(environment, **settings)
         with ExitStack() as undo:
-            model = undo.enter_context(load_model(path, config.device, progress, threads=config.threads))
-            loaded = load_draft(draft, model, progress, causal=config.draft_causal) if draft is not None else None
-            if loaded is not None:
+            files = [path] if draft is None or is_name(draft) else [path, draft]
+            ignore, *of_draft = patterns_by_file(config.ignore, files)
+            model = undo.enter_context(load_model(path, config.device, progress, threads=config.threads, ignore=ignore))
+            loaded = None
+            if draft is not None:
+                loaded = load_draft(draft, model, progress, causal=config.draft_causal, ignore=sum(of_draft, ()))
                 undo.enter_context(closing(loaded))
             engine = cls(model, loaded, config)
             engine._loaded = undo.pop_all()

@@ -20,6 +20,14 @@ def _threads(count: int) -> str | None:
     return str(count) if count else None
 
 
+def _trained(context: int, max_context: int) -> str:
+    """The positions that the model was trained on, and what max_context asks for beyond."""
+    if not context:
+        return "the file does not say"
+    beyond = f", {max_context - context:,} fewer than max_context" if max_context > context else ""
+    return f"{context:,} positions{beyond}"
+
+
 def derived(
     session: Session, draft: LoadedDraft | None, proposer: Proposer | None, draft_max: int | None, adaptive: bool
 ) -> Iterator[Setting]:
@@ -32,6 +40,9 @@ def derived(
     yield Setting("K basis", session.cache_format.k_basis, "k_rotation, cache_k, head size")
     yield Setting("V basis", session.cache_format.v_basis, "v_rotation")
     yield Setting("positions", f"{session.capacity:,}", "max_context")
+    yield Setting("trained context", _trained(model.config.context, session.max_context), "model")
+    if model.ignored:
+        yield Setting("ignored in the model", ", ".join(model.ignored), "ignore")
     for what, size in session.state.sizes().items():
         yield Setting(what, f"{size:,} bytes", "model, max_context, cache_k, cache_v")
     if draft is None or proposer is None:

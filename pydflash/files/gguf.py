@@ -80,7 +80,8 @@ class GGUFFile:
     """A model file, or all parts of a split one, mapped read-only; made by :meth:`open`, closed by ``with``.
 
     ``metadata`` is that of the first part, ``tensors`` holds those of all parts in file order, ``nbytes`` is the size
-    of all files, ``path`` the first file and ``paths`` all of them.
+    of all files, ``path`` the first file and ``paths`` all of them. ``keys_read`` holds the metadata keys whose values
+    :meth:`get` or :meth:`require` has given away.
     """
 
     def __init__(self, parts: list[_Part], tensors: dict[str, TensorInfo]) -> None:
@@ -90,6 +91,7 @@ class GGUFFile:
         self.nbytes = sum(len(part.data) for part in parts)
         self.metadata: Metadata = parts[0].metadata
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
+        self.keys_read: set[str] = set()
 
     @classmethod
     def open(cls, path: str | Path) -> GGUFFile:
@@ -143,7 +145,18 @@ class GGUFFile:
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             found = f"{self.metadata.describe(key)} (byte {self.metadata.position(key):,})"
             raise BadMetadata(f"{wanted} and is {found}; convert the model again with a current converter")
+        self.keys_read.add(key)
         return value
+
+    def integers(self, key: str, at_most: int) -> list[int]:
+        """The list ``key`` of up to ``at_most`` integers or flags, which count as 0 and 1; BadMetadata for another."""
+        count = self.metadata.count(key)
+        if count is not None and count > at_most:
+            raise BadMetadata(f"{self.path}: {key} lists {count:,} values; at most {at_most:,} fit the model")
+        values = self.require(key, list)
+        if not all(isinstance(value, int) for value in values):
+            raise BadMetadata(f"{self.path}: {key} is {self.metadata.describe(key)}; it must list integers")
+        return [int(value) for value in values]
 
     def require_within(self, key: str, low: int, high: int, *, default: int | None = None, because: str = "") -> int:
         """The integer ``key``, or ``default`` if it is missing; BadMetadata outside of ``low..high``."""

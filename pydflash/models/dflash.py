@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pydflash import ops
-from pydflash.errors import BadMetadata, DraftMismatch, UnsupportedArchitecture
+from pydflash.errors import BadMetadata, DraftMismatch
 from pydflash.files import GGUFFile
 from pydflash.limits import EXACT_ROWS
+from pydflash.models.keys import Keys
 from pydflash.models.rope import read_rope
 from pydflash.models.weights import Linear, Weights
 from pydflash.native import Shape, Tensor
@@ -23,16 +24,9 @@ from pydflash.state import Ring, RingBatch, RingSpec
 
 __all__ = ["ARCHITECTURES", "DFlash", "DraftConfig"]
 
-_LIMIT = 1 << 20
+_MOST_TAPS = 64
 ARCHITECTURES = ("dflash", "dflash-draft", "qwen35-dflash-draft")
 """Names that files use as ``general.architecture``."""
-
-_UNSUPPORTED = {
-    "selector_predecessor.weight": "a DFlash2 candidate selector",
-    "blk.0.attn_conv_base": "DFlash2 convolutions",
-    "markov_w1.weight": "a DSpark Markov head",
-    "d2t": "a reduced draft vocabulary",
-}
 
 
 @dataclass(frozen=True)
@@ -41,7 +35,8 @@ class DraftConfig:
     order.
 
     ``windows``: per layer, the sliding window or 0 for full attention. ``causal``: per layer, whether block rows see
-    only earlier rows of the block; ``causal_source``: who says so.
+    only earlier rows of the block; ``causal_source``: who says so. ``vocab``: tokens of the target, 0 if the file is
+    silent.
     """
 
     layers: int
@@ -58,36 +53,29 @@ class DraftConfig:
     windows: tuple[int, ...]
     causal: tuple[bool, ...]
     causal_source: str
+    vocab: int
 
     @classmethod
     def read(cls, file: GGUFFile, causal: bool | None = None) -> DraftConfig:
         """From a file's metadata, in either layout (tensor names decide which).
 
         ``causal`` overrides what the file says about the rows inside a block, for every layer. Without it and without a
-        key 'attention.causal', sliding layers are causal inside the block and full layers are not.
-        Raises UnsupportedArchitecture or BadMetadata.
+        key 'attention.causal', sliding layers are causal inside the block and full layers are not. Raises BadMetadata.
         """
         prefix = file.require("general.architecture", str)
-        for name, what in _UNSUPPORTED.items():
-            if name in file.tensors:
-                raise UnsupportedArchitecture(
-                    f"{file.path}: the draft has {what} (tensor {name!r}), which is not supported"
-                )
-
-        def number(key: str, default: int | None = None) -> int:
-            return file.require_within(f"{prefix}.{key}", 1, _LIMIT, default=default)
-
+        keys = Keys(file, prefix)
+        number = keys.number
         fork, held = _is_fork(file), len(file.tensors)
         layers = file.require_within(f"{prefix}.block_count", 1, held, because=f"the file holds {held} tensors")
         windows, head_size = _windows(file, prefix, layers), number("attention.key_length")
-        said = file.get(f"{prefix}.attention.causal", bool, default=None) if causal is None else causal
+        in_file = file.get(f"{prefix}.attention.causal", bool, default=None)
+        said = in_file if causal is None else causal
         if fork:
-            taps, mask = file.require(f"{prefix}.dflash.target_layer_ids", list), f"{prefix}.dflash.mask_token_id"
+            taps = file.integers(f"{prefix}.dflash.target_layer_ids", _MOST_TAPS)
+            mask = f"{prefix}.dflash.mask_token_id"
         else:
-            taps, mask = (
-                [int(t) - 1 for t in file.require(f"{prefix}.target_layers", list)],
-                "tokenizer.ggml.mask_token_id",
-            )
+            taps = [layer - 1 for layer in file.integers(f"{prefix}.target_layers", _MOST_TAPS)]
+            mask = "tokenizer.ggml.mask_token_id"
         config = cls(
             layers=layers,
             hidden=number("embedding_length"),
@@ -95,19 +83,21 @@ class DraftConfig:
             heads=number("attention.head_count"),
             kv_heads=number("attention.head_count_kv"),
             head_size=head_size,
-            rope=read_rope(file, f"{prefix}.", number("rope.dimension_count", head_size), head_size),
-            eps=float(file.require(f"{prefix}.attention.layer_norm_rms_epsilon", float)),
+            rope=read_rope(file, f"{prefix}.", number("rope.dimension_count", default=head_size), head_size),
+            eps=keys.real("attention.layer_norm_rms_epsilon"),
             block_size=number("dflash.block_size" if fork else "block_size"),
             mask_token_id=int(file.require(mask, int)),
-            taps=tuple(int(t) for t in taps),
+            taps=tuple(taps),
             windows=windows,
             causal=tuple(bool(w) if said is None else said for w in windows),
             causal_source=_causal_source(causal, said),
+            vocab=number("vocab_size", 0, default=0),
         )
-        config._check(file)
+        config._check(keys)
         return config
 
-    def _check(self, file: GGUFFile) -> None:
+    def _check(self, keys: Keys) -> None:
+        values = keys.number("attention.value_length", default=self.head_size)
         rules = [
             (
                 2 <= self.block_size <= EXACT_ROWS,
@@ -116,12 +106,14 @@ class DraftConfig:
             (self.heads % self.kv_heads == 0, f"{self.heads} heads over {self.kv_heads} K/V heads"),
             (self.head_size in (64, 128, 256), f"heads of {self.head_size}; 64, 128 and 256 are supported"),
             (0.0 < self.eps < 1.0, f"layer_norm_rms_epsilon is {self.eps}"),
-            (1 <= len(self.taps) <= 64, f"{len(self.taps)} target layers; 1 to 64 are supported"),
+            (len(self.taps) >= 1, "0 target layers; 1 to 64 are supported"),
+            (values == self.head_size, f"attention.value_length is {values}, key_length {self.head_size}"),
             (self.mask_token_id >= 0, f"mask_token_id is {self.mask_token_id}"),
         ]
         for holds, found in rules:
             if not holds:
-                raise BadMetadata(f"{file.path}: {found}")
+                raise BadMetadata(f"{keys.file.path}: {found}")
+        keys.check_sections(self.rope.dims // 2, interleaved=False)
 
     def check_target(self, path: object, layers: int, hidden: int, vocab: int) -> None:
         """DraftMismatch, naming both values, unless the draft fits a target with ``layers``, ``hidden`` and
@@ -136,6 +128,8 @@ class DraftConfig:
             raise DraftMismatch(
                 f"{path}: the draft's mask token is {self.mask_token_id}, the target's vocabulary holds {vocab}"
             )
+        if self.vocab not in (0, vocab):
+            raise DraftMismatch(f"{path}: the draft is for a vocabulary of {self.vocab} tokens, the target has {vocab}")
 
     def tensors(self) -> dict[str, Shape]:
         """Every tensor of the forward pass: name (of the llama.cpp layout) to row-major shape."""
@@ -180,10 +174,12 @@ def _causal_source(given: bool | None, said: bool | None) -> str:
 
 def _windows(file: GGUFFile, prefix: str, layers: int) -> tuple[int, ...]:
     """Per layer: the sliding window, or 0."""
-    window = int(file.get(f"{prefix}.attention.sliding_window", int, default=0))
-    pattern = file.get(f"{prefix}.attention.sliding_window_pattern", list, default=None)
-    if pattern is None:
-        pattern = [window > 0] * layers
+    window, key = (
+        file.get(f"{prefix}.attention.sliding_window", int, default=0),
+        f"{prefix}.attention.sliding_window_pattern",
+    )
+    listed = key in file.metadata
+    pattern: Sequence[int] = file.integers(key, len(file.tensors)) if listed else [window > 0] * layers
     if len(pattern) != layers or not 0 <= window <= 1 << 24 or (any(pattern) and not window):
         raise BadMetadata(
             f"{file.path}: sliding_window {window} with pattern {list(pattern)} does not fit {layers} layers"

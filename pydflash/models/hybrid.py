@@ -17,32 +17,20 @@ from pydflash import ops
 from pydflash.errors import BadMetadata
 from pydflash.files import GGUFFile
 from pydflash.limits import MAX_TAPS
+from pydflash.models.accounting import mtp_blocks
+from pydflash.models.keys import Keys
 from pydflash.models.rope import read_rope
 from pydflash.models.weights import Weights
 from pydflash.native import Shape, Tensor
 from pydflash.ops import NormRope, Rope
 from pydflash.state import Batch, CacheFormat, DeltaSpec, DeltaState, KVCache, KVSpec, LayerSpec, LayerState
 
-__all__ = ["Hybrid", "HybridConfig", "Keys"]
+__all__ = ["Hybrid", "HybridConfig"]
 
 _BIAS = re.compile(r"blk\.\d+\.attn_[qkv]\.bias")
-_LIMIT = 1 << 20  # no count or size in a real file comes near; products of two stay far below 2^63
+_LAYER_KINDS = ("full_attention_interval", "attention.recurrent_layers")
 
 C = TypeVar("C", bound="HybridConfig")
-
-
-class Keys:
-    """The metadata ``<architecture>.<key>`` of a file."""
-
-    def __init__(self, file: GGUFFile, architecture: str) -> None:
-        self.file, self.prefix = file, f"{architecture}."
-
-    def number(self, key: str, at_least: int = 1, *, default: int | None = None) -> int:
-        """A count or a size; BadMetadata when it is missing, without a ``default``, or out of range."""
-        return self.file.require_within(self.prefix + key, at_least, _LIMIT, default=default)
-
-    def real(self, key: str) -> float:
-        return float(self.file.require(self.prefix + key, float))
 
 
 @dataclass(frozen=True)
@@ -76,13 +64,15 @@ class HybridConfig(ABC):
         """From a file's metadata. Raises BadMetadata."""
         keys = Keys(file, cls.architecture)
         layers, head_size = _layers(keys), keys.number("attention.key_length")
+        recurrent = _recurrent_layers(keys, layers)
+        attention = [layer for layer in range(layers) if not recurrent[layer]]
         embedding = file.tensors.get("token_embd.weight")
         common: dict[str, Any] = {
             "layers": layers,
             "hidden": keys.number("embedding_length"),
             "vocab": embedding.shape[0] if embedding else 0,
-            "heads": keys.number("attention.head_count"),
-            "kv_heads": keys.number("attention.head_count_kv"),
+            "heads": keys.number_of(attention, "attention.head_count"),
+            "kv_heads": keys.number_of(attention, "attention.head_count_kv"),
             "head_size": head_size,
             "rope": read_rope(file, keys.prefix, keys.number("rope.dimension_count"), head_size),
             "eps": keys.real("attention.layer_norm_rms_epsilon"),
@@ -90,10 +80,10 @@ class HybridConfig(ABC):
             "v_heads": keys.number("ssm.time_step_rank"),
             "state_size": keys.number("ssm.state_size"),
             "conv_kernel": keys.number("ssm.conv_kernel", 2),
-            "context": int(file.get(f"{cls.architecture}.context_length", int, default=0)),
+            "context": file.require_within(f"{cls.architecture}.context_length", 0, 1 << 40, default=0),
             "tied": "output.weight" not in file.tensors,
             "biases": any(_BIAS.fullmatch(name) for name in file.tensors),
-            "recurrent": _recurrent_layers(keys, layers),
+            "recurrent": recurrent,
         }
         config = cls(**common, **cls._read_feed_forward(keys, layers))
         config._check(keys)
@@ -111,8 +101,9 @@ class HybridConfig(ABC):
     def _check(self, keys: Keys) -> None:
         file, prefix = keys.file, keys.prefix
         inner = int(file.require(f"{prefix}ssm.inner_size", int))
-        sections = file.get(f"{prefix}rope.dimension_sections", list, default=None)
-        values = int(file.get(f"{prefix}attention.value_length", int, default=self.head_size))
+        values = keys.number("attention.value_length", default=self.head_size)
+        tiled = file.get(f"{prefix}ssm.v_head_reordered", bool, default=True)
+        rows = file.get(f"{prefix}vocab_size", int, default=self.vocab)
         rules = {
             "attention.head_count": (
                 self.heads % self.kv_heads == 0,
@@ -126,10 +117,11 @@ class HybridConfig(ABC):
                 self.head_size in (64, 128, 256),
                 f"{self.head_size}; 64, 128 and 256 are supported",
             ),
-            "rope.dimension_sections": (
-                sections is None or 2 * sum(int(s) for s in sections) <= self.rope.dims,
-                f"{sections} cover more than {self.rope.dims // 2} pairs",
+            "ssm.v_head_reordered": (
+                tiled or self.v_heads == self.k_heads,
+                "false: value heads in the order of the original model; convert it with llama.cpp",
             ),
+            "vocab_size": (rows == self.vocab, f"{rows}; token_embd.weight has {self.vocab} rows"),
             "ssm.time_step_rank": (
                 self.v_heads % self.k_heads == 0,
                 f"{self.v_heads} value heads over {self.k_heads} key heads",
@@ -148,6 +140,7 @@ class HybridConfig(ABC):
         for key, (holds, found) in rules.items():
             if not holds:
                 raise BadMetadata(f"{file.path}: {prefix}{key}: {found}")
+        keys.check_sections(self.rope.dims // 2, interleaved=True)
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
@@ -190,24 +183,41 @@ class HybridConfig(ABC):
 
 
 def _layers(keys: Keys) -> int:
-    """Blocks but for those of multi-token prediction, which come last and are not run."""
-    file, held = keys.file, len(keys.file.tensors)
+    """Blocks but for those of multi-token prediction (MTP), which come last, are not run and may be missing."""
+    file, held, key = keys.file, len(keys.file.tensors), f"{keys.prefix}nextn_predict_layers"
     blocks = file.require_within(f"{keys.prefix}block_count", 1, held, because=f"the file holds {held} tensors")
-    return blocks - file.require_within(
-        f"{keys.prefix}nextn_predict_layers", 0, blocks - 1, default=0, because=f"of {blocks} blocks"
-    )
+    predicting = mtp_blocks(file)
+    if key in file.metadata:
+        layers = blocks - file.require_within(key, 0, blocks - 1, because=f"of {blocks} blocks")
+    else:
+        layers = next((n for n in range(blocks, 1, -1) if n - 1 not in predicting), 1)
+    for block in range(layers, blocks):
+        if f"blk.{block}.attn_norm.weight" in file.tensors and block not in predicting:
+            raise BadMetadata(
+                f"{file.path}: {key} is {blocks - layers} of {blocks} blocks, but block {block} has no nextn tensors: "
+                "it is a layer like the others; convert the model again"
+            )
+    return layers
 
 
 def _recurrent_layers(keys: Keys, layers: int) -> tuple[bool, ...]:
-    """Which layers are delta-net layers: an explicit list, or all but every ``full_attention_interval``-th."""
-    key = f"{keys.prefix}attention.recurrent_layers"
-    listed = keys.file.get(key, list, default=None)
-    if listed is not None:
-        if len(listed) < layers:
-            raise BadMetadata(f"{keys.file.path}: {key} lists {len(listed)} of {layers} layers")
-        return tuple(bool(r) for r in listed[:layers])
-    interval = keys.number("full_attention_interval", default=4)
-    return tuple((i + 1) % interval != 0 for i in range(layers))
+    """Which layers are delta-net layers: an explicit list, or all but every ``full_attention_interval``-th.
+
+    Ollama's list of K/V heads says it too, by zeros; BadMetadata where the two differ.
+    """
+    path, prefix, heads = keys.file.path, keys.prefix, "attention.head_count_kv"
+    interval = keys.number("full_attention_interval", default=4)  # read even where a list takes its place
+    recurrent = [(i + 1) % interval != 0 for i in range(layers)]
+    if f"{prefix}attention.recurrent_layers" in keys.file.metadata:
+        recurrent = [bool(flag) for flag in keys.listed("attention.recurrent_layers")[:layers]]
+    if keys.is_listed(heads) and 0 in (counts := keys.listed(heads)[:layers]):
+        without = [count == 0 for count in counts]
+        if without != recurrent and any(f"{prefix}{key}" in keys.file.metadata for key in _LAYER_KINDS):
+            raise BadMetadata(f"{path}: the zeros of {prefix}{heads} differ from what {' or '.join(_LAYER_KINDS)} says")
+        recurrent = without
+    if len(recurrent) < layers:
+        raise BadMetadata(f"{path}: {prefix}attention.recurrent_layers lists {len(recurrent)} of {layers} layers")
+    return tuple(recurrent)
 
 
 class GatedAttention:

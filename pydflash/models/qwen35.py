@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydflash.models.hybrid import Hybrid, HybridConfig, Keys
+from pydflash.models.hybrid import Hybrid, HybridConfig
+from pydflash.models.keys import Keys
 from pydflash.models.layers import SwiGLU
 from pydflash.models.weights import Weights
 from pydflash.native import Shape

@@ -12,7 +12,8 @@ from typing import Any
 
 from pydflash import ops
 from pydflash.errors import BadMetadata
-from pydflash.models.hybrid import Hybrid, HybridConfig, Keys
+from pydflash.models.hybrid import Hybrid, HybridConfig
+from pydflash.models.keys import Keys
 from pydflash.models.layers import SwiGLU
 from pydflash.models.weights import Weights
 from pydflash.native import Shape, Tensor

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from pydflash import ops
-from pydflash.errors import LoadError, MissingTensor
+from pydflash.errors import LoadError, MissingTensor, UnsupportedModel
 from pydflash.files import GGUFFile, TensorInfo
 from pydflash.ggml_types import GGMLType
-from pydflash.native import Arena, Backend, MappedArena, Shape, Staging, Tensor
+from pydflash.native import Arena, Backend, MappedArena, Shape, Staging, Tensor, Traits
 
-__all__ = ["Linear", "Progress", "Weights", "find_tensors"]
+__all__ = ["Linear", "Progress", "Weights", "check_types", "find_tensors"]
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) while a file is loaded."""
@@ -37,20 +37,14 @@ def find_tensors(file: GGUFFile, expected: Mapping[str, Shape]) -> dict[str, Ten
     """The file's entries for ``expected`` (name to row-major shape), in these shapes.
 
     ggml does not tell (1, C) from (C,), and files have either for the other. Raises MissingTensor, or LoadError when a
-    shape differs, a vector is not f32, ggml has no product with a type, or a tensor is to be scaled.
+    shape differs, a vector is not f32 or ggml has no product with a type.
     """
     found: dict[str, TensorInfo] = {}
     for name, shape in expected.items():
-        info = file.tensors.get(name)
+        info = file.tensors.get(name) or file.tensors.get(_other_name(name))
         if info is None:
             raise MissingTensor(
                 f"{file.path}: tensor {name!r} of shape {shape} is missing; the file is incomplete or of another model"
-            )
-        scale = f"{name.removesuffix('weight')}scale"
-        if scale in file.tensors:
-            raise LoadError(
-                f"{file.path}: tensor {name!r} has a factor of its own, {scale!r}, which no product here is "
-                "multiplied by; convert the model to another type"
             )
         if _without_leading_ones(info.shape) != _without_leading_ones(shape):
             raise LoadError(f"{file.path}: tensor {name!r} has shape {info.shape}; its metadata asks for {shape}")
@@ -66,6 +60,23 @@ def find_tensors(file: GGUFFile, expected: Mapping[str, Shape]) -> dict[str, Ten
     return found
 
 
+def check_types(path: object, infos: Mapping[str, TensorInfo], traits: Traits) -> None:
+    """UnsupportedModel, naming the tensor and its type, unless a device of these ``traits`` computes with all."""
+    for name, info in infos.items():
+        looked_up = name == "token_embd.weight" and "output.weight" in infos  # else it is the head as well
+        types = traits.table_types if looked_up else traits.weight_types
+        if info.type not in types:
+            listed = ", ".join(kind.name for kind in types)
+            raise UnsupportedModel(
+                f"{path}: tensor {info.name!r} is {info.type.name}; this device computes with {listed}; take a file "
+                "that holds no others, such as a plain Q4_K_M, Q6_K or Q8_0, or device='cpu'"
+            )
+
+
+def _other_name(name: str) -> str:
+    return name.removesuffix(".bias") if name.endswith(".ssm_dt.bias") else name  # Ollama's converter
+
+
 def _without_leading_ones(shape: Shape) -> Shape:
     return shape[next((axis for axis, size in enumerate(shape) if size != 1), len(shape)) :]
 
@@ -76,7 +87,8 @@ class Weights:
     def __init__(
         self, file: GGUFFile, infos: Mapping[str, TensorInfo], backend: Backend, progress: Progress | None = None
     ) -> None:
-        """Load ``infos`` of ``file``. Raises OutOfMemory before anything is read."""
+        """Load ``infos`` of ``file``. Raises UnsupportedModel or OutOfMemory before anything is read."""
+        check_types(file.path, infos, backend.traits)
         self.backend = backend
         self.nbytes = sum(info.nbytes for info in infos.values())
         self._file = file  # CPU tensors lie in its mapping
@@ -100,7 +112,7 @@ class Weights:
         staging = Staging(self.backend)
         done = 0
         for name, info in infos.items():
-            staging.upload(arena[name], self._file.data(name))
+            staging.upload(arena[name], self._file.data(info.name))
             done += info.nbytes
             progress(done, self.nbytes)
         staging.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import cast
@@ -11,7 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from pydflash.config import SessionConfig
-from pydflash.errors import ConfigError, ContextFull, NothingPending, SessionClosed, ShapeError, StateError
+from pydflash.errors import (
+    ConfigError,
+    ContextFull,
+    ContextWarning,
+    NothingPending,
+    SessionClosed,
+    ShapeError,
+    StateError,
+)
 from pydflash.ggml_types import GGMLType
 from pydflash.kv_format import CACHE_TYPES, k_basis, v_basis
 from pydflash.limits import EXACT_ROWS
@@ -63,10 +72,11 @@ class Session:
         capture: Sequence[int] = (),
     ) -> None:
         """SessionConfig describes the settings. An f32 cache, a basis or a capture must also suit the device and the
-        model. Raises ConfigError, OutOfMemory.
+        model. Raises ConfigError, OutOfMemory. Warns (ContextWarning) of more positions than the model was trained on.
         """
         config, backend = model.config, model.backend
         settings = SessionConfig(max_context, cache_k, cache_v, k_rotation, v_rotation, fused, chunk)
+        _warn_beyond(model, settings.max_context)
         if not all(0 <= layer < config.layers for layer in capture):
             raise ConfigError(f"capture is {tuple(capture)}; the model has layers 0..{config.layers - 1}")
         k_type, v_type = CACHE_TYPES[settings.cache_k], CACHE_TYPES[settings.cache_v]
@@ -310,3 +320,14 @@ class Session:
 def _features(model: Model, chunk: int, layers: int) -> Arena:
     specs = {"features": ((chunk + 1, layers, model.config.hidden), GGMLType.F32)}
     return Arena(model.backend, specs, "captured features")
+
+
+def _warn_beyond(model: Model, max_context: int) -> None:
+    """Say once, when a session opens, that positions beyond the trained context give worse text."""
+    trained = model.config.context
+    if 0 < trained < max_context:
+        message = (
+            f"max_context is {max_context:,}; {model.path} was trained on {trained:,} positions, beyond which its text "
+            "gets worse"
+        )
+        warnings.warn(message, ContextWarning, stacklevel=3)

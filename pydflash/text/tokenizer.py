@@ -91,14 +91,15 @@ class Tokenizer:
         normalize: bool | None = None,
         add_bos: bool = False,
         named: Mapping[str, int] | None = None,
-        eos_ids: Iterable[int] = (),
+        ends: Sequence[int] = (),
     ) -> None:
-        """See ``from_metadata``; ``named`` holds those of the ids of ``ROLES`` that exist, ``eos_ids`` further ends."""
+        """See ``from_metadata``; ``named`` holds the ids of ``ROLES`` that exist, ``ends`` others that end a turn."""
         if pre not in PRE_TOKENIZERS:
             known = ", ".join(sorted(PRE_TOKENIZERS))
             raise BadMetadata(f"tokenizer.ggml.pre is {pre!r}, which is not supported; supported are {known}")
-        if len(token_types) != len(tokens):
-            raise BadMetadata(f"tokenizer.ggml.token_type has {len(token_types):,} entries for {len(tokens):,} tokens")
+        self._ids = _ids_of(tokens)
+        _check_types(token_types, len(tokens))
+        _check_merges(merges, self._ids)
         self._tokens, self._merges, self._types = tokens, merges, token_types
         self.pre = pre
         self.normalize = pre in NFC_PRES if normalize is None else normalize
@@ -106,25 +107,23 @@ class Tokenizer:
         self.vocab_size = len(tokens)
         ids = dict(named or {})
         self.mask_id = ids.pop("mask", None)
-        for name, token in ids.items():
+        for key, token in [*((f"{name}_token_id", ids[name]) for name in ids), *(("eos_token_ids", i) for i in ends)]:
             if not 0 <= token < self.vocab_size:
-                raise BadMetadata(f"tokenizer.ggml.{name}_token_id is {token}, outside the {self.vocab_size:,} tokens")
-        for token in eos_ids:
-            if not 0 <= token < self.vocab_size:
-                raise BadMetadata(f"tokenizer.ggml.eos_token_ids holds {token}, outside the {self.vocab_size:,} tokens")
+                raise BadMetadata(f"tokenizer.ggml.{key} is {token}, outside the {self.vocab_size:,} tokens")
         self.bos_id, self.eos_id, self.eot_id = ids.get("bos"), ids.get("eos"), ids.get("eot")
         self.pad_id = ids.get("padding")
         # Added tokens are few (tens), so they are kept as a table; the 248,320 others are looked up by id when needed.
-        self._added, ends = classify(tokens, token_types, ids)
+        self._added, known_ends = classify(tokens, token_types, ids)
         self.control_ids = frozenset(i for i, kind in self._added.items() if kind is TokenType.CONTROL)
-        self.eos_ids = ends | frozenset(eos_ids)
+        self.eos_ids = known_ends | frozenset(ends)
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], *, normalize: bool | None = None) -> Tokenizer:
         """Read the ``tokenizer.ggml.*`` keys of a GGUF file; the BPE itself is built by the first ``encode``.
 
         ``normalize`` None follows the pre-tokenizer (NFC for the Qwen ones), False gives llama.cpp's ids.
-        Raises BadMetadata, naming the key, where one is missing, has the wrong type or a value that does not fit.
+        Everything is checked here. Raises BadMetadata, naming the key, where one is missing, has the wrong type or a
+        value that does not fit.
         """
         model = _require(metadata, "tokenizer.ggml.model", str)
         if model != "gpt2":
@@ -133,15 +132,19 @@ class Tokenizer:
         if types is None:
             raise BadMetadata("tokenizer.ggml.token_type is missing: nothing marks control tokens; convert again")
         ids = {name: named_token_id(metadata, name) for name in ROLES}
+        add_bos = metadata.get("tokenizer.ggml.add_bos_token", False)
+        if not isinstance(add_bos, bool):
+            raise BadMetadata(f"tokenizer.ggml.add_bos_token is {add_bos!r:.40}, not true or false")
+        ends = _integers(metadata.get("tokenizer.ggml.eos_token_ids", ()), "eos_token_ids")  # of Ollama
         return cls(
-            _require(metadata, "tokenizer.ggml.tokens", Sequence),
-            _require(metadata, "tokenizer.ggml.merges", Sequence),
-            types.tolist() if hasattr(types, "tolist") else list(types),
+            _texts(metadata, "tokens"),
+            _texts(metadata, "merges"),
+            _integers(types, "token_type"),
             pre=_require(metadata, "tokenizer.ggml.pre", str),
             normalize=normalize,
-            add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", False)),
+            add_bos=add_bos,
             named={name: token for name, token in ids.items() if token is not None},
-            eos_ids=_listed_eos_ids(metadata),
+            ends=[token for token in ends if token not in ABSENT_IDS],
         )
 
     def encode(self, text: str, special: bool = True, added: bool = True) -> list[int]:
@@ -196,25 +199,21 @@ class Tokenizer:
         """The control and the other added tokens, by their texts."""
         return AddedTokens({self._tokens[i]: i for i in self._added})
 
-    @cached_property
-    def _ids(self) -> dict[str, int]:
-        ids = {text: i for i, text in enumerate(self._tokens)}
-        if len(ids) != self.vocab_size:
-            twice = next(i for i, text in enumerate(self._tokens) if ids[text] != i)
-            text = self._tokens[twice]
-            raise BadMetadata(f"tokenizer.ggml.tokens holds {text!r} twice, as ids {twice} and {ids[text]}")
-        return ids
+    def difference(self, tokens: Sequence[str]) -> int | None:
+        """The first id at which ``tokens`` of the same length name another text; None where there is none.
+
+        Control tokens and fillers may differ: releases of one model family rename them.
+        """
+        if tokens == self._tokens:
+            return None
+        triples = enumerate(zip(self._tokens, tokens, self._types))
+        return next((i for i, (ours, theirs, kind) in triples if ours != theirs and kind == TokenType.NORMAL), None)
 
     @cached_property
     def _bpe(self) -> tokenizers.models.BPE:
         from tokenizers.models import BPE
 
-        pairs = []
-        for i, merge in enumerate(self._merges):
-            left, space, right = merge.partition(" ")  # a space inside a token is written U+0120
-            if not (left and space and right):
-                raise BadMetadata(f"tokenizer.ggml.merges[{i}] is {merge!r}, not two tokens with a space between")
-            pairs.append((left, right))
+        pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in self._merges)]
         try:
             return BPE(vocab=self._ids, merges=pairs, ignore_merges=self.pre in WHOLE_WORD_PRES)
         except Exception as error:  # the library raises the base class
@@ -282,6 +281,60 @@ def _check_memory(tokens: int) -> None:
         )
 
 
+# --- checks of a file's lists -----------------------------------------------------------------------------------------
+
+
+def _ids_of(tokens: Sequence[str]) -> dict[str, int]:
+    """Token to id. Raises BadMetadata for a token that stands twice."""
+    ids = dict(zip(tokens, range(len(tokens))))
+    if len(ids) != len(tokens):
+        twice = next(i for i, text in enumerate(tokens) if ids[text] != i)
+        text = tokens[twice]
+        raise BadMetadata(f"tokenizer.ggml.tokens holds {text!r} twice, as ids {twice} and {ids[text]}")
+    return ids
+
+
+def _check_types(types: Sequence[int], tokens: int) -> None:
+    if len(types) != tokens:
+        raise BadMetadata(f"tokenizer.ggml.token_type has {len(types):,} entries for {tokens:,} tokens")
+    unknown = set(types) - {0, *TokenType}  # 0: undefined
+    if unknown:
+        raise BadMetadata(f"tokenizer.ggml.token_type holds {min(unknown)}; known are 0 to {max(TokenType):d}")
+
+
+def _check_merges(merges: Sequence[str], ids: Mapping[str, int]) -> None:
+    """BadMetadata unless each merge is two tokens that make a third; a space inside a token is written U+0120."""
+    if {merge.count(" ") for merge in merges} <= {1}:
+        parts = set(" ".join(merges).split(" "))  # of all at once: there are a quarter of a million
+        wholes = set("\n".join(merges).replace(" ", "").split("\n"))
+        if parts.issubset(ids) and wholes.issubset(ids) and "" not in parts:
+            return
+    for i, merge in enumerate(merges):
+        pair = merge.split(" ")
+        if len(pair) != 2 or not all(pair):
+            raise BadMetadata(f"tokenizer.ggml.merges[{i}] is {merge!r}, not two tokens with a space between")
+        unknown = next((text for text in (*pair, "".join(pair)) if text not in ids), None)
+        if unknown is not None:
+            raise BadMetadata(f"tokenizer.ggml.merges[{i}] is {merge!r}, and tokenizer.ggml.tokens has no {unknown!r}")
+
+
+def _texts(metadata: Mapping[str, Any], name: str) -> Sequence[str]:
+    """The list ``tokenizer.ggml.NAME`` of texts."""
+    key = f"tokenizer.ggml.{name}"
+    texts: Sequence[str] = _require(metadata, key, Sequence)
+    if set(map(type, texts)) - {str}:
+        raise BadMetadata(f"{key} does not hold texts alone")
+    return texts
+
+
+def _integers(values: Any, name: str) -> list[int]:
+    """``values`` of ``tokenizer.ggml.NAME``, an array or a list, as plain integers."""
+    listed = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(listed, str) or not isinstance(listed, Sequence) or not all(isinstance(v, int) for v in listed):
+        raise BadMetadata(f"tokenizer.ggml.{name} is no list of integers")
+    return list(listed)
+
+
 def named_token_id(metadata: Mapping[str, Any], name: str) -> int | None:
     """Return ``tokenizer.ggml.NAME_token_id``, or None where the file has none or says so with an all-ones id."""
     value = metadata.get(f"tokenizer.ggml.{name}_token_id")
@@ -292,16 +345,6 @@ def named_token_id(metadata: Mapping[str, Any], name: str) -> int | None:
     except TypeError:
         raise BadMetadata(f"tokenizer.ggml.{name}_token_id is {value!r}, not an integer") from None
     return None if token in ABSENT_IDS else token
-
-
-def _listed_eos_ids(metadata: Mapping[str, Any]) -> list[int]:
-    """Return the ids of ``tokenizer.ggml.eos_token_ids``, which Ollama writes for models with several ends of turn."""
-    listed = metadata.get("tokenizer.ggml.eos_token_ids", ())
-    try:
-        ids = [index(token) for token in listed]
-    except TypeError:
-        raise BadMetadata(f"tokenizer.ggml.eos_token_ids is {listed!r}, not a list of integers") from None
-    return [token for token in ids if token not in ABSENT_IDS]
 
 
 def _require(metadata: Mapping[str, Any], key: str, kind: type) -> Any:

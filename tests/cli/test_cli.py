@@ -191,6 +191,18 @@ def test_check_tells_damaged_weights_from_whole_ones(run, target_path: Path, tmp
     assert "damaged: 1 of" in ran.out
 
 
+def test_a_warning_is_one_line_on_stderr(run, target_path: Path) -> None:  # type: ignore[no-untyped-def]
+    ran = run("explain", target_path, "--max-context", "5000", "--threads", "1")
+    assert ran.code == 0
+    assert [line.split(";")[0] for line in ran.err.splitlines()] == ["warning: max_context is 5,000"]
+
+
+def test_an_option_says_what_may_stay_unused(run, target_path: Path) -> None:  # type: ignore[no-untyped-def]
+    ran = run("explain", target_path, "--ignore", "blk.9.*", "--ignore", "x", "--threads", "1")
+    assert ran.code == 2
+    assert ran.err.startswith("error: ignore has 'blk.9.*', which matches nothing in ")
+
+
 def test_explain_prints_values_and_sources(
     run,  # type: ignore[no-untyped-def]
     target_path: Path,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pydflash.engine import Engine
 from pydflash.errors import (
     ConfigError,
     ContextFull,
+    ContextWarning,
     DraftMismatch,
     LoadError,
     NoDevice,
@@ -366,6 +368,19 @@ def test_explain_gives_every_effective_value_and_its_source(target_path: Path, d
     assert settings["V basis"][0] == "hadamard-64"
     assert settings["block size"] == ("16", "draft")
     assert len(text.splitlines()) == len(settings)
+
+
+@pytest.mark.parametrize(
+    ("max_context", "told"), [(4096, "4,096 positions"), (5000, "4,096 positions, 904 fewer than max_context")]
+)
+def test_explain_tells_what_the_model_was_trained_on(target_path: Path, max_context: int, told: str) -> None:
+    options = {**OPTIONS, "max_context": max_context}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with Engine.load(target_path, **options) as engine:  # type: ignore[arg-type]
+            settings = {s.name: (s.value, s.source) for s in engine.settings()}
+    assert settings["trained context"] == (told, "model")
+    assert [w.category for w in caught] == [ContextWarning] * (max_context > 4096)
 
 
 @pytest.mark.parametrize(("draft_max", "most"), [(None, 15), (5, 5), (15, 15)])

@@ -15,7 +15,15 @@ import pytest
 import safetensors
 
 from pydflash.drafts import DraftSession, load_draft
-from pydflash.errors import BadMetadata, ConfigError, DraftMismatch, LoadError, MissingTensor, WriteError
+from pydflash.errors import (
+    BadMetadata,
+    ConfigError,
+    DraftMismatch,
+    LoadError,
+    MissingTensor,
+    UnsupportedModel,
+    WriteError,
+)
 from pydflash.files import GGUFFile
 from pydflash.files.convert import convert_draft
 from pydflash.files.gguf_writer import encode
@@ -181,7 +189,7 @@ def test_the_quantisers_agree_on_awkward_blocks(kind: GGMLType) -> None:
         ({"dflash_config": ..., "mask_token_id": 3, "target_layer_ids": [1, 2]}, "dflash.target_layers", [2, 3]),
         ({"partial_rotary_factor": 0.5}, "dflash.rope.dimension_count", 32),
         ({"rope_scaling": None}, "dflash.rope.scaling.type", None),
-        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, "dflash.rope.scaling.type", None),
+        ({"rope_parameters": {"rope_theta": 1e7, "rope_type": "default"}}, "dflash.rope.scaling.type", None),
     ],
 )
 def test_what_the_configuration_says_reaches_the_file(
@@ -201,6 +209,30 @@ def test_what_the_configuration_says_reaches_the_file(
         ({"hidden_size": 512}, DraftMismatch, "512"),
         ({"vocab_size": 9}, DraftMismatch, "vocab_size is 9"),
         ({"block_size": ...}, BadMetadata, "block_size"),
+        ({"draft_vocab_size": 9}, DraftMismatch, "draft_vocab_size is 9"),
+        ({"num_target_layers": 64}, DraftMismatch, "num_target_layers is 64; .* has 4 blocks"),
+        ({"mask_token_id": 5}, BadMetadata, "'dflash_config.mask_token_id' is .*, 'mask_token_id' 5; correct one"),
+        (
+            {"dflash_config": {"mask_token_id": 10**6, "target_layer_ids": [1]}},
+            DraftMismatch,
+            "mask_token_id is 1000000",
+        ),
+        ({"dflash_config": {"mask_token_id": 3, "target_layer_ids": ["1"]}}, BadMetadata, "must list integers"),
+        ({"max_position_embeddings": "long"}, BadMetadata, "max_position_embeddings' is needed as int and is 'long'"),
+        ({"rope_theta": [1e7]}, BadMetadata, "rope_theta' is needed as float"),
+        (
+            {"rope_parameters": {"rope_theta": 5e5}},
+            BadMetadata,
+            "rope_theta' is 10000000.0, 'rope_parameters.rope_theta' 5",
+        ),
+        ({"head_dim": "64"}, BadMetadata, "head_dim"),
+        ({"num_attention_heads": -4}, BadMetadata, "must lie in"),
+        ({"intermediate_size": 1 << 40}, BadMetadata, "must lie in 0"),
+        ({"is_causal": "no"}, BadMetadata, "is_causal"),
+        ({"layer_types": [{}, []]}, BadMetadata, "layer_types"),
+        ({"layer_types": "full"}, BadMetadata, "layer_types"),
+        ({"layer_types": ..., "use_sliding_window": True}, BadMetadata, "no 'layer_types' says for which"),
+        ({"use_sliding_window": False}, BadMetadata, "'use_sliding_window' is false, but 'layer_types' has sliding"),
         ({"dflash_config": {}}, BadMetadata, "target_layer_ids"),
         ({"layer_types": ["sliding_attention"]}, BadMetadata, "layer_types"),
         ({"num_hidden_layers": 3, "layer_types": ...}, MissingTensor, r"layers\.2\."),
@@ -260,21 +292,22 @@ def test_scaled_positions_of_the_configuration_reach_the_file(
     ("rope", "words"),
     [
         *[({"rope_type": kind, "factor": 4.0}, f"scaled by {kind!r}; default, linear and yarn are supported")
-          for kind in ("dynamic", "longrope", "su", "llama3", "proportional", 3)],
-        ({"rope_type": "linear"}, "'factor' is needed as float and is missing"),
-        ({"rope_type": "yarn", "factor": "4"}, "'factor' is needed as float and is '4'"),
-        ({"rope_type": "yarn", "factor": 0.5}, "'factor' is 0.5; it must be at least 1"),
-        ({"rope_type": "yarn", "factor": float("nan")}, "'factor' is needed as float and is nan"),
-        ({"factor": 4.0}, "'factor' is 4.0, which is not supported for 'default'"),
-        ({"rope_type": "yarn", **YARN, "mscale": 1.0}, "'mscale' is 1.0, which is not supported for 'yarn'"),
-        ({"rope_type": "yarn", **YARN, "attn_factor": 2.0}, "'attn_factor' is 2.0, which is not"),
-        ({"rope_type": "yarn", **YARN, "truncate": False}, "'truncate' is False, which is not"),
-        ({"rope_type": "yarn", **YARN, "beta_fast": "32"}, "'beta_fast' is needed as float"),
-        ({"rope_type": "linear", "factor": 4.0, "beta_fast": 32}, "'beta_fast' is 32, which is not supported"),
-        ({"full_attention": {"rope_type": "default"}}, "'full_attention' is {'rope_type': 'default'}, which"),
-        ({"rope_theta": "1e7"}, "'rope_theta' is needed as float and is '1e7'"),
-        ({"rope_theta": 10**400}, "'rope_theta' is needed as float and is 1000"),
-        ([4.0], r"RoPE's parameters are \[4.0\]; an object is needed"),
+          for kind in ("dynamic", "longrope", "su", "llama3", "proportional")],
+        ({"rope_type": 3}, "'rope_parameters.rope_type' is needed as str and is 3"),
+        ({"rope_type": "linear"}, "factor' is needed as float and is missing"),
+        ({"rope_type": "yarn", "factor": "4"}, "factor' is needed as float and is '4'"),
+        ({"rope_type": "yarn", "factor": 0.5}, "factor is 0.5; it must be at least 1"),
+        ({"rope_type": "yarn", "factor": float("nan")}, "factor' is needed as float and is nan"),
+        ({"factor": 4.0}, r"factor' \(4.0\) is not used"),
+        ({"rope_type": "yarn", **YARN, "mscale": 1.0}, r"mscale' \(1.0\) is not used"),
+        ({"rope_type": "yarn", **YARN, "attn_factor": 2.0}, r"attn_factor' \(2.0\) is not used"),
+        ({"rope_type": "yarn", **YARN, "truncate": False}, r"truncate' \(False\) is not used"),
+        ({"rope_type": "yarn", **YARN, "beta_fast": "32"}, "beta_fast' is needed as float"),
+        ({"rope_type": "linear", "factor": 4.0, "beta_fast": 32}, r"beta_fast' \(32\) is not used"),
+        ({"full_attention": {"rope_type": "default"}}, r"full_attention' \({'rope_type': 'default'}\) is not used"),
+        ({"rope_theta": "1e7"}, "rope_theta' is needed as float and is '1e7'"),
+        ({"rope_theta": 10**400}, "rope_theta' is needed as float and is 1000"),
+        ([4.0], r"'rope_parameters' \(\[4.0\]\) is not used"),
     ],
     ids=str,
 )  # fmt: skip
@@ -283,9 +316,73 @@ def test_scaled_positions_that_no_file_can_hold_are_refused(
 ) -> None:
     with GGUFFile.open(reference_path) as reference:
         folder = write_hf(tmp_path / "hf", reference, rope_parameters=rope)
-    with pytest.raises(BadMetadata, match=words):
+    with pytest.raises(LoadError, match=words):
         convert_draft(folder, tmp_path / "out.gguf", target=target_path)
     assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"attention_bias": True}, r"'attention_bias' \(True\)"), ({"hidden_act": "gelu"}, r"'hidden_act' \('gelu'\)"),
+        ({"mlp_bias": True}, "'mlp_bias'"),
+        ({"rope_scaling": {"type": "default", "long_factor": [1.0]}}, r"'rope_scaling\.long_factor'"),
+        ({"tomorrow": 1}, r"'tomorrow' \(1\)"), ({"quantization_config": {"bits": 4}}, r"'quantization_config\.bits'"),
+        ({"sample_from_anchor": True}, "'sample_from_anchor'"), ({"final_logit_softcapping": 20.0}, "softcapping"),
+        ({"markov_head_type": "vanilla"}, "'markov_head_type'"), ({"use_qk_norm": False}, "'use_qk_norm'"),
+        ({"dflash_config": {"mask_token_id": 3, "target_layer_ids": [1], "use_swa": True}}, "use_swa'"),
+        (
+            {"dflash_config": {"mask_token_id": 3, "target_layer_ids": [1], "conv_kernel_size": 2}},
+            r"'dflash_config\.conv_kernel_size' \(2\)",
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_the_configuration_says_and_nobody_reads_is_refused_by_name(
+    target_path: Path, reference_path: Path, tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    with GGUFFile.open(reference_path) as reference:
+        folder = write_hf(tmp_path / "hf", reference, **changes)
+    with pytest.raises(UnsupportedModel, match=rf"config\.json: .*{named}.* is not used by DFlash"):
+        convert_draft(folder, tmp_path / "out.gguf", target=target_path)
+    assert not (tmp_path / "out.gguf").exists()
+    top = next(iter(changes))
+    convert_draft(folder, tmp_path / "out.gguf", target=target_path, ignore=(f"{top}*",))
+
+
+def test_what_published_configurations_say_besides_is_harmless(
+    target_path: Path, reference_path: Path, tmp_path: Path
+) -> None:
+    more = {
+        "architectures": ["DFlashDraftModel"], "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
+        "torch_dtype": "bfloat16", "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "max_window_layers": 5, "num_target_layers": 4, "rope_scaling": None, "tie_word_embeddings": True,
+        "transformers_version": "4.57.3", "use_cache": True, "use_sliding_window": True, "eos_token_id": 5,
+        "bos_token_id": None, "draft_vocab_size": GEOMETRY.vocab,
+        "rope_parameters": {"rope_theta": 1e7, "rope_type": "default"},
+    }  # fmt: skip
+    with GGUFFile.open(reference_path) as reference:
+        folder = write_hf(tmp_path / "hf", reference, **more)
+    assert convert_draft(folder, tmp_path / "out.gguf", target=target_path) > 0
+
+
+def test_tensors_that_nobody_reads_are_refused_by_name_whatever_their_type(
+    target_path: Path, reference_path: Path, tmp_path: Path
+) -> None:
+    with GGUFFile.open(reference_path) as reference:
+        folder = write_hf(tmp_path / "hf", reference)
+    sinks, table = folder / "sinks.safetensors", folder / "table.safetensors"
+    write_safetensors(sinks, [("model.layers.0.self_attn.sinks", (4,), bytes(16))], "F32")
+    write_safetensors(table, [("d2t", (2,), bytes(16))], "I64")
+    options: dict[str, Any] = {"target": target_path}
+    with pytest.raises(UnsupportedModel, match=r"tensor 'model\.layers\.0\.self_attn\.sinks' .* nor is 1 other"):
+        convert_draft(folder, tmp_path / "out.gguf", **options)
+    with pytest.raises(UnsupportedModel, match="tensor 'd2t' is not used by DFlash"):
+        convert_draft(folder, tmp_path / "out.gguf", ignore="*.sinks", **options)
+    convert_draft(folder, tmp_path / "out.gguf", ignore=("*.sinks", "d2t"), **options)
+    with pytest.raises(ConfigError, match="'d3t', which matches nothing in"):
+        convert_draft(folder, tmp_path / "out.gguf", ignore=("*.sinks", "d3t"), **options)
 
 
 @pytest.mark.parametrize("link", ["itself", "symlink", "hard link"])

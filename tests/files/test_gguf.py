@@ -256,6 +256,30 @@ def test_typed_access_widens_but_does_not_guess(good: Path) -> None:
             file.require("missing", int)
 
 
+def test_keys_count_as_read_when_their_value_was_given_away(good: Path) -> None:
+    with GGUFFile.open(good) as file:
+        file.get("missing", int)
+        file.describe()
+        with pytest.raises(BadMetadata):
+            file.require("count", str)
+        assert file.keys_read == set()
+        file.get("count", int, 3)
+        file.require_within("count", 0, 9)
+        file.require("scale", float)
+        file.integers("sections", 4)
+        assert file.keys_read == {"count", "scale", "sections"}
+
+
+def test_a_list_of_integers_has_a_length_that_fits(good: Path) -> None:
+    with GGUFFile.open(good) as file:
+        assert file.integers("sections", 4) == [11, 11, 10, 0]
+        with pytest.raises(BadMetadata, match="sections lists 4 values; at most 3 fit"):
+            file.integers("sections", 3)
+        for key, found in (("tokens", "must list integers"), ("count", "is needed as list"), ("missing", "is missing")):
+            with pytest.raises(BadMetadata, match=found):
+                file.integers(key, 4)
+
+
 def test_bytes_that_are_not_utf8_survive_in_strings(good: Path) -> None:
     with GGUFFile.open(good) as file:
         tokens = [token.encode("utf-8", "surrogateescape") for token in file.metadata["tokens"]]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pydflash.errors import LoadError, MissingTensor
-from pydflash.files import GGUFFile, TensorSource, write_gguf
+from pydflash.errors import LoadError, MissingTensor, UnsupportedModel
+from pydflash.files import GGUFFile, TensorInfo, TensorSource, write_gguf
 from pydflash.ggml_types import GGMLType
 from pydflash.models import Weights, find_tensors
+from pydflash.models.weights import check_types
 from pydflash.native import Backend
+from pydflash.native.traits import CPU, CUDA
 
 SHAPES = {"token_embd.weight": (6, 32), "norm.weight": (32,), "conv1d.weight": (8, 4)}
 Open = Callable[..., GGUFFile]
@@ -69,6 +72,33 @@ def test_a_type_that_no_weight_can_have_is_refused(opened: Open, dtype: GGMLType
     file = opened(**{"token_embd.weight": dtype})
     with pytest.raises(LoadError, match=f"'token_embd.weight' is {dtype.name}, not a type of weights"):
         find_tensors(file, SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "refused"),
+    [
+        ("blk.0.ffn_down.weight", GGMLType.IQ4_XS, True), ("blk.0.ffn_down.weight", GGMLType.Q3_K, True),
+        ("blk.0.ffn_down.weight", GGMLType.Q5_0, True), ("blk.0.ffn_down.weight", GGMLType.MXFP4, True),
+        ("blk.0.ffn_down.weight", GGMLType.Q4_K, False), ("blk.0.ffn_down.weight", GGMLType.BF16, False),
+        ("token_embd.weight", GGMLType.IQ4_XS, False), ("token_embd.weight", GGMLType.Q3_K, False),
+        ("token_embd.weight", GGMLType.TQ1_0, True), ("output.weight", GGMLType.Q5_1, True),
+    ],
+)  # fmt: skip
+def test_types_that_a_device_has_no_product_with_are_refused_by_name(name: str, dtype: GGMLType, refused: bool) -> None:
+    infos = {n: TensorInfo(n, GGMLType.Q8_0, (256, 256), 0, 0) for n in ("token_embd.weight", "output.weight")}
+    infos[name] = TensorInfo(name, dtype, (256, 256), 0, 0)
+    check_types("m.gguf", infos, CPU)
+    with pytest.raises(UnsupportedModel) if refused else nullcontext() as caught:
+        check_types("m.gguf", infos, CUDA)
+    if caught is not None:
+        assert f"m.gguf: tensor {name!r} is {dtype.name}; this device computes with F32, F16, " in str(caught.value)
+
+
+def test_an_embedding_that_is_the_head_too_has_to_be_multiplied_with() -> None:
+    tied = {"token_embd.weight": TensorInfo("token_embd.weight", GGMLType.Q3_K, (256, 256), 0, 0)}
+    check_types("m.gguf", tied, CPU)
+    with pytest.raises(UnsupportedModel, match=r"'token_embd\.weight' is Q3_K"):
+        check_types("m.gguf", tied, CUDA)
 
 
 @pytest.mark.parametrize("dtype", [GGMLType.F32, GGMLType.F16, GGMLType.Q8_0, GGMLType.Q4_0])

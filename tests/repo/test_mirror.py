@@ -27,6 +27,7 @@ TESTED_IN = {
     "files/gguf_writer": "files/test_convert.py",
     "measure/ab_plot": "measure/test_ab.py",
     "models/base": "models/test_loading.py",
+    "models/keys": "models/test_accounting.py",
     "models/layers": "models/test_hybrid.py",
     "models/qwen35": "models/test_hybrid.py",
     "native/traits": "native/test_backend.py",

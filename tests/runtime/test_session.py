@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from pydflash.errors import (
     ConfigError,
     ContextFull,
+    ContextWarning,
     NothingPending,
     OutOfMemory,
     PydflashError,
@@ -147,6 +149,16 @@ def test_every_proposal_is_read_where_it_lies(model_of: Load) -> None:
 def test_features_need_a_capture(session: Session) -> None:
     with pytest.raises(StateError, match="capture=<layers>"):
         _ = session.features
+
+
+def test_more_positions_than_the_model_was_trained_on_warn_where_the_session_is_opened(model_of: Load) -> None:
+    model = model_of("equal")
+    with pytest.warns(ContextWarning, match=r"max_context is 4,097; .* was trained on 4,096 positions") as caught:
+        Session(model, 4097).close()
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Session(model, 4096).close()
 
 
 @pytest.mark.parametrize(

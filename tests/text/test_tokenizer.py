@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 import unicodedata
@@ -225,20 +226,6 @@ def test_tokens_known_by_their_text_are_control_whatever_the_file_says(metadata:
     assert tokenizer.decode([token], skip_special=True) == ""
 
 
-def test_a_list_of_ends_of_turn_is_honoured(metadata: dict[str, Any]) -> None:
-    key = "tokenizer.ggml.eos_token_ids"
-    plain = Tokenizer.from_metadata(metadata)
-    assert Tokenizer.from_metadata({**metadata, key: np.array([5, 7], np.int32)}).eos_ids == plain.eos_ids | {5, 7}
-    assert Tokenizer.from_metadata({**metadata, key: [7, -1]}).eos_ids == plain.eos_ids | {7}
-    for wrong, message in (
-        ([10**6], "holds 1000000, outside the"),
-        (5, "is 5, not a list"),
-        (["x"], "not a list of int"),
-    ):
-        with pytest.raises(BadMetadata, match=f"eos_token_ids {message}|eos_token_ids .*{message}"):
-            Tokenizer.from_metadata({**metadata, key: wrong})
-
-
 def test_text_encoded_without_added_tokens_holds_none_of_them(tokenizer: Tokenizer) -> None:
     text = "<|im_start|>x<think>a b</think>"
     ids = tokenizer.encode(text, added=False)
@@ -345,18 +332,44 @@ def test_a_value_that_does_not_fit_is_named(key: str, value: object, message: st
         Tokenizer.from_metadata({**metadata, f"tokenizer.ggml.{key}": value})
 
 
-def test_damaged_merges_and_tokens_are_found_before_encoding(metadata: dict[str, Any]) -> None:
+def test_damaged_lists_are_found_when_the_tokenizer_is_read(metadata: dict[str, Any]) -> None:
     tokens, merges = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.merges"]
     damaged: list[tuple[dict[str, Any], str]] = [
         ({"merges": [*merges, "ab"]}, rf"merges\[{len(merges)}\] is 'ab', not two tokens"),
-        ({"merges": [*merges, "\u0416 \u0416"]}, "merges does not fit tokenizer.ggml.tokens"),
+        ({"merges": [*merges, "a  b"]}, rf"merges\[{len(merges)}\] is 'a  b', not two tokens"),
+        ({"merges": [*merges, " b"]}, rf"merges\[{len(merges)}\] is ' b', not two tokens"),
+        ({"merges": [*merges, "a b c"]}, rf"merges\[{len(merges)}\] is 'a b c', not two tokens"),
+        ({"merges": [*merges, "\u0416 a"]}, "tokens has no '\u0416'"),
+        ({"merges": [*merges, f"{tokens[0]} {tokens[-1]}"]}, f"tokens has no '{re.escape(tokens[0] + tokens[-1])}'"),
+        ({"merges": [*merges, 5]}, "merges does not hold texts alone"),
+        ({"tokens": [*tokens[:-1], b"a"]}, "tokens does not hold texts alone"),
+        ({"token_type": 3}, "token_type is no list of integers"),
+        ({"token_type": "normal"}, "token_type is no list of integers"),
+        ({"token_type": np.ones(len(tokens), np.float32)}, "token_type is no list of integers"),
+        ({"token_type": [1] * (len(tokens) - 1) + [7]}, "token_type holds 7; known are 0 to 6"),
+        ({"add_bos_token": 1}, "add_bos_token is 1, not true or false"),
+        ({"eos_token_ids": [len(tokens)]}, f"eos_token_ids is {len(tokens)}, outside"),
+        ({"eos_token_ids": 3}, "eos_token_ids is no list of integers"),
         ({"tokens": [*tokens[:-1], tokens[0]]}, rf"holds '.*' twice, as ids 0 and {len(tokens) - 1}"),
     ]
     for change, message in damaged:
         changed = {**metadata, **{f"tokenizer.ggml.{key}": value for key, value in change.items()}}
-        tokenizer = Tokenizer.from_metadata(changed)
-        with pytest.raises(BadMetadata, match=message):
-            tokenizer.encode("a")
+        with pytest.raises(BadMetadata, match=f"tokenizer.ggml.*{message}"):
+            Tokenizer.from_metadata(changed)
+
+
+def test_other_ids_that_end_a_turn_count(metadata: dict[str, Any], tokenizer: Tokenizer) -> None:
+    for listed in (np.array([5, 7], np.int32), [5, -1, 7]):  # -1: there is none
+        more = {"tokenizer.ggml.eos_token_ids": listed}
+        assert Tokenizer.from_metadata({**metadata, **more}).eos_ids == tokenizer.eos_ids | {5, 7}
+
+
+def test_two_vocabularies_differ_at_the_first_plain_token(metadata: dict[str, Any], tokenizer: Tokenizer) -> None:
+    tokens = metadata["tokenizer.ggml.tokens"]
+    assert tokenizer.difference(list(tokens)) is None
+    control = tokens.index("<|im_end|>")
+    assert tokenizer.difference([*tokens[:control], "<|renamed|>", *tokens[control + 1 :]]) is None
+    assert tokenizer.difference([*tokens[:9], "\u0416", *tokens[10:]]) == 9
 
 
 def test_loading_does_not_import_the_library() -> None:
