@@ -73,12 +73,14 @@ def test_the_text_is_the_decoded_tokens_whatever_bytes_they_split(engine: Engine
 
 
 def test_speculation_changes_no_byte(engine: Engine, speculating: Engine) -> None:
+    drafted = 0
     for prompt in (PROMPT, "x", "one two three four five six seven eight nine ten " * 4):
         alone, paired = engine.generate(prompt, greedy(96)), speculating.generate(prompt, greedy(96))
         assert (alone.text, alone.tokens, alone.finish_reason) == (paired.text, paired.tokens, paired.finish_reason)
-        assert paired.stats.drafted > 0
+        drafted += paired.stats.drafted
         assert alone.stats.fallback is None
         assert paired.stats.fallback is None or paired.stats.fallback.startswith("adaptive: single steps")
+    assert drafted > 0  # in the first text at least: what a draft with random weights costs is then known
 
 
 def test_on_the_cpu_the_length_of_a_proposal_adapts_unless_told_otherwise(target_path: Path, draft_path: Path) -> None:
