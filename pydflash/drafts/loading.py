@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from pydflash.arguments import a_function, an_instance
 from pydflash.drafts.base import LoadedDraft
 from pydflash.drafts.dflash import load_dflash
 from pydflash.drafts.ngram import NGramDraft
-from pydflash.errors import UnsupportedArchitecture
+from pydflash.errors import SessionClosed, UnsupportedArchitecture
 from pydflash.files import GGUFFile
 from pydflash.models import Model, Progress
 from pydflash.models.dflash import ARCHITECTURES as DFLASH
@@ -30,10 +31,15 @@ def load_draft(
     """Load a draft for ``target``: a GGUF file of one of ``FILES``, or one of ``NAMES``.
 
     ``causal`` overrides whether rows of a DFlash block see only earlier rows. Raises LoadError; DraftMismatch when it
-    does not fit the target, naming both values.
+    does not fit the target, naming both values; ConfigError, and SessionClosed for a target that was closed.
     """
-    if str(path) in NAMES:
-        return NAMES[str(path)]()
+    if an_instance(target, Model, "target").weights.closed:
+        raise SessionClosed(f"the target, {target.path}, was closed; load it again")
+    a_function(progress, "progress")
+    if causal is not None:
+        an_instance(causal, bool, "causal")
+    if isinstance(path, str) and path in NAMES:
+        return NAMES[path]()
     file = GGUFFile.open(path)
     try:
         architecture = file.require("general.architecture", str)

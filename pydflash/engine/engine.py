@@ -11,13 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+from pydflash.arguments import an_instance
 from pydflash.config import EngineConfig, Setting, Settings, table
 from pydflash.decode import Sampler, SamplingParams, Stats, Step, autoregressive, speculative
 from pydflash.drafts import CycleCosts, LoadedDraft, ProposalLength, adapts, load_draft
 from pydflash.engine.completion import Chunk, Completion, chunk_of
 from pydflash.engine.explain import derived
 from pydflash.engine.stream import Caller, Stream
-from pydflash.errors import ConfigError, SessionClosed, ShapeError, StateError
+from pydflash.errors import ConfigError, SessionClosed, StateError
 from pydflash.models import Model, Progress, load_model
 from pydflash.runtime import Session
 from pydflash.text import TextStream, Tokenizer
@@ -42,6 +43,10 @@ class Engine:
 
     def __init__(self, model: Model, draft: LoadedDraft | None, config: EngineConfig) -> None:
         """An engine with sessions of its own; ``load`` and ``share`` are how to get one."""
+        an_instance(model, Model, "model")
+        an_instance(config, EngineConfig, "config")
+        if draft is not None:
+            an_instance(draft, LoadedDraft, "draft")
         if draft is not None and config.draft_max is not None and config.draft_max > draft.limit:
             raise ConfigError(f"draft_max is {config.draft_max}; {draft.path} proposes 1..{draft.limit} tokens")
         self.model, self.draft, self.config = model, draft, config
@@ -119,19 +124,22 @@ class Engine:
 
         ``prompt``: text is taken as it is, messages go through the chat template (with ``tools`` and its own
         ``variables``, such as ``{"enable_thinking": False}``), token ids are used unchanged. ``speculate`` False leaves
-        a loaded draft aside. A stream that this thread left unfinished ends. Raises ConfigError, TemplateError,
-        ShapeError for an empty prompt, ContextFull, SessionClosed, NativeError, and StateError while another thread
-        generates.
+        a loaded draft aside. Raises ConfigError, TemplateError, ShapeError for an empty prompt, ContextFull,
+        SessionClosed, and StateError while another thread generates.
+
+        Generation begins with the first chunk that is asked for, which ends a stream that this thread left unfinished;
+        a stream that is never read keeps nobody from the engine. A chunk raises NativeError, and the first one
+        StateError where another thread has begun to generate since this call.
         """
         self._check_open()
-        params = params or SamplingParams()
-        ids = self.encode(prompt, tools=tools, variables=variables)
-        if not ids:
-            raise ShapeError("the prompt is empty; give at least one token")
+        params = SamplingParams() if params is None else an_instance(params, SamplingParams, "params")
+        an_instance(speculate, bool, "speculate")
+        ids = self.session.check_prompt(self.encode(prompt, tools=tools, variables=variables), after=0).tolist()
         sampler = Sampler(params, self.model.config.vocab)
         caller = Caller()
         stream = Stream(self._stream(ids, params, sampler, speculate, caller), caller)
         with self._callers:
+            self._check_free()
             self._streams.add(stream)
         return stream
 
@@ -168,7 +176,8 @@ class Engine:
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """The token ids that ``stream`` would start from."""
+        """The token ids that ``stream`` would start from. Raises ConfigError, TemplateError, SessionClosed."""
+        self._check_open()
         if not isinstance(prompt, str):
             if prompt and all(isinstance(item, int) for item in prompt):
                 return list(cast("Sequence[int]", prompt))
@@ -210,18 +219,23 @@ class Engine:
     def _take(self, caller: Caller) -> None:
         """Make ``caller`` the one who generates; StateError while another thread does."""
         with self._callers:
-            self._check_open()
-            if self._caller is not None and self._caller.in_the_way:
-                raise StateError(
-                    "this engine is generating already for another thread; finish, close or cancel that stream, or use "
-                    "another engine"
-                )
+            self._check_free()
             self._caller = caller
+
+    def _check_free(self) -> None:
+        """With ``_callers`` held: raises SessionClosed, and StateError while another thread generates."""
+        self._check_open()
+        if self._caller is not None and self._caller.in_the_way:
+            raise StateError(
+                "this engine is generating already for another thread; finish, close or cancel that stream, or use "
+                "another engine"
+            )
 
     # --- one sequence -----------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Start a new sequence."""
+        self._check_open()
         self.session.reset()
         if self.draft_session is not None:
             self.draft_session.reset()
@@ -229,8 +243,12 @@ class Engine:
     def read(self, ids: Sequence[int]) -> Generator[None, None, Sequence[int]]:
         """Read a prompt but its last chunk, pausing after each chunk when the device is done; returns what is left.
 
-        For measurements: ``steps`` begins with what is left, and does the same work as with the whole prompt.
+        For measurements: ``steps`` begins with what is left, and does the same work as with the whole prompt. Raises
+        what :meth:`Session.check_prompt` does.
         """
+        return self._read(self.session.check_prompt(ids).tolist())
+
+    def _read(self, ids: list[int]) -> Generator[None, None, Sequence[int]]:
         head = (len(ids) - 1) // self.session.chunk * self.session.chunk
         for output in self.session.prefill(ids[:head]) if head else ():
             if self.draft_session is not None:
@@ -260,7 +278,11 @@ class Engine:
     # --- settings ---------------------------------------------------------------------------------------------------
 
     def settings(self) -> tuple[Setting, ...]:
-        """Every effective value and where it came from: the configuration, then what follows from it and the files."""
+        """Every effective value and where it came from: the configuration, then what follows from it and the files.
+
+        Raises SessionClosed.
+        """
+        self._check_open()
         most = self.config.draft_max
         return (*self.config.settings(), *derived(self.session, self.draft, self.draft_session, most, self._adaptive))
 

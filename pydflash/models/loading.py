@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
+from pydflash.arguments import a_function
 from pydflash.errors import UnsupportedArchitecture
 from pydflash.files import GGUFFile
 from pydflash.models import qwen35, qwen35moe
@@ -74,8 +75,10 @@ def load_model(
     """Load a GGUF file of one of ``ARCHITECTURES`` (the first part of a split one loads all).
 
     ``device``: 'auto', 'cpu', 'cuda' or 'cuda:N'. ``progress(bytes_done, bytes_total)`` is called while weights are
-    read. ``threads`` is for the CPU. Raises LoadError, NoDevice or OutOfMemory; nothing stays allocated then.
+    read. ``threads`` is for the CPU. Raises ConfigError, LoadError, NoDevice or OutOfMemory; nothing stays
+    allocated then.
     """
+    a_function(progress, "progress")
     file = GGUFFile.open(path)
     try:
         architecture = architecture_of(file)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from enum import IntEnum
 from functools import cached_property
 from operator import index
 from typing import TYPE_CHECKING, Any
 
 from pydflash import machine
+from pydflash.arguments import an_instance, shown
 from pydflash.errors import BadMetadata, ConfigError, OutOfMemory, ShapeError
 
 if TYPE_CHECKING:
@@ -144,6 +146,7 @@ class Tokenizer:
         that the model's authors added without marking them as control (``<think>``) are recognised either way.
         Raises ConfigError where ``text`` holds a lone surrogate, BadMetadata where merges and tokens disagree.
         """
+        an_instance(text, str, "text")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -160,7 +163,8 @@ class Tokenizer:
 
         ``skip_special`` leaves control tokens out. Raises ShapeError where an id is outside the vocabulary.
         """
-        decoder = self.decoder(skip_special)
+        an_instance(tokens, Iterable, "tokens")
+        decoder = self.decoder(an_instance(skip_special, bool, "skip_special"))
         return "".join([decoder.push(token) for token in tokens]) + decoder.flush()
 
     def decoder(self, skip_special: bool = False) -> Decoder:
@@ -169,19 +173,21 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes that ``token`` stands for. Raises ShapeError where the id is outside the vocabulary."""
-        if not 0 <= token < self.vocab_size:
-            raise ShapeError(f"token id {token} is outside the vocabulary of {self.vocab_size:,} tokens")
-        text = self._tokens[token]
-        if token in self._added:
-            return text.encode("utf-8")
         try:
-            return bytes([BYTE_OF[character] for character in text])
-        except KeyError:  # a filler that was never written in the byte-level alphabet
-            return text.encode("utf-8")
+            place = index(token)
+        except TypeError:
+            raise ShapeError(f"token id {shown(token)} is not an integer") from None
+        if not 0 <= place < self.vocab_size:
+            raise ShapeError(f"token id {shown(token)} is outside the vocabulary of {self.vocab_size:,} tokens")
+        text = self._tokens[place]
+        if place not in self._added:
+            with suppress(KeyError):  # a filler that was never written in the byte-level alphabet
+                return bytes([BYTE_OF[character] for character in text])
+        return text.encode("utf-8", "surrogateescape")
 
     def token_id(self, text: str) -> int | None:
         """Return the id of the token stored as ``text`` (``<think>``), or None; plain tokens are stored byte-level."""
-        return self._ids.get(text)
+        return self._ids.get(an_instance(text, str, "text"))
 
     @cached_property
     def _ids(self) -> dict[str, int]:
@@ -246,9 +252,8 @@ class Decoder:
 
     def push(self, token: int) -> str:
         """Return the characters that ``token`` completes, often none. Raises ShapeError for an id out of range."""
-        if token in self._skipped:
-            return ""
-        return self._utf8.decode(self._tokenizer.token_bytes(token))
+        text = self._tokenizer.token_bytes(token)
+        return "" if token in self._skipped else self._utf8.decode(text)
 
     def flush(self) -> str:
         """End the text: return U+FFFD for a character left incomplete, else nothing. The decoder can be used again."""

@@ -39,7 +39,7 @@ def session(model_of: Load) -> Any:
 @pytest.mark.parametrize(
     ("tokens", "words"),
     [
-        ([], "non-empty list of token ids"),
+        ([], "the list of tokens is empty"),
         (np.zeros((2, 2), np.int32), "shape"),
         ([0.5, 1.0], "dtype float64"),
         ([0, 320], "token id 320 is outside the vocabulary of 320 tokens"),
