@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from dataclasses import MISSING, fields
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +21,11 @@ from pydflash.errors import ConfigError, ContextFull, ShapeError
 from pydflash.files.convert import convert_draft
 from pydflash.models import load_model
 from pydflash.runtime import Session
+from pydflash.settings import declarations
 from pydflash.state import Snapshot
 from tests.fuzz.outcomes import LateError
 
-__all__ = ["CALLS", "MADE_BY_CALLS", "Call", "Parts", "public_calls"]
+__all__ = ["CALLS", "MADE_BY_CALLS", "Call", "Parts", "good_arguments", "public_calls", "read"]
 
 MADE_BY_CALLS = {
     "Chunk": "Engine.stream", "Completion": "Engine.generate", "Draft": "load_draft", "Model": "load_model",
@@ -58,23 +59,21 @@ class Parts:
         self.engine.reset()
 
 
+class Made(NamedTuple):
+    """A good argument that ``make`` makes of the parts."""
+
+    make: Callable[[Parts], Any]
+
+
 class Call(NamedTuple):
-    """``run(parts, **arguments)``, and good arguments: a value, or a function of the parts that makes one."""
+    """``run(parts, **arguments)``, and good arguments."""
 
     run: Callable[..., Any]
     good: dict[str, Any]
 
 
-class _Made(NamedTuple):
-    make: Callable[[Parts], Any]
-
-
-def _of(make: Callable[[Parts], Any]) -> Any:
-    return _Made(make)
-
-
 def good_arguments(call: Call, parts: Parts) -> dict[str, Any]:
-    return {name: value.make(parts) if isinstance(value, _Made) else value for name, value in call.good.items()}
+    return {name: value.make(parts) if isinstance(value, Made) else value for name, value in call.good.items()}
 
 
 def read(result: Any) -> None:
@@ -89,21 +88,30 @@ def read(result: Any) -> None:
                 result.close()
 
 
-_COMMIT = {"n": 1}
-_GENERATION = {"prompt": [1, 2], "params": None, "speculate": True, "tools": None, "variables": None}
-_LOOP = {
-    "session": _of(lambda parts: parts.session), "prompt": [1, 2], "sampler": _of(lambda parts: parts.sampler),
-    "max_tokens": 2, "stop_ids": frozenset(), "cancel": None,
-}  # fmt: skip
-_SETTINGS: dict[str, Any] = {
-    **dict.fromkeys(("k_rotation", "v_rotation", "fused", "chunk", "device", "draft_max", "adaptive", "draft_causal")),
-    "threads": 1, "max_context": 64, "cache_k": "f16", "cache_v": "f16",
-}  # fmt: skip
+def _plain(function: Callable[..., Any], **good: Any) -> Call:
+    return Call(lambda _, **arguments: function(**arguments), good)
 
 
-def _closed(result: Any) -> None:
-    with closing(result):
-        pass
+def _opened(function: Callable[..., Any], **good: Any) -> Call:
+    """What it returns is closed again."""
+
+    def run(_: Parts, **arguments: Any) -> None:
+        function(**arguments).close()
+
+    return Call(run, good)
+
+
+def _method(owner: str, name: str, **good: Any) -> Call:
+    """``owner``: where it is among the parts."""
+    return Call(lambda parts, **arguments: getattr(attrgetter(owner)(parts), name)(**arguments), good)
+
+
+def _file(name: str) -> Made:
+    return Made(lambda parts: parts.folder / name)
+
+
+def _part(name: str) -> Made:
+    return Made(attrgetter(name))
 
 
 def _after_forward(parts: Parts, n: Any) -> None:
@@ -117,12 +125,8 @@ def _draft_commit(parts: Parts, n: Any) -> None:
     parts.proposer.commit(n)
 
 
-def _session(parts: Parts, **arguments: Any) -> None:
-    _closed(Session(arguments.pop("model"), **arguments))
-
-
-def _snapshot(_: Parts, **arguments: Any) -> None:
-    Snapshot(**arguments)
+def _draft_open(parts: Parts, session: Any) -> None:
+    parts.draft.open(session).close()
 
 
 def _restore_draft(parts: Parts, snapshot: Any) -> None:
@@ -130,107 +134,78 @@ def _restore_draft(parts: Parts, snapshot: Any) -> None:
     parts.proposer.restore(snapshot)
 
 
-CALLS: dict[str, Call] = {
-    "load_model": Call(
-        lambda _, **a: _closed(load_model(**a)),
-        {"path": _of(lambda parts: parts.folder / "target.gguf"), "device": "cpu", "progress": None, "threads": 1},
-    ),
-    "load_draft": Call(
-        lambda _, **a: _closed(load_draft(**a)),
-        {"path": _of(lambda parts: parts.folder / "draft.gguf"), "target": _of(lambda parts: parts.model),
-         "progress": None, "causal": None},
-    ),
-    "convert_draft": Call(
-        lambda _, **a: convert_draft(**a),
-        {"source": _of(lambda parts: parts.folder / "hf"), "output": _of(lambda parts: parts.folder / "out.gguf"),
-         "target": _of(lambda parts: parts.folder / "target.gguf"), "type": "f16", "progress": None},
-    ),
-    "autoregressive": Call(lambda _, **a: autoregressive(**a), _LOOP),
-    "speculative": Call(
-        lambda _, **a: speculative(**a),
-        {**_LOOP, "proposer": _of(lambda parts: parts.proposer), "draft_max": 3,
-         "length": _of(lambda _: ProposalLength(CycleCosts()))},
-    ),
-    "Draft.open": Call(lambda parts, **a: _closed(parts.draft.open(**a)), {"session": _of(lambda parts: parts.session)}),
-    "DraftSession": Call(
-        lambda _, **a: _closed(DraftSession(**a)),
-        {"draft": _of(lambda parts: parts.draft), "target": _of(lambda parts: parts.session)},
-    ),
-    "DraftSession.commit": Call(_draft_commit, _COMMIT),
-    "DraftSession.propose": Call(lambda parts, **a: parts.proposer.propose(**a), {"history": [1], "count": 2}),
-    "DraftSession.restore": Call(_restore_draft, {"snapshot": _of(lambda parts: parts.draft_snapshot)}),
-    "Engine": Call(
-        lambda _, **a: _closed(Engine(**a)),
-        {"model": _of(lambda parts: parts.model), "draft": _of(lambda parts: parts.draft),
-         "config": _of(lambda _: EngineConfig(max_context=64))},
-    ),
-    "Engine.share": Call(
-        lambda _, **a: _closed(Engine.share(**a)),
-        {"model": _of(lambda parts: parts.model), "draft": None, "config": _of(lambda _: EngineConfig(max_context=64))},
-    ),
-    "Engine.load": Call(
-        lambda _, **a: _closed(Engine.load(**a)),
-        {"path": _of(lambda parts: parts.folder / "target.gguf"), "draft": _of(lambda parts: parts.folder / "draft.gguf"),
-         "progress": None, "environment": {}, **_SETTINGS},
-    ),
-    "Engine.stream": Call(lambda parts, **a: parts.engine.stream(**a), _GENERATION),
-    "Engine.generate": Call(
-        lambda parts, **a: parts.engine.generate(**a), {**_GENERATION, "params": _of(lambda _: SamplingParams(max_tokens=2))}
-    ),
-    "Engine.encode": Call(lambda parts, **a: parts.engine.encode(**a), {"prompt": "a", "tools": None, "variables": None}),
-    "Engine.read": Call(lambda parts, **a: parts.engine.read(**a), {"ids": [1, 2]}),
-    "Engine.steps": Call(
-        lambda parts, **a: parts.engine.steps(**a),
-        {"ids": [1, 2], "sampler": _of(lambda parts: parts.sampler), "max_tokens": 2, "stop_ids": frozenset(),
-         "speculate": True, "cancel": _of(lambda _: threading.Event())},
-    ),
-    "Sampler": Call(
-        lambda _, **a: Sampler(**a), {"params": _of(lambda _: SamplingParams()), "vocab_size": 320, "mask_fn": None}
-    ),
-    "Sampler.draw": Call(
-        lambda parts, **a: parts.sampler.draw(**a), {"logits": _of(lambda parts: parts.logits), "history": [1, 2]}
-    ),
-    "Sampler.probabilities": Call(
-        lambda parts, **a: parts.sampler.probabilities(**a), {"logits": _of(lambda parts: parts.logits), "history": [1, 2]}
-    ),
-    "Sampler.restore": Call(
-        lambda parts, **a: parts.sampler.restore(**a), {"state": _of(lambda parts: parts.sampler.state())}
-    ),
-    "SamplingParams": Call(
-        lambda _, **a: SamplingParams(**a),
-        {name: None if name in ("logit_bias", "seed") else field.default
-         for name, field in SamplingParams.__dataclass_fields__.items()},
-    ),
-    "Session": Call(
-        _session,
-        {"model": _of(lambda parts: parts.model), "capture": (0,),
-         **{name: field.default for name, field in SessionConfig.__dataclass_fields__.items()}, "max_context": 64},
-    ),
-    "Session.forward": Call(lambda parts, **a: parts.session.forward(**a), {"tokens": [1, 2], "logits": "last"}),
-    "Session.prefill": Call(lambda parts, **a: parts.session.prefill(**a), {"tokens": [1, 2]}),
-    "Session.check_prompt": Call(lambda parts, **a: parts.session.check_prompt(**a), {"tokens": [1, 2], "after": None}),
-    "Session.stands_at": Call(
-        lambda parts, **a: parts.session.stands_at(**a), {"place": _of(lambda parts: parts.snapshot.place)}
-    ),
-    "Session.commit": Call(_after_forward, _COMMIT),
-    "Session.restore": Call(
-        lambda parts, **a: parts.session.restore(**a), {"snapshot": _of(lambda parts: parts.snapshot)}
-    ),
-    "Snapshot": Call(
-        _snapshot,
-        {name: _of(lambda parts, name=name: getattr(parts.snapshot, name)) for name in Snapshot.__dataclass_fields__},
-    ),
-    "Snapshot.load": Call(lambda _, **a: Snapshot.load(**a), {"path": _of(lambda parts: parts.folder / "target.snapshot")}),
-    "Snapshot.save": Call(
-        lambda parts, **a: parts.snapshot.save(**a), {"path": _of(lambda parts: parts.folder / "again.snapshot")}
-    ),
-    "Tokenizer.encode": Call(lambda parts, **a: parts.model.tokenizer.encode(**a), {"text": "a b", "special": True}),
-    "Tokenizer.decode": Call(
-        lambda parts, **a: parts.model.tokenizer.decode(**a), {"tokens": [1, 2], "skip_special": False}
-    ),
-    "Tokenizer.token_bytes": Call(lambda parts, **a: parts.model.tokenizer.token_bytes(**a), {"token": 1}),
-    "Tokenizer.token_id": Call(lambda parts, **a: parts.model.tokenizer.token_id(**a), {"text": "a"}),
+def _defaults(config: type, **others: Any) -> dict[str, Any]:
+    """Good arguments of a dataclass."""
+    return {field.name: field.default for field in fields(config) if field.default is not MISSING} | others
+
+
+MODEL, DRAFT, SAMPLER, LOGITS = _part("model"), _part("draft"), _part("sampler"), _part("logits")
+CONFIG = Made(lambda _: EngineConfig(max_context=64))
+PARAMS = Made(lambda _: SamplingParams(max_tokens=2))
+CONVERSATION: dict[str, Any] = {"tools": None, "variables": None}
+LOOP: dict[str, Any] = {
+    "session": _part("session"), "prompt": [1, 2], "sampler": SAMPLER, "max_tokens": 2, "stop_ids": frozenset(),
+    "cancel": None,
 }  # fmt: skip
+SNAPSHOT = {field.name: _part(f"snapshot.{field.name}") for field in fields(Snapshot)}
+SETTINGS = dict.fromkeys(declarations(EngineConfig)) | {"threads": 1, "max_context": 64}
+
+CALLS: dict[str, Call] = {
+    "load_model": _opened(load_model, path=_file("target.gguf"), device="cpu", progress=None, threads=1),
+    "load_draft": _opened(load_draft, path=_file("draft.gguf"), target=MODEL, progress=None, causal=None),
+    "convert_draft": _plain(
+        convert_draft,
+        source=_file("hf"),
+        output=_file("out.gguf"),
+        target=_file("target.gguf"),
+        type="f16",
+        progress=None,
+    ),
+    "autoregressive": _plain(autoregressive, **LOOP),
+    "speculative": _plain(
+        speculative,
+        **LOOP,
+        proposer=_part("proposer"),
+        draft_max=3,
+        length=Made(lambda _: ProposalLength(CycleCosts())),
+    ),
+    "Draft.open": Call(_draft_open, {"session": _part("session")}),
+    "DraftSession": _opened(DraftSession, draft=DRAFT, target=_part("session")),
+    "DraftSession.commit": Call(_draft_commit, {"n": 1}),
+    "DraftSession.propose": _method("proposer", "propose", history=[1], count=2),
+    "DraftSession.restore": Call(_restore_draft, {"snapshot": _part("draft_snapshot")}),
+    "Engine": _opened(Engine, model=MODEL, draft=DRAFT, config=CONFIG),
+    "Engine.share": _opened(Engine.share, model=MODEL, draft=None, config=CONFIG),
+    "Engine.load": _opened(
+        Engine.load, path=_file("target.gguf"), draft=_file("draft.gguf"), progress=None, environment={}, **SETTINGS
+    ),
+    "Engine.stream": _method("engine", "stream", prompt=[1, 2], params=None, speculate=True, **CONVERSATION),
+    "Engine.generate": _method("engine", "generate", prompt=[1, 2], params=PARAMS, speculate=True, **CONVERSATION),
+    "Engine.encode": _method("engine", "encode", prompt="a", **CONVERSATION),
+    "Engine.read": _method("engine", "read", ids=[1, 2]),
+    "Engine.steps": _method(
+        "engine", "steps", ids=[1, 2], sampler=SAMPLER, max_tokens=2, stop_ids=frozenset(), speculate=True, cancel=None
+    ),
+    "Sampler": _plain(Sampler, params=PARAMS, vocab_size=320, mask_fn=None),
+    "Sampler.draw": _method("sampler", "draw", logits=LOGITS, history=[1, 2]),
+    "Sampler.probabilities": _method("sampler", "probabilities", logits=LOGITS, history=[1, 2]),
+    "Sampler.restore": _method("sampler", "restore", state=Made(lambda parts: parts.sampler.state())),
+    "SamplingParams": _plain(SamplingParams, **_defaults(SamplingParams)),
+    "Session": _opened(Session, model=MODEL, capture=(0,), **_defaults(SessionConfig, max_context=64)),
+    "Session.forward": _method("session", "forward", tokens=[1, 2], logits="last"),
+    "Session.prefill": _method("session", "prefill", tokens=[1, 2]),
+    "Session.check_prompt": _method("session", "check_prompt", tokens=[1, 2], after=None),
+    "Session.stands_at": _method("session", "stands_at", place=_part("snapshot.place")),
+    "Session.commit": Call(_after_forward, {"n": 1}),
+    "Session.restore": _method("session", "restore", snapshot=_part("snapshot")),
+    "Snapshot": _plain(Snapshot, **SNAPSHOT),
+    "Snapshot.load": _plain(Snapshot.load, path=_file("target.snapshot")),
+    "Snapshot.save": _method("snapshot", "save", path=_file("again.snapshot")),
+    "Tokenizer.encode": _method("model.tokenizer", "encode", text="a b", special=True),
+    "Tokenizer.decode": _method("model.tokenizer", "decode", tokens=[1, 2], skip_special=False),
+    "Tokenizer.token_bytes": _method("model.tokenizer", "token_bytes", token=1),
+    "Tokenizer.token_id": _method("model.tokenizer", "token_id", text="a"),
+}
 
 
 def public_calls() -> Iterable[str]:
@@ -242,6 +217,7 @@ def public_calls() -> Iterable[str]:
         yield name
         for method, found in vars(public).items() if isinstance(public, type) else ():
             function = found.__func__ if isinstance(found, classmethod | staticmethod) else found
-            if not method.startswith("_") and inspect.isfunction(function):
-                if len(inspect.signature(function).parameters) > 1:
-                    yield f"{name}.{method}"
+            if method.startswith("_") or not inspect.isfunction(function):
+                continue
+            if len(inspect.signature(function).parameters) > 1:
+                yield f"{name}.{method}"

@@ -32,7 +32,7 @@ class Worker:
         self._seconds = seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._fresh = True  # no answer yet
-        self._errors: IO[bytes] = tempfile.TemporaryFile()
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the worker)
 
     def run(self, driver: str, first: int, count: int) -> Iterator[tuple[int, Outcome]]:
         """Seeds ``first`` to ``first + count - 1`` with their outcomes, in order."""

@@ -42,4 +42,6 @@ class Configs:
 
 
 def _value(rng: random.Random) -> Any:
-    return choose(rng) if rng.random() < 0.5 else rng.choice((*INTEGERS, *REALS, *WORDS))
+    return (
+        choose(rng) if rng.random() < 0.3 else rng.choice((*INTEGERS, *REALS, *WORDS, 64, 128, 256, 512, True, False))
+    )

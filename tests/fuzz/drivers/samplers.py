@@ -31,19 +31,19 @@ class Samplers:
         pass
 
     def recipe(self, rng: random.Random) -> dict[str, Any]:
-        params: dict[str, Any] = {"temperature": rng.choice((0.0, 0.5, 1.0, *REALS))}
+        params: dict[str, Any] = {"temperature": rng.choice((0.0, 0.5, 1.0, 1e-40, 1e38, 1e300))}
         for _ in range(rng.choice((0, 1, 1, 2, 3))):
             name = rng.choice(FIELDS)
-            params[name] = choose(rng) if rng.random() < 0.4 else rng.choice((*INTEGERS, *REALS))
+            params[name] = _value(rng)
             if name == "logit_bias" and rng.random() < 0.8:
                 params[name] = [[rng.choice(INTEGERS), rng.choice(REALS)] for _ in range(rng.randrange(4))]
         return {
             "params": params,
-            "vocab": VOCAB if rng.random() < 0.9 else choose(rng),
-            "logits": rng.choice(list(LOGITS)) if rng.random() < 0.9 else choose(rng),
-            "history": [rng.randrange(VOCAB) for _ in range(rng.randrange(80))] if rng.random() < 0.8 else choose(rng),
-            "mask": rng.choice((None, None, None, "some", "none", choose(rng))),
-            "state": None if rng.random() < 0.8 else choose(rng),
+            "vocab": VOCAB if rng.random() < 0.97 else choose(rng),
+            "logits": rng.choice(list(LOGITS)) if rng.random() < 0.95 else choose(rng),
+            "history": [rng.randrange(VOCAB) for _ in range(rng.randrange(80))] if rng.random() < 0.9 else choose(rng),
+            "mask": rng.choice((None, None, None, None, "some", "some", "none", choose(rng))),
+            "state": None if rng.random() < 0.95 else choose(rng),
         }
 
     def run(self, recipe: dict[str, Any]) -> None:
@@ -63,6 +63,13 @@ class Samplers:
         assert len(ids) == len(weights) > 0
         assert np.isfinite(weights).all()
         sampler.restore(sampler.state())
+
+
+def _value(rng: random.Random) -> Any:
+    """Often one that some parameter can have."""
+    if rng.random() < 0.6:
+        return rng.choice((0, 1, 2, 20, 0.5, 0.9, 1.0, 1.5, 1e-300, 1e300, 300, 2**31, 1e-9, 0.999999999, -1))
+    return choose(rng) if rng.random() < 0.5 else rng.choice((*INTEGERS, *REALS))
 
 
 def _mask(kind: Any) -> Any:

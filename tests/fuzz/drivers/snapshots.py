@@ -91,7 +91,7 @@ def _forge(statement: dict[str, Any], arrays: dict[str, dict[str, Any]], data: b
     """A file whose checksum is right, and whose data reach as far as its arrays say."""
     text = json.dumps(statement, separators=(",", ":"))
     end = max((entry["data_offsets"][1] for entry in arrays.values()), default=0)
-    data = data[:end] + bytes(min(max(end - len(data), 0), 1 << 20))
+    data = data[: max(end, 0)] + bytes(min(max(end - len(data), 0), 1 << 20))
     digest = hashlib.sha256(text.encode(errors="surrogatepass") + data).hexdigest()
     header = {"__metadata__": {"pydflash.snapshot": text, "sha256": digest}, **arrays}
     head = json.dumps(header, separators=(",", ":")).encode()
@@ -139,7 +139,7 @@ def _edit_array(arrays: dict[str, dict[str, Any]], name: str, kind: str, value: 
         entry["dtype"] = value
     elif kind == "shape":
         entry["shape"] = value
-    elif kind == "rows" and isinstance(entry["shape"], list) and entry["shape"]:
+    elif kind == "rows" and isinstance(entry["shape"], list) and entry["shape"] and type(entry["shape"][0]) is int:
         row = (entry["data_offsets"][1] - entry["data_offsets"][0]) // max(entry["shape"][0], 1)
         moved = row * (value - entry["shape"][0])
         entry["shape"] = [value, *entry["shape"][1:]]

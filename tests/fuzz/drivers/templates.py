@@ -31,6 +31,7 @@ LITERALS = (
     "messages[1:]", "messages[0].role", "messages[2].tool_calls", "'ab' * 100", "strftime_now('%Y')", "cycler(1, 2)",
     "joiner(',')", "''.__class__", "messages.__len__", "self", "loop.index",
 )  # fmt: skip
+PARTS = (".role", ".content", "[0]", "[-1]", "[1:]", ".items()", ".split()", ".strip()", "()")
 BINARY = ("+", "-", "*", "/", "//", "%", "**", "~", "==", "!=", "<", ">=", "in", "not in", "and", "or")
 
 
@@ -98,7 +99,7 @@ def _expression(rng: random.Random, depth: int) -> str:
     if kind == 4:
         return f"({inner} is {rng.choice(TESTS)})"
     if kind == 5:
-        return f"({inner}){rng.choice(('.role', '.content', '[0]', '[-1]', '[1:]', '.items()', '.split()', '.strip()', '()'))}"
+        return f"({inner}){rng.choice(PARTS)}"
     if kind == 6:
         return f"({inner} if {_expression(rng, depth - 1)} else {_expression(rng, depth - 1)})"
     return f"[{inner}, {inner}]"
