@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from operator import index
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydflash.errors import ConfigError
 
-__all__ = ["a_function", "a_path", "an_instance", "an_integer", "shown"]
+__all__ = ["a_function", "a_path", "an_instance", "an_integer", "an_iterable", "shown"]
 
 T = TypeVar("T")
 
@@ -55,6 +55,14 @@ def a_path(value: object, name: str) -> Path:
     except (TypeError, ValueError):
         raise ConfigError(f"{name} is {shown(value)}; expected the path of a file or folder") from None
     return path
+
+
+def an_iterable(value: Iterable[T], name: str) -> Iterator[T]:
+    """An iterator over the argument ``name``; ConfigError where there is none."""
+    try:
+        return iter(value)
+    except TypeError:  # an array without dimensions says that it is iterable
+        raise ConfigError(f"{name} is {shown(value)}; expected a sequence or a set") from None
 
 
 def a_function(value: object, name: str) -> Callable[..., Any] | None:

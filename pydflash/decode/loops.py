@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pydflash.arguments import an_instance, an_integer, shown
+from pydflash.arguments import an_instance, an_integer, an_iterable
 from pydflash.decode.sampling import Sampler, numerics_failed
 from pydflash.decode.stats import FinishReason, Stats, Step
 from pydflash.drafts import ProposalLength, Proposer
@@ -54,9 +54,8 @@ class _Request:
             raise ConfigError(f"the sampler is for {sampler.vocab_size:,} tokens, the session's model has {vocab:,}")
         outputs = session.prefill(prompt)
         most = None if max_tokens is None else an_integer(max_tokens, "max_tokens", 1, sys.maxsize)
-        if not isinstance(stop_ids, Iterable):
-            raise ConfigError(f"stop_ids is {shown(stop_ids)}; expected a set of token ids")
-        stops = frozenset(an_integer(token, "a token of stop_ids", 0, sys.maxsize) for token in stop_ids)
+        given = an_iterable(stop_ids, "stop_ids")
+        stops = frozenset(an_integer(token, "a token of stop_ids", 0, sys.maxsize) for token in given)
         event = None if cancel is None else an_instance(cancel, threading.Event, "cancel")
         return cls(session, [int(token) for token in prompt], outputs, sampler, most, stops, event)
 

@@ -262,6 +262,7 @@ class Engine:
         speculate: bool = True, cancel: threading.Event | None = None,
     ) -> Iterator[Step]:  # fmt: skip
         """Continue the sequence by ``ids``, then decode, with the draft when there is one."""
+        an_instance(speculate, bool, "speculate")
         if self.draft_session is None or not speculate:
             steps = autoregressive(self.session, ids, sampler, max_tokens=max_tokens, stop_ids=stop_ids, cancel=cancel)
             return steps if self.draft_session is None else map(_without_speculation, steps)

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from pydflash.arguments import an_instance, an_integer, shown
+from pydflash.arguments import an_instance, an_integer, an_iterable, shown
 from pydflash.config import SessionConfig
 from pydflash.errors import ConfigError, ContextFull, NothingPending, SessionClosed, StateError
 from pydflash.ggml_types import GGMLType
@@ -318,13 +318,12 @@ class Session:
             raise StateError("this output belongs to an earlier forward; read logits before the next one")
 
 
-def _layers(capture: object, layers: int) -> tuple[int, ...]:
+def _layers(capture: Iterable[int], layers: int) -> tuple[int, ...]:
     """The layers that ``capture`` names, of ``layers``."""
-    if isinstance(capture, Iterable):
-        named = tuple(capture)
-        if all(isinstance(layer, int | np.integer) and 0 <= layer < layers for layer in named):
-            return tuple(map(int, named))
-    raise ConfigError(f"capture is {shown(capture)}; the model has layers 0..{layers - 1}")
+    named = tuple(an_iterable(capture, "capture"))
+    if not all(isinstance(layer, int | np.integer) and 0 <= layer < layers for layer in named):
+        raise ConfigError(f"capture is {shown(capture)}; the model has layers 0..{layers - 1}")
+    return tuple(map(int, named))
 
 
 def _features(model: Model, chunk: int, layers: int) -> Arena:

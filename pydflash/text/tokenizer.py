@@ -16,7 +16,7 @@ from operator import index
 from typing import TYPE_CHECKING, Any
 
 from pydflash import machine
-from pydflash.arguments import an_instance, shown
+from pydflash.arguments import an_instance, an_iterable, shown
 from pydflash.errors import BadMetadata, ConfigError, OutOfMemory, ShapeError
 
 if TYPE_CHECKING:
@@ -147,6 +147,7 @@ class Tokenizer:
         Raises ConfigError where ``text`` holds a lone surrogate, BadMetadata where merges and tokens disagree.
         """
         an_instance(text, str, "text")
+        an_instance(special, bool, "special")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -163,9 +164,8 @@ class Tokenizer:
 
         ``skip_special`` leaves control tokens out. Raises ShapeError where an id is outside the vocabulary.
         """
-        an_instance(tokens, Iterable, "tokens")
         decoder = self.decoder(an_instance(skip_special, bool, "skip_special"))
-        return "".join([decoder.push(token) for token in tokens]) + decoder.flush()
+        return "".join([decoder.push(token) for token in an_iterable(tokens, "tokens")]) + decoder.flush()
 
     def decoder(self, skip_special: bool = False) -> Decoder:
         """Return an incremental decoder: its pieces, joined, equal ``decode`` of all the tokens."""
@@ -173,17 +173,22 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes that ``token`` stands for. Raises ShapeError where the id is outside the vocabulary."""
+        token = self.checked(token)
+        text = self._tokens[token]
+        if token not in self._added:
+            with suppress(KeyError):  # a filler that was never written in the byte-level alphabet
+                return bytes([BYTE_OF[character] for character in text])
+        return text.encode("utf-8", "surrogateescape")
+
+    def checked(self, token: int) -> int:
+        """Return ``token`` as an int. Raises ShapeError where it is no integer, or outside the vocabulary."""
         try:
             place = index(token)
         except TypeError:
             raise ShapeError(f"token id {shown(token)} is not an integer") from None
         if not 0 <= place < self.vocab_size:
             raise ShapeError(f"token id {shown(token)} is outside the vocabulary of {self.vocab_size:,} tokens")
-        text = self._tokens[place]
-        if place not in self._added:
-            with suppress(KeyError):  # a filler that was never written in the byte-level alphabet
-                return bytes([BYTE_OF[character] for character in text])
-        return text.encode("utf-8", "surrogateescape")
+        return place
 
     def token_id(self, text: str) -> int | None:
         """Return the id of the token stored as ``text`` (``<think>``), or None; plain tokens are stored byte-level."""
@@ -252,8 +257,9 @@ class Decoder:
 
     def push(self, token: int) -> str:
         """Return the characters that ``token`` completes, often none. Raises ShapeError for an id out of range."""
-        text = self._tokenizer.token_bytes(token)
-        return "" if token in self._skipped else self._utf8.decode(text)
+        if self._tokenizer.checked(token) in self._skipped:
+            return ""
+        return self._utf8.decode(self._tokenizer.token_bytes(token))
 
     def flush(self) -> str:
         """End the text: return U+FFFD for a character left incomplete, else nothing. The decoder can be used again."""

@@ -463,7 +463,7 @@ def test_a_draft_max_below_one_is_refused(pair_of: PairOf, draft_max: int) -> No
         ({"session": None}, "session is None; expected an instance of Session"),
         ({"sampler": Sampler(SamplingParams(), 5)}, f"the sampler is for 5 tokens, the session's model has {VOCAB}"),
         ({"max_tokens": 0}, "max_tokens is 0"),
-        ({"stop_ids": 5}, "stop_ids is 5"),
+        ({"stop_ids": 5}, "stop_ids is 5; expected a sequence or a set"),
         ({"cancel": True}, "cancel is True; expected an instance of Event"),
     ],
 )

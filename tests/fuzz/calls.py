@@ -203,6 +203,7 @@ CALLS: dict[str, Call] = {
     "Snapshot.save": _method("snapshot", "save", path=_file("again.snapshot")),
     "Tokenizer.encode": _method("model.tokenizer", "encode", text="a b", special=True),
     "Tokenizer.decode": _method("model.tokenizer", "decode", tokens=[1, 2], skip_special=False),
+    "Tokenizer.checked": _method("model.tokenizer", "checked", token=1),
     "Tokenizer.token_bytes": _method("model.tokenizer", "token_bytes", token=1),
     "Tokenizer.token_id": _method("model.tokenizer", "token_id", text="a"),
 }
