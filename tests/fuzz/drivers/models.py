@@ -18,7 +18,7 @@ from pydflash.files import GGUFFile
 from pydflash.models import Model, load_model
 from pydflash.runtime import Session
 from tests.fuzz.drivers.edits import INTEGERS, REALS, TEXTS, edit_bytes, raw_edits
-from tests.fuzz.gguf_image import ARRAY, SCALARS, STRING, Image, Key
+from tests.fuzz.gguf_image import ARRAY, SCALARS, STRING, Image, Key, Tensor
 
 __all__ = ["Models"]
 
@@ -110,25 +110,24 @@ def _change_header(rng: random.Random, _image: Image) -> list[Any]:
 
 
 def _change_key(rng: random.Random, image: Image) -> list[Any]:
-    index = rng.randrange(len(image.keys))
+    key = rng.choice(image.keys)
     kind = rng.randrange(12)
     if kind == 0:
-        return ["drop key", index]
+        return ["drop key", key.name]
     if kind == 1:
-        return ["copy key", index]
+        return ["copy key", key.name]
     if kind == 2:
-        return ["rename key", index, rng.choice((*TEXTS, image.keys[index].name.swapcase()))]
+        return ["rename key", key.name, rng.choice((*TEXTS, key.name.swapcase()))]
     if kind == 3:
-        return ["claim", index, rng.choice(INTEGERS)]
-    if kind == 4 and image.keys[index].kind == ARRAY:
-        return ["item", index, rng.randrange(1 << 16), _number_or_text(rng, image.keys[index].value[0])]
-    if kind == 5 and image.keys[index].kind == ARRAY:
-        return ["length", index, rng.choice((0, 1, 2, 3, 100, 319, 321))]
+        return ["claim", key.name, rng.choice(INTEGERS)]
+    if kind == 4 and key.kind == ARRAY:
+        return ["item", key.name, rng.randrange(1 << 16), _number_or_text(rng, key.value[0])]
+    if kind == 5 and key.kind == ARRAY:
+        return ["length", key.name, rng.choice((0, 1, 2, 3, 100, 319, 321))]
     if kind < 9:  # the right type, another value
-        kept = image.keys[index].kind
-        return ["set", index, kept, _value(rng, kept)]
+        return ["set", key.name, key.kind, _value(rng, key.kind)]
     other = rng.choice((*SCALARS, STRING, ARRAY, ARRAY, 13, 255))
-    return ["set", index, other, _value(rng, other)]
+    return ["set", key.name, other, _value(rng, other)]
 
 
 def _value(rng: random.Random, kind: int, depth: int = 0) -> Any:
@@ -148,20 +147,20 @@ def _number_or_text(rng: random.Random, kind: int) -> Any:
 
 
 def _change_tensor(rng: random.Random, image: Image) -> list[Any]:
-    index = rng.randrange(len(image.tensors))
+    tensor = rng.choice(image.tensors)
     kind = rng.randrange(8)
     if kind == 0:
-        return ["drop tensor", index]
+        return ["drop tensor", tensor.name]
     if kind == 1:
-        return ["copy tensor", index]
+        return ["copy tensor", tensor.name]
     if kind == 2:
-        other = image.tensors[rng.randrange(len(image.tensors))].name
-        return ["tensor", index, "name", rng.choice((*TEXTS, other, "x" * 64, image.tensors[index].name + ".scale"))]
+        other = rng.choice(image.tensors).name
+        return ["tensor", tensor.name, "name", rng.choice((*TEXTS, other, "x" * 64, tensor.name + ".scale"))]
     if kind == 3:
-        return ["tensor", index, "kind", rng.choice((*range(45), 2**31, 2**32 - 1))]
+        return ["tensor", tensor.name, "kind", rng.choice((*range(45), 2**31, 2**32 - 1))]
     if kind == 4:
-        return ["tensor", index, "offset", rng.choice((*INTEGERS, image.tensors[index].offset + 32))]
-    shape = list(image.tensors[index].shape)
+        return ["tensor", tensor.name, "offset", rng.choice((*INTEGERS, tensor.offset + 32))]
+    shape = list(tensor.shape)
     axis = rng.randrange(len(shape))
     if kind == 5:
         shape[axis] = rng.choice(INTEGERS)
@@ -169,40 +168,54 @@ def _change_tensor(rng: random.Random, image: Image) -> list[Any]:
         shape.insert(axis, rng.choice((1, 1, 2, 0)))
     else:
         shape = shape[::-1] if rng.random() < 0.5 else [rng.choice(INTEGERS) for _ in range(rng.randrange(7))]
-    return ["tensor", index, "shape", shape]
+    return ["tensor", tensor.name, "shape", shape]
 
 
 def _change_data(rng: random.Random, image: Image) -> list[Any]:
-    return ["fill", rng.randrange(len(image.tensors)), rng.choice(list(FILLS)), rng.choice((1, 4, 64, 1 << 20))]
+    return ["fill", rng.choice(image.tensors).name, rng.choice(list(FILLS)), rng.choice((1, 4, 64, 1 << 20))]
 
 
-def _set_key(image: Image, index: int, kind: int, value: Any) -> None:
-    image.keys[index % len(image.keys)] = Key(image.keys[index % len(image.keys)].name, kind, value)
+# Applied to an image: an edit of a key or a tensor that an earlier one took away does nothing.
 
 
-def _set_item(image: Image, index: int, at: int, value: Any) -> None:
-    key = image.keys[index % len(image.keys)]
-    if (
-        key.kind == ARRAY
-        and key.value[1]
-        and key.value[0] != ARRAY
-        and (key.value[0] == STRING) == isinstance(value, str)
-    ):
-        key.value[1][at % len(key.value[1])] = value
+def _key(image: Image, name: str) -> Key:
+    return next((key for key in image.keys if key.name == name), Key("", STRING, ""))
 
 
-def _set_length(image: Image, index: int, length: int) -> None:
-    key = image.keys[index % len(image.keys)]
+def _tensor(image: Image, name: str) -> Tensor:
+    return next((tensor for tensor in image.tensors if tensor.name == name), Tensor("", [], 0, len(image.data)))
+
+
+def _set_key(image: Image, name: str, kind: int, value: Any) -> None:
+    key = _key(image, name)
+    key.kind, key.value, key.claims = kind, value, None
+
+
+def _set_item(image: Image, name: str, at: int, value: Any) -> None:
+    key = _key(image, name)
+    if key.kind != ARRAY:
+        return
+    kind, items = key.value
+    if items and kind != ARRAY and (kind == STRING) == isinstance(value, str):
+        items[at % len(items)] = value
+
+
+def _set_length(image: Image, name: str, length: int) -> None:
+    key = _key(image, name)
     if key.kind == ARRAY:
         key.value = (key.value[0], (key.value[1] * 2)[:length])
 
 
-def _fill(image: Image, index: int, pattern: str, size: int) -> None:
-    start = image.tensors[index % len(image.tensors)].offset
+def _fill(image: Image, name: str, pattern: str, size: int) -> None:
+    start = _tensor(image, name).offset
     later = [tensor.offset for tensor in image.tensors if tensor.offset > start]
     end = min([start + size, *later, len(image.data)])
     if start < end:
         image.data[start:end] = FILLS[pattern](end - start)
+
+
+def _drop(entries: list[Any], name: str) -> None:
+    entries[:] = [entry for entry in entries if entry.name != name]
 
 
 def _set_counts(image: Image, tensors: int, keys: int) -> None:
@@ -213,15 +226,15 @@ _APPLY: dict[str, Callable[..., Any]] = {
     "magic": lambda image, text: setattr(image, "magic", bytes.fromhex(text)),
     "version": lambda image, number: setattr(image, "version", number),
     "counts": _set_counts,
-    "drop key": lambda image, index: image.keys.pop(index % len(image.keys)),
-    "copy key": lambda image, index: image.keys.append(image.keys[index % len(image.keys)]),
-    "rename key": lambda image, index, name: setattr(image.keys[index % len(image.keys)], "name", name),
-    "claim": lambda image, index, count: setattr(image.keys[index % len(image.keys)], "claims", count),
+    "drop key": lambda image, name: _drop(image.keys, name),
+    "copy key": lambda image, name: image.keys.append(_key(image, name)),
+    "rename key": lambda image, name, new: setattr(_key(image, name), "name", new),
+    "claim": lambda image, name, count: setattr(_key(image, name), "claims", count),
     "item": _set_item,
     "length": _set_length,
     "set": _set_key,
-    "drop tensor": lambda image, index: image.tensors.pop(index % len(image.tensors)),
-    "copy tensor": lambda image, index: image.tensors.append(image.tensors[index % len(image.tensors)]),
-    "tensor": lambda image, index, name, value: setattr(image.tensors[index % len(image.tensors)], name, value),
+    "drop tensor": lambda image, name: _drop(image.tensors, name),
+    "copy tensor": lambda image, name: image.tensors.append(_tensor(image, name)),
+    "tensor": lambda image, name, field, value: setattr(_tensor(image, name), field, value),
     "fill": _fill,
 }
