@@ -43,7 +43,7 @@ def test_good_arguments_are_good(folder: Path, name: str) -> None:
     read(CALLS[name].run(parts, **good_arguments(CALLS[name], parts)))
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     st.sampled_from(sorted(CALLS)).flatmap(
         lambda name: st.tuples(

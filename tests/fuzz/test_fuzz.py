@@ -1,6 +1,6 @@
 """No damaged, forged or nonsensical input ends the process, keeps it busy, or raises anything but a PydflashError.
 
-Each driver has a share of FUZZ_SECONDS [40]; every input that once was a fault is tried again.
+Each driver has a share of FUZZ_SECONDS [32]; every input that once was a fault is tried again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.fuzz.drivers import KINDS
 from tests.fuzz.outcomes import FAULTS
 from tests.fuzz.processes import Worker
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "40"))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "32"))
 SEEDS = sorted((Path(__file__).parent / "seeds").glob("*.json"))
 
 

@@ -39,8 +39,8 @@ class Conversions:
             edits = [[*_config_place(rng, self._config), scalar(rng)] for _ in range(rng.choice((1, 1, 1, 2, 3)))]
             return recipe | {"config": edits}
         if kind == 4:
-            text = rng.choice(("[" * 200_000, '{"a":' * 200_000, "", "{", "null", "[]", "1", '"a"', "1" * 5000, "\x00"))
-            return recipe | {"config text": text}
+            text = rng.choice(("[", '{"a":', "", "{", "null", "[]", "1", '"a"', "\x00"))
+            return recipe | {"config text": [text, rng.choice((1, 5000, 200_000))]}
         if kind == 5:
             return recipe | {"config bytes": raw_edits(rng, len(json.dumps(self._config)))}
         if kind == 6:
@@ -56,8 +56,9 @@ class Conversions:
             place = config.get("dflash_config") if inner else config
             if isinstance(place, dict):
                 place[key] = value
-        text = recipe.get("config text", json.dumps(config)).encode("utf-8", "surrogatepass")
-        (folder / "config.json").write_bytes(edit_bytes(text, recipe.get("config bytes", [])))
+        text, times = recipe.get("config text", (json.dumps(config), 1))
+        content = edit_bytes((text * times).encode(), recipe.get("config bytes", []))
+        (folder / "config.json").write_bytes(content)
         (folder / "model.safetensors").write_bytes(self._edited_tensors(recipe))
         out = Path(self._work.name) / "out.gguf"
         convert_draft(folder, out, target=self._target_path, type=recipe["type"], progress=lambda done, total: None)
