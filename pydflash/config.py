@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
+from pydflash.arguments import an_instance, shown
 from pydflash.errors import ConfigError
 from pydflash.kv_format import CACHE_TYPES, K_BASES, V_BASES
 from pydflash.limits import CHUNKS, EXACT_ROWS, MOST_POSITIONS
@@ -91,20 +92,24 @@ class EngineConfig(SessionConfig):
     )
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        an_instance(self.sources, Mapping, "sources")
+
     @classmethod
     def resolve(cls, environment: Mapping[str, str] | None = None, **settings: Unpack[Settings]) -> EngineConfig:
         """Arguments over environment (``os.environ`` unless given) over defaults; an argument of None is not given.
 
         Raises ConfigError for an unknown name, in either place, or a value that is not allowed.
         """
-        environment = os.environ if environment is None else environment
+        environment = os.environ if environment is None else an_instance(environment, Mapping, "environment")
         known = declarations(cls)
         for name in settings:
             if name not in known:
                 raise ConfigError(f"unknown setting {name!r}; valid ones are {', '.join(known)}")
         values = _from_environment(environment, known)
         sources = {name: f"environment ({_PREFIX}{name.upper()})" for name in values}
-        given = {name: value for name, value in settings.items() if value is not None}
+        given = {name: known[name].check(value, name) for name, value in settings.items() if value is not None}
         values |= given
         sources |= dict.fromkeys(given, "argument")
         unrotated = _skips_rotation(environment) and values.get("cache_k") == "q4_0"
@@ -149,6 +154,8 @@ def _from_environment(environment: Mapping[str, str], known: Mapping[str, Declar
     names = {_PREFIX + name.upper(): name for name in known}
     values: dict[str, Any] = {}
     for variable, text in environment.items():
+        if not isinstance(variable, str) or not isinstance(text, str):
+            raise ConfigError(f"environment has {shown(variable)}: {shown(text)}; expected texts, as in os.environ")
         if not variable.startswith(_PREFIX) or variable in _BUILD_NAMES:
             continue
         if variable not in names:

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from operator import index
 from typing import Any, NamedTuple
 
+from pydflash.arguments import shown
 from pydflash.errors import ConfigError
 from pydflash.settings import Flag, Integers, Range, Texts, check, declarations, setting
 
 __all__ = ["Recommendation", "SamplingParams", "recommendations"]
+
+_LARGEST_ID = 2**31 - 1
+_LARGEST_BIAS = 3e38  # float32, in which logits are, reaches a little further
 
 
 @dataclass(frozen=True)
@@ -72,17 +76,17 @@ class SamplingParams:
 
 
 def _checked_bias(bias: object) -> dict[int, float]:
-    allowed = "allowed: a mapping of token id (0 or more) to a number below infinity"
+    allowed = f"allowed: a mapping of token id (0 to 2**31 - 1) to -inf or a number up to {_LARGEST_BIAS:g}"
     if not isinstance(bias, Mapping):
-        raise ConfigError(f"logit_bias is {bias!r}; {allowed}")
+        raise ConfigError(f"logit_bias is {shown(bias)}; {allowed}")
     checked: dict[int, float] = {}
     for token, value in bias.items():
         try:
             number, amount = index(token), float(value)
-        except (TypeError, ValueError):
-            raise ConfigError(f"logit_bias has {token!r}: {value!r}; {allowed}") from None
-        if number < 0 or math.isnan(amount) or amount == math.inf:
-            raise ConfigError(f"logit_bias has {token!r}: {value!r}; {allowed}")
+        except (TypeError, ValueError, OverflowError):
+            number, amount = -1, math.nan
+        if not 0 <= number <= _LARGEST_ID or not (abs(amount) <= _LARGEST_BIAS or amount == -math.inf):
+            raise ConfigError(f"logit_bias has {shown(token)}: {shown(value)}; {allowed}")
         checked[number] = amount
     return checked
 

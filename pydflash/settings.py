@@ -14,6 +14,7 @@ from numbers import Real
 from operator import index
 from typing import Any, ClassVar, Protocol, TypeVar
 
+from pydflash.arguments import shown
 from pydflash.errors import ConfigError
 
 __all__ = [
@@ -80,14 +81,14 @@ class Declaration:
             return self.rule.checked(value)
         except (TypeError, ValueError, OverflowError):
             also = ", or None" if optional else ""
-            raise ConfigError(f"{where} is {value!r}; {self.rule.allowed}{also}") from None
+            raise ConfigError(f"{where} is {shown(value)}; {self.rule.allowed}{also}") from None
 
     def read(self, text: str, where: str) -> Any:
         """The value that ``text`` spells; ConfigError, which calls the setting ``where``, when it is not allowed."""
         try:
             return self.rule.checked(self.rule.parsed(text))
-        except (TypeError, ValueError):
-            raise ConfigError(f"{where} is {text!r}; {self.rule.spellings}") from None
+        except (TypeError, ValueError, OverflowError):
+            raise ConfigError(f"{where} is {shown(text)}; {self.rule.spellings}") from None
 
 
 def setting(default: T, rule: Rule, *, help: str, unset: str = "") -> T:

@@ -338,3 +338,20 @@ def test_help_and_explain_need_neither_numpy_nor_native_code() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False False"
+
+
+WRONG = {"texts": np.array(["q4_0", "q8_0"]), "zeros": np.zeros(2), "huge": 10**5000, "bytes": b"cpu", "dict": {}}
+
+
+@pytest.mark.parametrize("name", declarations(EngineConfig))
+@pytest.mark.parametrize("value", WRONG.values(), ids=WRONG)
+def test_a_value_of_another_kind_is_refused_whatever_the_environment_says(name: str, value: Any) -> None:
+    for environment in ({}, {"DFLASH_SKIP_WHT": "1"}):
+        with pytest.raises(ConfigError, match=name):
+            EngineConfig.resolve(environment, **{name: value})
+
+
+@pytest.mark.parametrize("environment", [5, ["PYDFLASH_CHUNK"], {1: "a"}, {"PYDFLASH_CHUNK": 512}], ids=str)
+def test_an_environment_that_is_none_is_refused(environment: Any) -> None:
+    with pytest.raises(ConfigError, match="environment"):
+        EngineConfig.resolve(environment)

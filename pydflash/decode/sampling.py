@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.random import PCG64, Generator
 
+from pydflash.arguments import a_function, an_instance, an_integer, shown
 from pydflash.errors import ConfigError, NativeError, ShapeError, SnapshotMismatch
 from pydflash.sampling_params import SamplingParams
 
@@ -24,7 +25,8 @@ Ids = npt.NDArray[np.int64]
 MaskFunction = Callable[[Sequence[int]], "npt.NDArray[np.bool_] | None"]
 
 BLOCK = 256  # logits per block in the search for the largest, near the square root of a vocabulary
-SMALLEST_TEMPERATURE = 1e-30  # float32 has nothing useful between it and 0; both mean the most likely token
+# Temperatures and penalties beyond these act as these do: float32 has nothing useful between them and 0 or infinity.
+LEAST, MOST = 1e-30, 1e30
 FIRST_NUCLEUS = 256  # top-p rarely keeps more; the search widens from here
 
 
@@ -43,18 +45,18 @@ class Sampler:
     """
 
     def __init__(self, params: SamplingParams, vocab_size: int, mask_fn: MaskFunction | None = None) -> None:
-        """Raises ConfigError where ``params.logit_bias`` names a token outside the vocabulary."""
-        self.params = params
-        self.vocab_size = vocab_size
-        self._mask_fn = mask_fn
+        """Raises ConfigError, also where ``params.logit_bias`` names a token outside the vocabulary."""
+        self.params = an_instance(params, SamplingParams, "params")
+        self.vocab_size = an_integer(vocab_size, "vocab_size", 1, 2**31 - 1)
+        self._mask_fn: MaskFunction | None = a_function(mask_fn, "mask_fn")
         self._generator = Generator(PCG64(params.seed))
         bias = params.logit_bias or {}
         self._bias_ids = np.fromiter(bias.keys(), np.int64, len(bias))
-        self._all_ids = np.arange(vocab_size)
+        self._all_ids = np.arange(self.vocab_size)
         self._bias = np.fromiter(bias.values(), np.float32, len(bias))
-        outside = self._bias_ids[self._bias_ids >= vocab_size]
+        outside = self._bias_ids[self._bias_ids >= self.vocab_size]
         if outside.size:
-            raise ConfigError(f"logit_bias names token {outside[0]}; the vocabulary has {vocab_size:,} tokens")
+            raise ConfigError(f"logit_bias names token {outside[0]}; the vocabulary has {self.vocab_size:,} tokens")
 
     @property
     def is_greedy(self) -> bool:
@@ -99,12 +101,14 @@ class Sampler:
 
     def _law(self, logits: npt.NDArray[Any], history: Sequence[int]) -> Law:
         """The chain. Greedy needs only its head: no filter removes the most likely token."""
+        if not isinstance(history, Sequence) and np.ndim(history) != 1:
+            raise ShapeError(f"the history is {shown(history)}; expected a sequence of token ids")
         original = logits
         logits = self._adjusted(original, history)
         best = int(np.argmax(logits))
         peak = logits[best]
         if not np.isfinite(peak):
-            if peak == -np.inf and np.isfinite(original).any():
+            if peak == -np.inf and np.isfinite(np.asarray(original)).any():
                 raise ConfigError("logit_bias and mask_fn leave no token that may come next; allow at least one")
             raise numerics_failed(len(history) - 1)
         if self.is_greedy:
@@ -112,7 +116,7 @@ class Sampler:
         ids = self._filtered(logits, peak)
         relative = (logits if ids is None else logits[ids]) - peak
         with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to -inf, which is its meaning
-            weights = np.exp(relative / np.float32(max(self.params.temperature, SMALLEST_TEMPERATURE)))
+            weights = np.exp(relative / _bounded(self.params.temperature))
         return Law(self._all_ids if ids is None else ids, weights)
 
     def _filtered(self, logits: npt.NDArray[np.float32], peak: np.float32) -> Ids | None:
@@ -133,7 +137,7 @@ class Sampler:
 
     def _adjusted(self, logits: npt.NDArray[Any], history: Sequence[int]) -> npt.NDArray[np.float32]:
         """Apply bias, mask and penalties to a copy; without any, return the logits themselves."""
-        original: npt.NDArray[np.float32] = np.asarray(logits, dtype=np.float32)
+        original: npt.NDArray[np.float32] = _array(logits, np.float32, "logits")
         shape = original.shape
         if shape != (self.vocab_size,):
             raise ShapeError(f"logits have shape {shape}; expected ({self.vocab_size},)")
@@ -143,10 +147,11 @@ class Sampler:
         adjusted: npt.NDArray[np.float32] = original.copy()
         adjusted[self._bias_ids] += self._bias
         if mask is not None:
-            if np.shape(mask) != shape or np.asarray(mask).dtype != np.bool_:
-                found = f"{np.asarray(mask).dtype} of shape {np.shape(mask)}"
+            allowed = _array(mask, None, "the answer of mask_fn")
+            if allowed.shape != shape or allowed.dtype != np.bool_:
+                found = f"{allowed.dtype} of shape {allowed.shape}"
                 raise ShapeError(f"mask_fn returned {found}; expected bool of shape {shape}")
-            adjusted[~np.asarray(mask)] = -np.inf
+            adjusted[~allowed] = -np.inf
         if self.params.penalises:
             self._penalise(adjusted, history)
         return adjusted
@@ -154,7 +159,7 @@ class Sampler:
     def _penalise(self, logits: npt.NDArray[np.float32], history: Sequence[int]) -> None:
         params = self.params
         window = history if params.penalty_window < 0 else history[-params.penalty_window :]
-        seen, counts = np.unique(np.asarray(window, dtype=np.int64), return_counts=True)
+        seen, counts = np.unique(_array(window, np.int64, "the history"), return_counts=True)
         if not seen.size:
             return
         if seen[0] < 0 or seen[-1] >= self.vocab_size:
@@ -162,8 +167,23 @@ class Sampler:
             raise ShapeError(f"history holds token {wrong}; the vocabulary has {self.vocab_size:,} tokens")
         x = logits[seen]
         # Dividing a negative logit would make the token more likely, so it is multiplied.
-        x = np.where(x <= 0, x * params.repetition_penalty, x / params.repetition_penalty)
+        penalty = _bounded(params.repetition_penalty)
+        x = np.where(x <= 0, x * penalty, x / penalty)
         logits[seen] = x - (counts * params.frequency_penalty + params.presence_penalty)
+
+
+def _array(values: Any, dtype: npt.DTypeLike | None, what: str) -> npt.NDArray[Any]:
+    """``values`` as an array; ShapeError where there is none of that type."""
+    try:
+        return np.asarray(values, dtype)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ShapeError(f"{what} cannot be read as an array of numbers: {error}") from None
+
+
+def _bounded(value: float) -> np.float32:
+    """A temperature or a penalty, as far from 0 and from infinity as a quotient in float32 needs."""
+    bounded: np.float32 = np.float32(min(max(value, LEAST), MOST))
+    return bounded
 
 
 def numerics_failed(position: int) -> NativeError:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pydflash.runtime import Proposal, Session
 
 __all__ = ["LoadedDraft", "Proposer"]
 
 
+@runtime_checkable
 class Proposer(Protocol):
     """Proposes tokens for one target session, and is told what became of them."""
 
@@ -40,6 +41,7 @@ class Proposer(Protocol):
         """Free what it has. Safe to call twice."""
 
 
+@runtime_checkable
 class LoadedDraft(Protocol):
     """A draft of some kind for one model, from which every target session gets a proposer of its own.
 

@@ -9,15 +9,16 @@ import numpy as np
 import numpy.typing as npt
 
 from pydflash import ops
+from pydflash.arguments import an_instance, an_integer
 from pydflash.drafts.windows import Windows
-from pydflash.errors import ConfigError, DraftMismatch, SessionClosed, ShapeError, StateError
+from pydflash.errors import ConfigError, DraftMismatch, SessionClosed, StateError
 from pydflash.files import GGUFFile
 from pydflash.ggml_types import GGMLType
-from pydflash.limits import EXACT_ROWS
+from pydflash.limits import EXACT_ROWS, MOST_POSITIONS
 from pydflash.models import Model, Progress, Weights, account, find_tensors
 from pydflash.models.dflash import DFlash, DraftConfig, tensor_names
 from pydflash.native import Arena, DeviceLock, Replay, ReplayCache, Tensor, closing, exclusive
-from pydflash.runtime import DeviceProposal, Session, width_for
+from pydflash.runtime import DeviceProposal, Session, last_token, width_for
 from pydflash.state import (
     FORMAT,
     Fingerprint,
@@ -142,7 +143,8 @@ class DraftSession:
 
     def __init__(self, draft: Draft, target: Session) -> None:
         """Raises ConfigError when the draft was loaded for another model or the session does not capture its layers."""
-        if target.model is not draft.target:
+        an_instance(draft, Draft, "draft")
+        if an_instance(target, Session, "target").model is not draft.target:
             raise ConfigError(
                 f"the draft was loaded for {draft.target.path}, another model than the session's, {target.model.path}; "
                 "call load_draft(path, session.model)"
@@ -153,6 +155,9 @@ class DraftSession:
                 f"the draft needs {list(draft.config.taps)}; "
                 "open it with capture=draft.config.taps"
             )
+        target.check_open()
+        if draft.weights.closed:
+            raise SessionClosed("the draft was closed; load it again")
         self.draft, self.target = draft, target
         self.block = draft.config.block_size
         self.limit = self.block - 1
@@ -184,6 +189,7 @@ class DraftSession:
         forward, of more than 16 rows, may have overwritten rows that waited.
         """
         self._check_open()
+        n = an_integer(n, "n", 0, MOST_POSITIONS)
         self._follow()
         if self.length + n != self.target.length:
             raise StateError(
@@ -260,7 +266,7 @@ class DraftSession:
         has changed then.
         """
         self._check_open()
-        check_fingerprint(snapshot.fingerprint, self.fingerprint)
+        check_fingerprint(an_instance(snapshot, Snapshot, "snapshot").fingerprint, self.fingerprint)
         if self.target.pending or not self.target.stands_at(snapshot.place):
             raise StateError(
                 f"restore: the draft's snapshot belongs to {snapshot.length:,} positions of another text than the "
@@ -291,15 +297,11 @@ class DraftSession:
         forwarded.
 
         The rest of the history is in the context. Raises StateError when that is not the target's, ShapeError for an
-        anchor outside the vocabulary or a count outside 1..limit.
+        anchor outside the vocabulary, ConfigError for a count outside 1..limit.
         """
         self._check_open()
-        anchor, vocab = int(history[-1]), self.draft.target.config.vocab
-        count = self.limit if count is None else count
-        if not 1 <= count <= self.limit:
-            raise ShapeError(f"propose: count is {count}; this draft proposes 1..{self.limit}")
-        if not 0 <= anchor < vocab:
-            raise ShapeError(f"propose: token id {anchor} is outside the vocabulary of {vocab} tokens")
+        anchor = last_token(history, self.draft.target.config.vocab)
+        count = self.limit if count is None else an_integer(count, "count", 1, self.limit)
         self._check_beside("propose")
         rows = self._rows_for(count)
         block = self._blocks[rows, self._full_span(self.length + rows)]

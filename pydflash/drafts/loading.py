@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from pydflash.arguments import a_function, an_instance
 from pydflash.drafts.base import LoadedDraft
 from pydflash.drafts.dflash import load_dflash
 from pydflash.drafts.ngram import NGramDraft
-from pydflash.errors import UnsupportedArchitecture
+from pydflash.errors import SessionClosed, UnsupportedArchitecture
 from pydflash.files import GGUFFile, check_patterns
 from pydflash.models import Model, Progress
 from pydflash.models.dflash import ARCHITECTURES as DFLASH
@@ -42,9 +43,14 @@ def load_draft(
 
     ``causal`` overrides whether rows of a DFlash block see only earlier rows. ``ignore``: patterns, such as
     "blk.*.attn_sinks.weight", of tensors and metadata keys that may stay unused; UnsupportedModel for others. Raises
-    ConfigError for a pattern that matches nothing, LoadError; DraftMismatch when it does not fit the target, naming
-    both values.
+    ConfigError, also for a pattern that matches nothing, LoadError; DraftMismatch when it does not fit the target,
+    naming both values; SessionClosed for a target that was closed.
     """
+    if an_instance(target, Model, "target").weights.closed:
+        raise SessionClosed(f"the target, {target.path}, was closed; load it again")
+    a_function(progress, "progress")
+    if causal is not None:
+        an_instance(causal, bool, "causal")
     if is_name(path):
         check_patterns(ignore, path, ())
         return NAMES[str(path)]()

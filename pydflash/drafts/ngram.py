@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pydflash.arguments import an_instance, an_integer
 from pydflash.limits import EXACT_ROWS
-from pydflash.runtime import HostProposal, Session
+from pydflash.runtime import HostProposal, Session, token_ids
 
 __all__ = ["NGramDraft", "NGramProposer"]
 
 LONGEST = 8  # tokens of an ending: longer ones hardly ever decide differently
 SHORTEST = 2  # one token occurs again by chance
+_MOST_IDS = 2**31 - 1  # of any vocabulary
 
 
 class NGramProposer:
@@ -29,6 +31,7 @@ class NGramProposer:
 
     def propose(self, history: Sequence[int], count: int) -> HostProposal | None:
         """What followed the longest ending of ``history`` that occurred before; None when none did."""
+        an_integer(count, "count", 1, self.limit)
         self._read(history)
         for length in range(min(LONGEST, len(history)), SHORTEST - 1, -1):
             place = self._ends.get(tuple(history[-length:]))
@@ -43,11 +46,13 @@ class NGramProposer:
 
     def _read(self, history: Sequence[int]) -> None:
         """Note the endings before the last token, whose continuations are known."""
+        an_instance(history, Sequence, "history")
         known = len(self._text)
         if self._text[-LONGEST:] != list(history[max(known - LONGEST, 0) : known]):  # another text
             self.reset()
             known = 0
-        self._text.extend(map(int, history[known:]))
+        if known < len(history):
+            self._text += token_ids(history[known:], _MOST_IDS, "history").tolist()
         for end in range(max(known, 1), len(self._text)):
             for length in range(SHORTEST, min(LONGEST, end) + 1):
                 self._ends[tuple(self._text[end - length : end])] = end

@@ -11,12 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from pydflash.arguments import an_instance
 from pydflash.config import EngineConfig, Setting, Settings, table
 from pydflash.decode import Sampler, SamplingParams, Stats, Step, autoregressive, speculative
 from pydflash.drafts import CycleCosts, LoadedDraft, ProposalLength, adapts, is_name, load_draft
 from pydflash.engine.completion import AnswerText, Chunk, Completion, chunk_of
 from pydflash.engine.explain import derived
-from pydflash.engine.prompt import Prompt, is_conversation, is_given, template_variables, token_ids
+from pydflash.engine.prompt import Prompt, ids_of, is_conversation, is_given, template_variables
 from pydflash.engine.stream import Caller, Stream
 from pydflash.errors import ConfigError, PydflashError, SessionClosed, ShapeError, StateError
 from pydflash.files import patterns_by_file
@@ -50,6 +51,10 @@ class Engine:
 
     def __init__(self, model: Model, draft: LoadedDraft | None, config: EngineConfig) -> None:
         """An engine with sessions of its own; ``load`` and ``share`` are how to get one."""
+        an_instance(model, Model, "model")
+        an_instance(config, EngineConfig, "config")
+        if draft is not None:
+            an_instance(draft, LoadedDraft, "draft")
         if draft is not None and config.draft_max is not None and config.draft_max > draft.limit:
             raise ConfigError(f"draft_max is {config.draft_max}; {draft.path} proposes 1..{draft.limit} tokens")
         self.model, self.draft, self.config = model, draft, config
@@ -143,19 +148,26 @@ class Engine:
 
         ``prompt``: text is taken as it is, messages go through the chat template (with ``tools`` and its own
         ``variables``, such as ``{"enable_thinking": False}``), token ids, in a sequence or an array (tokens,), are used
-        unchanged. ``speculate`` False leaves a loaded draft aside. ``special``: see :meth:`encode`. A stream that this
-        thread left unfinished ends. Raises ConfigError, TemplateError, ShapeError for an empty prompt or wrong ids,
-        ContextFull, SessionClosed, NativeError, and StateError while another thread generates.
+        unchanged. ``speculate`` False leaves a loaded draft aside. ``special``: see :meth:`encode`. Raises ConfigError,
+        TemplateError, ShapeError for an empty prompt or wrong ids, ContextFull, SessionClosed, and StateError while
+        another thread generates.
+
+        Generation begins with the first chunk that is asked for, which ends a stream that this thread left unfinished;
+        a stream that is never read keeps nobody from the engine. A chunk raises NativeError, and the first one
+        StateError where another thread has begun to generate since this call.
         """
         self._check_open()
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else an_instance(params, SamplingParams, "params")
+        an_instance(speculate, bool, "speculate")
         ids = self.encode(prompt, tools=tools, variables=variables, special=special)
+        self.session.check_prompt(ids, after=0)
         sampler = Sampler(params, self.model.config.vocab)
         stop_ids = self._stop_ids(params)
         caller = Caller()
         text = AnswerText(self.tokenizer, params.stop, self._splitter(prompt, ids))
         stream = Stream(self._stream(ids, params, stop_ids, sampler, speculate, caller, text), caller)
         with self._callers:
+            self._check_free()
             self._streams.add(stream)
         return stream
 
@@ -201,8 +213,9 @@ class Engine:
         ``special`` says which texts such as ``<|im_end|>`` become tokens: those that the chat template writes, never
         those inside messages ("template"; in a raw prompt, all), "all", or "none".
         """
+        self._check_open()
         special = SPECIAL.check(special, "special")
-        ids = token_ids(prompt, self.model.config.vocab)
+        ids = ids_of(prompt, self.model.config.vocab)
         if (ids is not None or isinstance(prompt, str)) and (is_given(tools) or is_given(variables)):
             raise ConfigError("tools and variables are for the chat template; give messages instead of a raw prompt")
         if ids is None:
@@ -263,18 +276,23 @@ class Engine:
     def _take(self, caller: Caller) -> None:
         """Make ``caller`` the one who generates; StateError while another thread does."""
         with self._callers:
-            self._check_open()
-            if self._caller is not None and self._caller.in_the_way:
-                raise StateError(
-                    "this engine is generating already for another thread; finish, close or cancel that stream, or use "
-                    "another engine"
-                )
+            self._check_free()
             self._caller = caller
+
+    def _check_free(self) -> None:
+        """With ``_callers`` held: raises SessionClosed, and StateError while another thread generates."""
+        self._check_open()
+        if self._caller is not None and self._caller.in_the_way:
+            raise StateError(
+                "this engine is generating already for another thread; finish, close or cancel that stream, or use "
+                "another engine"
+            )
 
     # --- one sequence -----------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Start a new sequence."""
+        self._check_open()
         self.session.reset()
         if self.draft_session is not None:
             self.draft_session.reset()
@@ -282,8 +300,12 @@ class Engine:
     def read(self, ids: Sequence[int]) -> Generator[None, None, Sequence[int]]:
         """Read a prompt but its last chunk, pausing after each chunk when the device is done; returns what is left.
 
-        For measurements: ``steps`` begins with what is left, and does the same work as with the whole prompt.
+        For measurements: ``steps`` begins with what is left, and does the same work as with the whole prompt. Raises
+        what :meth:`Session.check_prompt` does.
         """
+        return self._read(self.session.check_prompt(ids).tolist())
+
+    def _read(self, ids: list[int]) -> Generator[None, None, Sequence[int]]:
         head = (len(ids) - 1) // self.session.chunk * self.session.chunk
         for output in self.session.prefill(ids[:head]) if head else ():
             if self.draft_session is not None:
@@ -297,6 +319,7 @@ class Engine:
         speculate: bool = True, cancel: threading.Event | None = None,
     ) -> Iterator[Step]:  # fmt: skip
         """Continue the sequence by ``ids``, then decode, with the draft when there is one."""
+        an_instance(speculate, bool, "speculate")
         if self.draft_session is None or not speculate:
             steps = autoregressive(self.session, ids, sampler, max_tokens=max_tokens, stop_ids=stop_ids, cancel=cancel)
             return steps if self.draft_session is None else map(_without_speculation, steps)
@@ -321,7 +344,11 @@ class Engine:
         return {r.name: r.value for r in recommendations(self.model.file.metadata) if r.name}
 
     def settings(self) -> tuple[Setting, ...]:
-        """Every effective value and where it came from: the configuration, then what follows from it and the files."""
+        """Every effective value and where it came from: the configuration, then what follows from it and the files.
+
+        Raises SessionClosed.
+        """
+        self._check_open()
         most = self.config.draft_max
         return (
             *self.config.settings(),

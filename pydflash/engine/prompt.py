@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from operator import index
 from typing import Any, Protocol, SupportsIndex, TypeAlias, runtime_checkable
 
 import numpy as np
 
-from pydflash.errors import ConfigError, ShapeError
+from pydflash.errors import ConfigError
+from pydflash.runtime import token_ids
 
-__all__ = ["Prompt", "is_conversation", "is_given", "template_variables", "token_ids"]
+__all__ = ["Prompt", "ids_of", "is_conversation", "is_given", "template_variables"]
 
 
 @runtime_checkable
@@ -28,11 +28,10 @@ TAKEN = frozenset({"messages", "tools", "self"})
 """Names of the render call's own arguments."""
 
 
-def token_ids(prompt: object, vocab: int) -> list[int] | None:
+def ids_of(prompt: object, vocab: int) -> list[int] | None:
     """The token ids that ``prompt`` holds, or None where it is text or messages.
 
-    Raises ShapeError for ids that are no integers (0 to ``vocab`` - 1) or of another shape than (tokens,), and
-    ConfigError for what is no prompt at all.
+    Raises ShapeError for an empty prompt and for ids that ``token_ids`` refuses, ConfigError for what is no prompt.
     """
     if isinstance(prompt, str):
         return None
@@ -40,15 +39,17 @@ def token_ids(prompt: object, vocab: int) -> list[int] | None:
         raise ConfigError(
             f"the prompt is a {type(prompt).__name__}, and bytes are neither text nor token ids: decode them first"
         )
-    if isinstance(prompt, Array) and not isinstance(prompt, type):
-        return _ids_of_array(prompt, vocab)
-    if not isinstance(prompt, Sequence):
-        raise ConfigError(f"the prompt is a {type(prompt).__name__}; {EXPECTED}")
-    return None if len(prompt) and not _is_number(prompt[0]) else _ids_of_sequence(prompt, vocab)
+    if not isinstance(prompt, Array) or isinstance(prompt, type):
+        if not isinstance(prompt, Sequence):
+            raise ConfigError(f"the prompt is a {type(prompt).__name__}; {EXPECTED}")
+        if len(prompt) and not _is_number(prompt[0]):
+            return None
+    ids: list[int] = token_ids(prompt, vocab, "prompt").tolist()
+    return ids
 
 
 def is_conversation(prompt: Prompt) -> bool:
-    """Whether a prompt that ``token_ids`` has let pass holds messages."""
+    """Whether a prompt that ``ids_of`` has let pass holds messages."""
     return isinstance(prompt, Sequence) and not isinstance(prompt, str | Array) and not _is_number(prompt[0])
 
 
@@ -71,42 +72,5 @@ def template_variables(variables: object) -> Mapping[str, Any]:
     return variables
 
 
-def _ids_of_array(prompt: Array, vocab: int) -> list[int]:
-    name = type(prompt).__name__
-    try:
-        ids = np.asarray(prompt)
-    except Exception as error:  # whatever the other library raises, such as for memory on a GPU
-        raise ConfigError(f"the prompt is a {name} that gives no numpy array: {error}") from error
-    if ids.ndim != 1:
-        raise ShapeError(f"the prompt is a {name} of shape {ids.shape}; token ids have shape (tokens,)")
-    if ids.size and ids.dtype.kind not in "iu":
-        raise ShapeError(f"the prompt is a {name} of {ids.dtype}; token ids are integers")
-    wrong = np.flatnonzero((ids < 0) | (ids >= vocab)) if ids.size else ids
-    if wrong.size:
-        raise _outside(int(wrong[0]), int(ids[wrong[0]]), vocab)
-    found: list[int] = ids.tolist()
-    return found
-
-
-def _ids_of_sequence(prompt: Sequence[Any], vocab: int) -> list[int]:
-    ids = []
-    for i, item in enumerate(prompt):
-        try:
-            token = int(index(item))
-        except (TypeError, ValueError):  # the latter from tensors of several numbers
-            token = None
-        if token is None or isinstance(item, bool | np.bool_):
-            raise ShapeError(f"prompt[{i}] is a {type(item).__name__}; the prompt holds token ids, which are integers")
-        if not 0 <= token < vocab:
-            raise _outside(i, token, vocab)
-        ids.append(token)
-    return ids
-
-
 def _is_number(item: object) -> bool:
     return isinstance(item, float | SupportsIndex | np.generic)
-
-
-def _outside(i: int, token: int, vocab: int) -> ShapeError:
-    shown = token if token.bit_length() <= 64 else f"an integer of {token.bit_length():,} bits"
-    return ShapeError(f"prompt[{i}] is {shown}; token ids of this model are 0 to {vocab - 1:,}")

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from pydflash.arguments import a_path
 from pydflash.errors import PydflashError, WriteError
 
 __all__ = ["check_output", "replacing"]
@@ -63,6 +64,7 @@ def check_output(path: str | Path, inputs: Iterable[str | Path] = ()) -> Path:
     Raises WriteError where ``path`` exists and is no regular file, is read-only, or is one of ``inputs`` by whatever
     name (symlink or hard link), and where there is no folder for it.
     """
+    path = a_path(path, "path")
     target = Path(os.path.realpath(path))
     try:
         found = os.stat(path)

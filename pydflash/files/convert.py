@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from pydflash.arguments import a_function, a_path, shown
 from pydflash.errors import BadMetadata, ConfigError, DraftMismatch, LoadError, MissingTensor
 from pydflash.files.gguf import GGUFFile
 from pydflash.files.gguf_writer import WRITABLE_TYPES, TensorSource, encode, write_gguf
@@ -105,9 +106,10 @@ def convert_draft(
     ``output`` cannot be written or is one of the files read. Whatever is raised, a file that was at ``output`` is as it
     was.
     """
-    if type not in WRITABLE_TYPES:
-        raise ConfigError(f"type is {type!r}; valid types are {', '.join(WRITABLE_TYPES)}")
-    source, output = Path(source), Path(output)
+    if not isinstance(type, str) or type not in WRITABLE_TYPES:
+        raise ConfigError(f"type is {shown(type)}; valid types are {', '.join(WRITABLE_TYPES)}")
+    source, output = a_path(source, "source"), a_path(output, "output")
+    a_function(progress, "progress")
     with GGUFFile.open(target) as target_file:
         config = _read_config(source)
         weights = _weight_files(source)
@@ -359,14 +361,17 @@ def _open_all(paths: list[Path]) -> dict[str, _Tensor]:
 def _open_safetensors(path: Path) -> dict[str, _Tensor]:
     """Map one file: u64 length of a JSON header {name: {dtype, shape, data_offsets}}, then the data."""
     damaged = f"{path}: the file is damaged or not a safetensors file; download it again"
-    with path.open("rb") as file:
-        size = path.stat().st_size
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else _HEADER_LIMIT
-        if length >= min(_HEADER_LIMIT, size - 7):
-            raise LoadError(damaged)
-        header_bytes = file.read(length)
-        data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)[8 + length :]
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            head = file.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else _HEADER_LIMIT
+            if length >= min(_HEADER_LIMIT, size - 7):
+                raise LoadError(damaged)
+            header_bytes = file.read(length)
+            data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)[8 + length :]
+    except OSError as error:
+        raise LoadError(f"{path}: cannot be read: {error}; check permissions and free memory") from error
     try:
         header = json.loads(header_bytes)
         header.pop("__metadata__", None)
@@ -412,6 +417,8 @@ def _named(
 
 def _source(name: str, tensor: _Tensor, dtype: GGMLType) -> TensorSource:
     """Matrices in the requested type, norms in f32."""
+    if len(tensor.shape) not in (1, 2) or 0 in tensor.shape:
+        raise LoadError(f"tensor {name!r} of the draft has shape {tensor.shape}; vectors and matrices were expected")
     kind = dtype if len(tensor.shape) == 2 else GGMLType.F32
     columns = tensor.shape[-1]
     encode(np.zeros((1, columns), np.float32), kind)  # refuses rows that are not whole blocks, before writing

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
+from pydflash.arguments import a_path
 from pydflash.errors import BadMetadata, LoadError, MissingTensor, StateError
 from pydflash.files.gguf_format import (
     Cursor,
@@ -63,8 +64,11 @@ class _Part:
 
     def read(self, start: int, nbytes: int) -> bytes:
         """Copy bytes without touching the mapping, where each page touched would fetch megabytes around it."""
-        self.file.seek(start)
-        content = self.file.read(nbytes)
+        try:
+            self.file.seek(start)
+            content = self.file.read(nbytes)
+        except OSError as error:
+            raise LoadError(f"{self.path}: cannot be read: {error}; download or copy it again") from error
         if len(content) < nbytes:
             truncated(self.path, start + len(content), start, nbytes, "its digest")
         return content
@@ -97,10 +101,11 @@ class GGUFFile:
     def open(cls, path: str | Path) -> GGUFFile:
         """Map and check the file at ``path``; the first part of a split model opens all parts.
 
-        Raises LoadError (BadMetadata for a metadata value) that names the file, the place and the remedy.
+        Raises LoadError (BadMetadata for a metadata value) that names the file, the place and the remedy; ConfigError
+        for what is no path.
         """
         with ExitStack() as undo:
-            parts = [_Part(Path(path), 0)]
+            parts = [_Part(a_path(path, "path"), 0)]
             undo.callback(parts[0].close)
             for index, other in enumerate(_other_parts(parts[0]), start=1):
                 parts.append(_Part(other, index))

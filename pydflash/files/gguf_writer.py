@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from pydflash.arguments import shown
 from pydflash.errors import ConfigError
 from pydflash.files.atomic_file import replacing
 from pydflash.files.gguf_format import ValueType
@@ -47,9 +49,10 @@ def write_gguf(
 ) -> int:
     """Write the file, whole or not at all, and return its size in bytes.
 
-    bool, int, float and str become BOOL, UINT32 (INT32 below zero), FLOAT32 and STRING; lists are arrays of these, with
-    INT32 for int; numpy arrays keep their type. ``inputs``: files that the values come from; WriteError if ``path`` is
-    one of them or cannot be written.
+    bool, int, float and str become BOOL, UINT32 (INT32 below zero), FLOAT32 and STRING, or the 64-bit type where only
+    that holds them; lists are arrays of these, with INT32 for int, or arrays of arrays; numpy arrays keep their type.
+    ``inputs``: files that the values come from. Raises WriteError if ``path`` is one of them or cannot be written,
+    ConfigError for a value that GGUF has no type for; the file that was there is as it was.
     """
     with replacing(path, inputs) as file:
         file.write(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
@@ -132,23 +135,48 @@ def _pad(file: BinaryIO) -> None:
 
 
 def _string(text: str) -> bytes:
-    data = text.encode("utf-8", "surrogateescape")
+    try:
+        data = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{text!r} cannot be written as UTF-8: {error.reason}") from None
     return struct.pack("<Q", len(data)) + data
 
 
+# The types of a scalar in Python, in the order in which they are tried.
+_SCALARS = {
+    int: ((ValueType.UINT32, "I"), (ValueType.INT32, "i"), (ValueType.UINT64, "Q"), (ValueType.INT64, "q")),
+    float: ((ValueType.FLOAT32, "f"), (ValueType.FLOAT64, "d")),
+}
+
+
 def _value(value: Any) -> bytes:
+    """The type of a metadata value, and the value."""
     if isinstance(value, bool):
         return struct.pack("<I?", ValueType.BOOL, value)
-    if isinstance(value, int):
-        return struct.pack("<Ii", ValueType.INT32, value) if value < 0 else struct.pack("<II", ValueType.UINT32, value)
-    if isinstance(value, float):
-        return struct.pack("<If", ValueType.FLOAT32, value)
     if isinstance(value, str):
         return struct.pack("<I", ValueType.STRING) + _string(value)
-    if isinstance(value, np.ndarray):
-        head = struct.pack("<IIQ", ValueType.ARRAY, _ARRAY_KINDS[value.dtype.str[1:]], len(value))
-        return head + value.tobytes()
-    if value and isinstance(value[0], str):
-        return struct.pack("<IIQ", ValueType.ARRAY, ValueType.STRING, len(value)) + b"".join(map(_string, value))
-    kinds = {bool: np.bool_, int: np.int32, float: np.float32}
-    return _value(np.array(value, kinds[type(value[0])]))
+    if isinstance(value, np.ndarray | list):
+        return struct.pack("<I", ValueType.ARRAY) + _array(value)
+    for kind, code in _SCALARS.get(type(value), ()):
+        with suppress(struct.error, OverflowError):  # out of that type's range
+            return struct.pack(f"<I{code}", kind, value)
+    raise ConfigError(f"{shown(value)} cannot be written as a metadata value: no type of GGUF holds it")
+
+
+def _array(values: npt.NDArray[Any] | list[Any]) -> bytes:
+    """The type of the items, their number and the items."""
+    kinds = {type(value) for value in values} if isinstance(values, list) else set()
+    if kinds == {str}:
+        return struct.pack("<IQ", ValueType.STRING, len(values)) + b"".join(map(_string, values))
+    if kinds and kinds <= {list, np.ndarray}:
+        return struct.pack("<IQ", ValueType.ARRAY, len(values)) + b"".join(map(_array, values))
+    array = values if isinstance(values, np.ndarray) else _numbers(values, kinds)
+    return struct.pack("<IQ", _ARRAY_KINDS[array.dtype.str[1:]], len(array)) + array.tobytes()
+
+
+def _numbers(values: list[Any], kinds: set[type]) -> npt.NDArray[Any]:
+    dtype = {bool: np.bool_, int: np.int32, float: np.float32}.get(kinds.pop() if len(kinds) == 1 else int)
+    with suppress(OverflowError, TypeError, ValueError):
+        if dtype is not None:
+            return np.array(values, dtype)
+    raise ConfigError(f"{shown(values)} cannot be written as a metadata value: its items are not of one type of GGUF")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
+from pydflash.arguments import a_function
 from pydflash.errors import BadMetadata, UnsupportedArchitecture
 from pydflash.files import GGUFFile
 from pydflash.models import qwen35, qwen35moe
@@ -90,9 +91,10 @@ def load_model(
 
     ``device``: 'auto', 'cpu', 'cuda' or 'cuda:N'. ``progress(bytes_done, bytes_total)`` is called while weights are
     read. ``threads`` is for the CPU. ``ignore``: patterns, such as "blk.*.attn_q.bias", of tensors and metadata keys
-    that may stay unused; UnsupportedModel for others. Raises ConfigError for a pattern that matches nothing, LoadError,
-    NoDevice or OutOfMemory; nothing stays allocated then.
+    that may stay unused; UnsupportedModel for others. Raises ConfigError, also for a pattern that matches nothing,
+    LoadError, NoDevice or OutOfMemory; nothing stays allocated then.
     """
+    a_function(progress, "progress")
     file = GGUFFile.open(path)
     try:
         architecture = architecture_of(file)

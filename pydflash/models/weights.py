@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from pydflash import ops
-from pydflash.errors import LoadError, MissingTensor, UnsupportedModel
+from pydflash.arguments import shown
+from pydflash.errors import LoadError, MissingTensor, SessionClosed, UnsupportedModel
 from pydflash.files import GGUFFile, TensorInfo
 from pydflash.ggml_types import GGMLType
 from pydflash.native import Arena, Backend, MappedArena, Shape, Staging, Tensor, Traits
@@ -119,6 +120,10 @@ class Weights:
         self._tensors.update({name: arena[name] for name in arena})
 
     def __getitem__(self, name: str) -> Tensor:
+        if self.closed:
+            raise SessionClosed(f"the weights of {self._file.path} were freed; load it again")
+        if name not in self._tensors:
+            raise MissingTensor(f"{self._file.path}: the model has no weights {shown(name)}")
         return self._tensors[name]
 
     def linear(self, name: str) -> Linear:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from pydflash import machine
 from pydflash._ffi import build_info, check, cuda_library, ffi, lib
+from pydflash.arguments import an_integer, shown
 from pydflash.errors import ConfigError, NoDevice, OutOfMemory, StateError
 from pydflash.native.device_lock import DeviceLock, exclusive
 from pydflash.native.headroom import check_allocation, check_threads
@@ -73,13 +74,13 @@ class Backend:
 
         Raises NoDevice when it is not there, ConfigError for another name or fewer than 1 thread.
         """
-        if device == "auto":
+        if isinstance(device, str) and device == "auto":
             device = "cuda" if cuda_device_count() else "cpu"
-        match = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", device)
+        match = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", device) if isinstance(device, str) else None
         if match is None:
-            raise ConfigError(f"device {device!r} is not one of 'auto', 'cpu', 'cuda', 'cuda:0', 'cuda:1', ...")
-        if threads is not None and not 1 <= threads <= 512:
-            raise ConfigError(f"threads is {threads}; it must lie in 1..512")
+            raise ConfigError(f"device {shown(device)} is not one of 'auto', 'cpu', 'cuda', 'cuda:0', 'cuda:1', ...")
+        if threads is not None:
+            threads = an_integer(threads, "threads", 1, 512)
         self.is_cuda = device != "cpu"
         self.traits = CUDA if self.is_cuda else CPU
         self.threads = 0 if self.is_cuda else threads or default_threads()

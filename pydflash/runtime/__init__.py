@@ -4,5 +4,16 @@ from pydflash.runtime.output import Output
 from pydflash.runtime.proposal import DeviceProposal, HostProposal, Proposal
 from pydflash.runtime.runner import Head, width_for
 from pydflash.runtime.session import Session
+from pydflash.runtime.tokens import last_token, token_ids
 
-__all__ = ["DeviceProposal", "Head", "HostProposal", "Output", "Proposal", "Session", "width_for"]
+__all__ = [
+    "DeviceProposal",
+    "Head",
+    "HostProposal",
+    "Output",
+    "Proposal",
+    "Session",
+    "last_token",
+    "token_ids",
+    "width_for",
+]

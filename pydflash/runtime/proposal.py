@@ -8,8 +8,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pydflash.errors import SessionClosed
-from pydflash.native import Arena
+from pydflash.errors import ConfigError, SessionClosed
+from pydflash.native import Arena, Backend
 
 __all__ = ["DeviceProposal", "HostProposal", "Proposal"]
 
@@ -56,7 +56,7 @@ class DeviceProposal:
         """Copied from the device when first asked for; valid until the draft's next proposal. SessionClosed when the
         draft session was closed."""
         if self._ids is None:
-            self.check_open()
+            self._check_open()
             ids = np.empty(self._count, np.int32)
             self.arena.backend.read(self.arena["tokens"], ids)
             self._ids = ids
@@ -69,7 +69,12 @@ class DeviceProposal:
     def first(self, count: int) -> DeviceProposal:
         return DeviceProposal(self.arena, min(count, self._count))
 
-    def check_open(self) -> None:
-        """SessionClosed when the draft session was closed: the tokens are gone then."""
+    def check_usable(self, backend: Backend) -> None:
+        """ConfigError unless the tokens lie on ``backend``, SessionClosed when the draft session was closed."""
+        if self.arena.backend is not backend:
+            raise ConfigError("the proposal belongs to another model; forward it in the session that it was made for")
+        self._check_open()
+
+    def _check_open(self) -> None:
         if self.arena.closed:
             raise SessionClosed("the draft session of this proposal was closed; propose with one that is open")

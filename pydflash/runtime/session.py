@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
+from pydflash.arguments import an_instance, an_integer, an_iterable, shown
 from pydflash.config import SessionConfig
-from pydflash.errors import (
-    ConfigError,
-    ContextFull,
-    ContextWarning,
-    NothingPending,
-    SessionClosed,
-    ShapeError,
-    StateError,
-)
+from pydflash.errors import ConfigError, ContextFull, ContextWarning, NothingPending, SessionClosed, StateError
 from pydflash.ggml_types import GGMLType
 from pydflash.kv_format import CACHE_TYPES, k_basis, v_basis
-from pydflash.limits import EXACT_ROWS
+from pydflash.limits import EXACT_ROWS, MOST_POSITIONS
 from pydflash.models import Model
 from pydflash.native import Arena, DeviceLock, Tensor, closing, exclusive
 from pydflash.runtime.output import Output
 from pydflash.runtime.proposal import DeviceProposal, HostProposal, Proposal
 from pydflash.runtime.runner import Head, Rows, Runner
+from pydflash.runtime.tokens import token_ids
 from pydflash.state import (
     FORMAT,
     CacheFormat,
@@ -74,11 +67,12 @@ class Session:
         """SessionConfig describes the settings. An f32 cache, a basis or a capture must also suit the device and the
         model. Raises ConfigError, OutOfMemory. Warns (ContextWarning) of more positions than the model was trained on.
         """
-        config, backend = model.config, model.backend
+        config, backend = an_instance(model, Model, "model").config, model.backend
+        if model.weights.closed:
+            raise SessionClosed("the model was closed; load it again")
         settings = SessionConfig(max_context, cache_k, cache_v, k_rotation, v_rotation, fused, chunk)
         _warn_beyond(model, settings.max_context)
-        if not all(0 <= layer < config.layers for layer in capture):
-            raise ConfigError(f"capture is {tuple(capture)}; the model has layers 0..{config.layers - 1}")
+        layers = _layers(capture, config.layers)
         k_type, v_type = CACHE_TYPES[settings.cache_k], CACHE_TYPES[settings.cache_v]
         check_pair(k_type, v_type, backend.traits.cache_types)
         self.cache_format = CacheFormat(
@@ -87,7 +81,7 @@ class Session:
             k_basis(k_type, config.head_size, settings.k_rotation).name,
             v_basis(config.head_size, settings.v_rotation).name,
         )
-        self.model, self.capture = model, tuple(capture)
+        self.model, self.capture = model, layers
         self.max_context, self.chunk, self.fused = settings.max_context, settings.chunk, settings.fused
         self.capacity = -(-self.max_context // 256) * 256
         self.state: SequenceState[LayerState] = SequenceState(
@@ -95,7 +89,7 @@ class Session:
         )
         self._features = _features(model, self.chunk, len(self.capture)) if self.capture else None
         self._runner = Runner(
-            model, self.state, self.capacity, self.capture, self.features if capture else None, self.chunk
+            model, self.state, self.capacity, self.capture, self.features if layers else None, self.chunk
         )
         self.length = self.pending = 0
         self._serial = 0  # counts steps, so that an Output knows whether it is still valid
@@ -128,15 +122,21 @@ class Session:
         ``logits``: the rows the LM head runs for: 'last', 'all' or 'none'. Raises ShapeError for an empty list or a
         token outside the vocabulary, ContextFull, StateError when rows are pending already, SessionClosed.
         """
-        self._check(len(tokens), logits)
+        self._check_ready()
+        if not isinstance(logits, str) or logits not in ("last", "all", "none"):
+            raise ConfigError(f"logits is {shown(logits)}; valid values are 'last', 'all', 'none'")
         if isinstance(tokens, DeviceProposal):
-            tokens.check_open()
-            output = self._step(tokens, 0, logits, keep=True)
+            tokens.check_usable(self.model.backend)
+            ids: DeviceProposal | npt.NDArray[np.int32] = tokens
         else:
-            ids = self._ids(tokens.ids if isinstance(tokens, HostProposal) else cast("Sequence[int]", tokens))
-            self._whole = len(ids) > EXACT_ROWS
-            output = self._chunks(ids, logits) if self._whole else self._step(ids, 0, logits, keep=True)
-        self.pending = len(tokens)
+            ids = token_ids(tokens.ids if isinstance(tokens, HostProposal) else tokens, self.model.config.vocab)
+        self._check_room(len(ids), self.length)
+        if isinstance(ids, DeviceProposal) or len(ids) <= EXACT_ROWS:
+            output = self._step(ids, 0, logits, keep=True)
+        else:
+            self._whole = True
+            output = self._chunks(ids, logits)
+        self.pending = len(ids)
         return output
 
     def commit(self, n: int) -> None:
@@ -145,6 +145,7 @@ class Session:
         Raises NothingPending, or StateError when n is out of range or part of a forward wider than 16 rows.
         """
         self.check_open()
+        n = an_integer(n, "n", -MOST_POSITIONS, MOST_POSITIONS)
         if not self.pending:
             raise NothingPending(f"commit({n}) without a forward; nothing is pending")
         if not 0 <= n <= self.pending:
@@ -158,18 +159,21 @@ class Session:
         self._replay = 0 if self._whole else n
         self.pending, self._whole = 0, False
 
-    def prefill(self, tokens: Sequence[int]) -> Iterator[Output]:
+    def prefill(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> Iterator[Output]:
         """Read a prompt: forward and commit it, ``chunk`` tokens at a time, yielding the Output of each chunk.
 
         The last one has the logits of the last token, those before it none; ``output.count`` tokens were committed.
-        Raises ShapeError for an empty prompt, ContextFull before the first chunk when it does not fit.
+        The call itself raises what :meth:`check_prompt` does, StateError when rows are pending already, and computes
+        nothing yet.
         """
-        if not len(tokens):
-            raise ShapeError("the prompt is empty; give at least one token")
-        self.check_room(len(tokens))
-        for start in range(0, len(tokens), self.chunk):
-            piece = tokens[start : start + self.chunk]
-            output = self.forward(piece, "last" if start + len(piece) == len(tokens) else "none")
+        self._check_ready()
+        ids = self.check_prompt(tokens)
+        return self._prefill(ids)
+
+    def _prefill(self, ids: npt.NDArray[np.int32]) -> Iterator[Output]:
+        for start in range(0, len(ids), self.chunk):
+            piece = ids[start : start + self.chunk]
+            output = self.forward(piece, "last" if start + len(piece) == len(ids) else "none")
             self.commit(len(piece))
             yield output
 
@@ -233,7 +237,7 @@ class Session:
         SessionClosed; the session is then unchanged.
         """
         self.check_open()
-        check_fingerprint(snapshot.fingerprint, self.fingerprint)
+        check_fingerprint(an_instance(snapshot, Snapshot, "snapshot").fingerprint, self.fingerprint)
         if snapshot.length > self.max_context:
             raise ContextFull(
                 f"restore: the snapshot holds {snapshot.length:,} positions and this session {self.max_context:,} at "
@@ -249,6 +253,7 @@ class Session:
     def stands_at(self, place: Place) -> bool:
         """Whether the committed text is the one that ``place`` names: reached in this session, or restored and not
         continued."""
+        an_instance(place, Place, "place")
         return self.length == place.length and place in (Place(self.sequence, self.length), self.origin)
 
     def _begin(self, origin: Place) -> None:
@@ -262,33 +267,31 @@ class Session:
         if self.model.weights.closed:
             raise SessionClosed("the model of this session was closed; load it again and open a new session")
 
-    def _check(self, count: int, logits: Head) -> None:
+    def check_prompt(
+        self, tokens: Sequence[int] | npt.NDArray[np.integer], *, after: int | None = None
+    ) -> npt.NDArray[np.int32]:
+        """``tokens`` as (n,) int32, a prompt that fits ``after`` so many positions (default: the committed ones).
+
+        Raises ShapeError for an empty prompt or a token outside the vocabulary, ContextFull, SessionClosed.
+        """
+        self.check_open()
+        ids = token_ids(tokens, self.model.config.vocab, "prompt")
+        self._check_room(len(ids), self.length if after is None else an_integer(after, "after", 0, MOST_POSITIONS))
+        return ids
+
+    def _check_ready(self) -> None:
         self.check_open()
         if self.pending:
             raise StateError(
                 f"{self.pending} positions are pending; commit(n) or commit(0) them before the next forward"
             )
-        if logits not in ("last", "all", "none"):
-            raise ConfigError(f"logits is {logits!r}; valid values are 'last', 'all', 'none'")
-        self.check_room(count)
 
-    def check_room(self, count: int) -> None:
-        """ContextFull unless ``count`` more positions fit."""
-        if self.length + count > self.max_context:
+    def _check_room(self, count: int, used: int) -> None:
+        if used + count > self.max_context:
             raise ContextFull(
-                f"{self.length:,} of {self.max_context:,} positions are used and {count:,} more were asked for; "
-                f"open the session with max_context >= {self.length + count:,}"
+                f"{used:,} of {self.max_context:,} positions are used and {count:,} more were asked for; "
+                f"open the session with max_context >= {used + count:,}"
             )
-
-    def _ids(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
-        ids = np.asarray(tokens)
-        if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
-            raise ShapeError(f"forward needs a non-empty list of token ids; found shape {ids.shape}, dtype {ids.dtype}")
-        vocab = self.model.config.vocab
-        if ids.min() < 0 or ids.max() >= vocab:
-            bad = int(ids[(ids < 0) | (ids >= vocab)][0])
-            raise ShapeError(f"token id {bad} is outside the vocabulary of {vocab} tokens")
-        return ids.astype(np.int32)
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -315,6 +318,14 @@ class Session:
         self.check_open()
         if serial != self._serial:
             raise StateError("this output belongs to an earlier forward; read logits before the next one")
+
+
+def _layers(capture: Iterable[int], layers: int) -> tuple[int, ...]:
+    """The layers that ``capture`` names, of ``layers``."""
+    named = tuple(an_iterable(capture, "capture"))
+    if not all(isinstance(layer, int | np.integer) and 0 <= layer < layers for layer in named):
+        raise ConfigError(f"capture is {shown(capture)}; the model has layers 0..{layers - 1}")
+    return tuple(map(int, named))
 
 
 def _features(model: Model, chunk: int, layers: int) -> Arena:

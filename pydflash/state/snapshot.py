@@ -12,6 +12,7 @@ import json
 import math
 import os
 import struct
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import BufferedReader
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from pydflash.arguments import a_path, an_instance, an_integer
 from pydflash.errors import LoadError, ShapeError
 from pydflash.files import replacing
 from pydflash.limits import MOST_POSITIONS, TAPE_ROWS
@@ -74,12 +76,17 @@ class Snapshot:
     arrays: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        an_instance(self.fingerprint, Fingerprint, "fingerprint")
+        an_instance(self.sequence, str, "sequence")
+        an_instance(self.arrays, Mapping, "arrays")
+        for name in ("length", "replay"):
+            an_integer(getattr(self, name), name, -sys.maxsize, sys.maxsize)
         _check_counts(self.length, self.replay)
         layout = self.fingerprint.layout(self.length, self.replay)
         if list(self.arrays) != list(layout):
             raise ShapeError(f"a snapshot with arrays {', '.join(self.arrays)}; it needs {', '.join(layout)}")
         for name, (shape, dtype) in layout.items():
-            values = self.arrays[name]
+            values = an_instance(self.arrays[name], np.ndarray, name)
             if values.shape != shape or values.dtype != _DTYPES[dtype] or not values.flags.c_contiguous:
                 raise ShapeError(
                     f"a snapshot with {name} of shape {values.shape} and dtype {values.dtype}; "
@@ -115,11 +122,11 @@ class Snapshot:
 
         Raises LoadError that names the file, what was found and what to do.
         """
-        path = Path(path)
-        if not path.is_file():  # a pipe would block
-            found = "is not a regular file" if path.exists() else "does not exist"
-            raise LoadError(f"{path}: a snapshot file is needed and the path {found}; check its spelling")
+        path = a_path(path, "path")
         try:
+            if not path.is_file():  # a pipe would block
+                found = "is not a regular file" if path.exists() else "does not exist"
+                raise LoadError(f"{path}: a snapshot file is needed and the path {found}; check its spelling")
             with path.open("rb") as file:
                 return _Reader(path, file).read()
         except (OSError, MemoryError) as error:

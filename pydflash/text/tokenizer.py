@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from operator import index
 from typing import TYPE_CHECKING, Any
 
 from pydflash import machine
+from pydflash.arguments import an_instance, an_iterable, shown
 from pydflash.errors import BadMetadata, ConfigError, OutOfMemory, ShapeError
 from pydflash.text.special_tokens import AddedTokens, TokenType, classify
 
@@ -155,6 +157,8 @@ class Tokenizer:
         False reads these as plain text too, for text that a user typed; only runs of white space stay tokens.
         Raises ConfigError where ``text`` holds a lone surrogate, BadMetadata where merges and tokens disagree.
         """
+        an_instance(text, str, "text")
+        an_instance(special, bool, "special")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -171,8 +175,8 @@ class Tokenizer:
 
         ``skip_special`` leaves control tokens out. Raises ShapeError where an id is outside the vocabulary.
         """
-        decoder = self.decoder(skip_special)
-        return "".join([decoder.push(token) for token in tokens]) + decoder.flush()
+        decoder = self.decoder(an_instance(skip_special, bool, "skip_special"))
+        return "".join([decoder.push(token) for token in an_iterable(tokens, "tokens")]) + decoder.flush()
 
     def decoder(self, skip_special: bool = False) -> Decoder:
         """Return an incremental decoder: its pieces, joined, equal ``decode`` of all the tokens."""
@@ -180,19 +184,26 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes that ``token`` stands for. Raises ShapeError where the id is outside the vocabulary."""
-        if not 0 <= token < self.vocab_size:
-            raise ShapeError(f"token id {token} is outside the vocabulary of {self.vocab_size:,} tokens")
+        token = self.checked(token)
         text = self._tokens[token]
-        if token in self._added:
-            return text.encode("utf-8")
+        if token not in self._added:
+            with suppress(KeyError):  # a filler that was never written in the byte-level alphabet
+                return bytes([BYTE_OF[character] for character in text])
+        return text.encode("utf-8", "surrogateescape")
+
+    def checked(self, token: int) -> int:
+        """Return ``token`` as an int. Raises ShapeError where it is no integer, or outside the vocabulary."""
         try:
-            return bytes([BYTE_OF[character] for character in text])
-        except KeyError:  # a filler that was never written in the byte-level alphabet
-            return text.encode("utf-8")
+            place = index(token)
+        except TypeError:
+            raise ShapeError(f"token id {shown(token)} is not an integer") from None
+        if not 0 <= place < self.vocab_size:
+            raise ShapeError(f"token id {shown(token)} is outside the vocabulary of {self.vocab_size:,} tokens")
+        return place
 
     def token_id(self, text: str) -> int | None:
         """Return the id of the token stored as ``text`` (``<think>``), or None; plain tokens are stored byte-level."""
-        return self._ids.get(text)
+        return self._ids.get(an_instance(text, str, "text"))
 
     @cached_property
     def added(self) -> AddedTokens:
@@ -258,7 +269,7 @@ class Decoder:
 
     def push(self, token: int) -> str:
         """Return the characters that ``token`` completes, often none. Raises ShapeError for an id out of range."""
-        if token in self._skipped:
+        if self._tokenizer.checked(token) in self._skipped:
             return ""
         return self._utf8.decode(self._tokenizer.token_bytes(token))
 

@@ -12,7 +12,7 @@ import pytest
 
 from pydflash.decode import Sampler, SamplingParams, Stats, Step, autoregressive, collect, speculative
 from pydflash.drafts import CycleCosts, DraftSession, ProposalLength, Proposer
-from pydflash.errors import ConfigError, ContextFull, ShapeError
+from pydflash.errors import ConfigError, ContextFull, PydflashError, ShapeError, StateError
 from pydflash.ggml_types import GGMLType
 from pydflash.native import Arena
 from pydflash.runtime import DeviceProposal, Output, Session
@@ -452,3 +452,38 @@ def test_a_draft_max_below_one_is_refused(pair_of: PairOf, draft_max: int) -> No
     session, draft = pair_of().open(64)
     with session, draft, pytest.raises(ConfigError, match=f"draft_max is {draft_max}"):
         list(speculative(session, draft, [1], greedy(), draft_max=draft_max, max_tokens=2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompt": []}, "the prompt is empty"),
+        ({"prompt": [1] * 65}, "max_context >= 65"),
+        ({"prompt": [VOCAB]}, f"token id {VOCAB} is outside"),
+        ({"session": None}, "session is None; expected an instance of Session"),
+        ({"sampler": Sampler(SamplingParams(), 5)}, f"the sampler is for 5 tokens, the session's model has {VOCAB}"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"stop_ids": 5}, "stop_ids is 5; expected a sequence or a set"),
+        ({"cancel": True}, "cancel is True; expected an instance of Event"),
+    ],
+)
+@pytest.mark.parametrize("speculate", [False, True])
+def test_arguments_are_checked_by_the_call_before_any_step(
+    pair_of: PairOf, speculate: bool, changes: dict[str, Any], words: str
+) -> None:
+    session, draft = pair_of().open(64)
+    arguments: dict[str, Any] = {"session": session, "prompt": [1], "sampler": greedy()} | changes
+    with session, draft:
+        with pytest.raises(PydflashError, match=words):
+            speculative(proposer=draft, **arguments) if speculate else autoregressive(**arguments)
+        assert (session.length, session.pending) == (0, 0)
+
+
+def test_rows_that_are_pending_are_told_by_the_call(pair_of: PairOf) -> None:
+    session, draft = pair_of().open(64)
+    with session, draft:
+        session.forward([1])
+        with pytest.raises(StateError, match="1 positions are pending"):
+            autoregressive(session, [1], greedy())
+        with pytest.raises(ConfigError, match="proposer is 'ngram'"):
+            speculative(session, "ngram", [1], greedy())  # type: ignore[arg-type]

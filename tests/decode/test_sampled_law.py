@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from scipy.stats import chisquare
 
 from pydflash.decode import Law, Sampler, SamplingParams, Stats, autoregressive, collect, loops, speculative
 from pydflash.drafts import Proposer
-from pydflash.runtime import HostProposal
+from pydflash.runtime import HostProposal, Session
 from tests.reference.qwen35 import Array
 
 VOCAB, DEPTH, SEQUENCES = 6, 4, 26_000  # 104,000 draws
@@ -44,15 +45,16 @@ class Rows:
         return self.logits.argmax(axis=1)
 
 
-class TableSession:
-    """The part of a session that decoding uses. The logits after a token are its row of TABLE."""
+class TableSession(Session):
+    """The part of a session that decoding uses, without a model. The logits after a token are its row of TABLE."""
 
     max_context, chunk = 1000, 512
+    model: Any = SimpleNamespace(config=SimpleNamespace(vocab=VOCAB))
 
     def __init__(self) -> None:
         self.length = 0
 
-    def prefill(self, tokens: Sequence[int]) -> Iterator[Rows]:
+    def prefill(self, tokens: Sequence[int]) -> Iterator[Rows]:  # type: ignore[override]
         yield self.forward(tokens)
         self.commit(len(tokens))
 

@@ -370,3 +370,40 @@ def test_the_whole_chain_runs_on_a_full_vocabulary() -> None:
     expected = slow_law(logits, history, params)
     assert ids.tolist() == list(expected)
     assert p == pytest.approx(list(expected.values()), rel=2e-5)
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e39, 1e308])
+def test_a_huge_temperature_makes_what_is_left_equally_likely(temperature: float) -> None:
+    logits = np.where(np.arange(100) < 50, make_logits(100), -np.inf).astype(np.float32)
+    ids, p = Sampler(SamplingParams(temperature=temperature, seed=0), 100).probabilities(logits, [])
+    assert p[ids < 50] == pytest.approx(1 / 50, rel=1e-3)
+    assert p[ids >= 50].sum() == 0
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 1e300])
+def test_a_penalty_beyond_what_float32_holds_leaves_the_rest_alone(penalty: float) -> None:
+    params = SamplingParams(repetition_penalty=penalty)
+    logits = np.array([0.0, -1.0, 2.0, 1.0], np.float32)
+    assert Sampler(params, 4).draw(logits, [0, 1]) in (1, 2)
+    assert Sampler(params, 4).draw(logits, [2, 2]) == (2 if penalty < 1 else 3)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": 10**400}, {"top_k": -(10**5000)}, {"logit_bias": {2**64: 1.0}},
+        {"logit_bias": {1: 10**400}}, {"logit_bias": {1: 1e39}}, {"logit_bias": {1: math.inf}}, {"logit_bias": [1]},
+        {"min_p": np.zeros(3)}, {"stop": b"abc"}, {"seed": -(10**5000)},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)  # fmt: skip
+def test_numbers_beyond_every_range_are_refused_by_name(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        SamplingParams(**wrong)
+
+
+@pytest.mark.parametrize("history", [5, {1, 2}, ["a"], [[1], [1, 2]], np.zeros((2, 2), np.int64)], ids=str)
+def test_a_history_that_is_none_is_refused(history: Any) -> None:
+    sampler = Sampler(SamplingParams(presence_penalty=1.0), 8)
+    with pytest.raises(ShapeError, match="history"):
+        sampler.draw(np.zeros(8, np.float32), history)

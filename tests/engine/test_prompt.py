@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pydflash.engine import Engine
-from pydflash.engine.prompt import token_ids
+from pydflash.engine.prompt import ids_of
 from pydflash.errors import ConfigError, PydflashError, ShapeError
 
 VOCAB = 512
@@ -49,15 +49,15 @@ class Tensor:
     ],
     ids=lambda prompt: type(prompt).__name__,
 )
-def test_integers_in_any_sequence_or_array_are_token_ids(prompt: Any) -> None:
-    ids = token_ids(prompt, VOCAB)
+def test_integers_in_any_sequence_or_array_are_ids_of(prompt: Any) -> None:
+    ids = ids_of(prompt, VOCAB)
     assert ids == [65, 66, 67]
     assert {type(token) for token in ids} == {int}
 
 
 @pytest.mark.parametrize("prompt", ["", "abc", np.str_("abc"), [USER], (USER,), [UserDict(USER)]])
-def test_text_and_messages_are_no_token_ids(prompt: Any) -> None:
-    assert token_ids(prompt, VOCAB) is None
+def test_text_and_messages_are_no_ids_of(prompt: Any) -> None:
+    assert ids_of(prompt, VOCAB) is None
 
 
 @pytest.mark.parametrize(
@@ -80,17 +80,17 @@ def test_text_and_messages_are_no_token_ids(prompt: Any) -> None:
         ([True, 65], r"prompt\[0\] is a bool"),
         ([65, np.bool_(True)], r"prompt\[1\] is a bool"),
         ([np.array([65, 66])], r"prompt\[0\] is a ndarray"),
-        ([65, -1], r"prompt\[1\] is -1; token ids of this model are 0 to 511"),
-        ([65, 512], r"prompt\[1\] is 512"),
-        ([10**5000], r"prompt\[0\] is an integer of 16,610 bits"),
-        (np.array([65, 512]), r"prompt\[1\] is 512"),
-        (np.array([65, 66, -2]), r"prompt\[2\] is -2"),
-        (np.array([2**64 - 1], np.uint64), r"prompt\[0\] is 18446744073709551615"),
+        ([65, -1], r"prompt\[1\]: token id -1 is outside the vocabulary of 512 tokens"),
+        ([65, 512], r"prompt\[1\]: token id 512 is outside"),
+        ([10**5000], r"cannot be written out"),
+        (np.array([65, 512]), r"prompt\[1\]: token id 512 is outside"),
+        (np.array([65, 66, -2]), r"prompt\[2\]: token id -2 is outside"),
+        (np.array([2**64 - 1], np.uint64), r"prompt\[0\]: token id 18446744073709551615 is outside"),
     ],
 )
 def test_ids_of_the_wrong_kind_are_refused_by_their_place(prompt: Any, problem: str) -> None:
     with pytest.raises(ShapeError, match=problem):
-        token_ids(prompt, VOCAB)
+        ids_of(prompt, VOCAB)
 
 
 NO_PROMPTS: dict[str, Callable[[], Any]] = {
@@ -112,7 +112,7 @@ NO_PROMPTS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("name", NO_PROMPTS)
 def test_what_is_no_prompt_is_refused_by_its_type(engine: Engine, name: str) -> None:
     for call in (engine.encode, engine.stream, engine.generate):
-        with pytest.raises(ConfigError, match=f"the prompt is a {name}"):
+        with pytest.raises(ConfigError, match=f"prompt is a {name}"):
             call(NO_PROMPTS[name]())
 
 

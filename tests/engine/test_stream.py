@@ -11,7 +11,7 @@ import pytest
 
 from pydflash.decode import SamplingParams
 from pydflash.engine import Engine
-from pydflash.errors import SessionClosed, StateError
+from pydflash.errors import ConfigError, ContextFull, SessionClosed, ShapeError, StateError
 
 PROMPT = "the cat sat on"
 OPTIONS = {"device": "cpu", "threads": 1, "max_context": 256, "environment": {}}
@@ -156,3 +156,56 @@ def test_a_closed_engine_says_so(target_path: Path, draft_path: Path) -> None:
     assert list(stream) == list(unstarted) == []
     with pytest.raises(SessionClosed, match="closed"):
         engine.stream(PROMPT)
+
+
+# --- what the call itself refuses -------------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_cannot_be_run_is_refused_by_the_call_and_ends_no_other_stream(engine: Engine) -> None:
+    first = engine.stream(PROMPT, greedy())
+    next(first)
+    with pytest.raises(ContextFull, match="0 of 512 positions are used and 600 more"):
+        engine.stream([1] * 600)
+    with pytest.raises(ShapeError, match="token id 512 is outside"):
+        engine.stream([1, 512])
+    with pytest.raises(ConfigError, match="params is 5"):
+        engine.stream(PROMPT, 5)  # type: ignore[arg-type]
+    assert sum(len(chunk.tokens) for chunk in first) == 47
+
+
+def test_another_thread_is_refused_by_the_call_and_not_by_the_first_chunk(engine: Engine) -> None:
+    def ask() -> None:
+        with pytest.raises(StateError, match="generating already for another thread"):
+            engine.stream(PROMPT)
+
+    with engine.stream(PROMPT, greedy()) as stream:
+        next(stream)
+        run_in_a_thread(ask)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_stream_that_nobody_reads_keeps_no_thread_from_the_engine(engine: Engine, kept: bool) -> None:
+    held = [engine.stream(PROMPT, greedy()) for _ in range(3)]
+    if not kept:
+        held.clear()
+    run_in_a_thread(lambda: engine.generate(PROMPT, greedy(4)))
+    assert len(engine.generate(PROMPT, greedy(4)).tokens) == 4
+
+
+def test_the_first_chunk_is_refused_where_another_thread_began_after_the_call(engine: Engine) -> None:
+    early = engine.stream(PROMPT, greedy())
+    begun, done = threading.Event(), threading.Event()
+
+    def generate() -> None:
+        with engine.stream(PROMPT, greedy()) as stream:
+            next(stream)
+            begun.set()
+            done.wait(20)
+
+    worker = threading.Thread(target=generate)
+    worker.start()
+    begun.wait(20)
+    with pytest.raises(StateError, match="generating already for another thread"):
+        next(early)
+    done.set()
+    worker.join()

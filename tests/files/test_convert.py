@@ -24,7 +24,7 @@ from pydflash.errors import (
     UnsupportedModel,
     WriteError,
 )
-from pydflash.files import GGUFFile
+from pydflash.files import GGUFFile, write_gguf
 from pydflash.files.convert import convert_draft
 from pydflash.files.gguf_writer import encode
 from pydflash.ggml_types import GGMLType
@@ -439,3 +439,96 @@ def test_damaged_or_missing_files_are_refused(target_path: Path, reference_path:
     with pytest.raises(LoadError, match="safetensors"):
         convert_draft(folder, out, target=target_path)
     assert not out.exists()
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": 5}, {"rope_parameters": {"rope_theta": []}}, {"rope_theta": 10**400}, {"head_dim": "64"},
+        {"head_dim": -1}, {"max_position_embeddings": []}, {"max_position_embeddings": 2**40}, {"layer_types": [[]]},
+        {"layer_types": "sliding_attention"}, {"num_hidden_layers": 10**9, "layer_types": ...}, {"block_size": 2**40},
+        {"dflash_config": []}, {"dflash_config": {"mask_token_id": 5, "target_layer_ids": ["0"]}},
+        {"dflash_config": {"mask_token_id": 2**64, "target_layer_ids": [0]}}, {"rms_norm_eps": "1e-6"},
+        {"sliding_window": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_configuration_of_wrong_types_or_numbers_is_refused(
+    target_path: Path, reference_path: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    with GGUFFile.open(reference_path) as reference:
+        folder = write_hf(tmp_path / "hf", reference, **changes)
+    with pytest.raises(LoadError, match="hf"):
+        convert_draft(folder, tmp_path / "out.gguf", target=target_path)
+
+
+@pytest.mark.parametrize("text", [DEEP, '{"a":' * 100_000, "\x00", "1" * 5000, "{", "[]"], ids=lambda text: text[:5])
+def test_a_configuration_that_is_none_is_refused(
+    target_path: Path, reference_path: Path, tmp_path: Path, text: str
+) -> None:
+    with GGUFFile.open(reference_path) as reference:
+        folder = write_hf(tmp_path / "hf", reference)
+    (folder / "config.json").write_text(text)
+    with pytest.raises(LoadError, match=r"config\.json"):
+        convert_draft(folder, tmp_path / "out.gguf", target=target_path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        DEEP, {"x": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 8]}},
+        {"x": {"dtype": [], "shape": [2], "data_offsets": [0, 8]}}, {"x": 5}, [], {"x": {"dtype": "F32"}},
+        {"x": {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": [1.0, 2], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 10**400]}},
+    ],
+    ids=lambda header: str(header)[:60],
+)  # fmt: skip
+def test_a_header_of_wrong_types_or_numbers_is_refused(
+    target_path: Path, reference_path: Path, tmp_path: Path, header: Any
+) -> None:
+    with GGUFFile.open(reference_path) as reference:
+        folder = write_hf(tmp_path / "hf", reference)
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    (folder / "model-0.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(64))
+    with pytest.raises(LoadError, match="hf"):
+        convert_draft(folder, tmp_path / "out.gguf", target=target_path)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 4), (2, 2, 2)], ids=str)
+def test_a_tensor_that_is_no_vector_or_matrix_is_refused(
+    target_path: Path, reference_path: Path, tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    with GGUFFile.open(reference_path) as reference:
+        folder = write_hf(tmp_path / "hf", reference)
+    shard = folder / "model-0.safetensors"
+    content = shard.read_bytes()
+    (length,) = struct.unpack_from("<Q", content)
+    header = json.loads(content[8 : 8 + length])
+    name = next(name for name in header if name != "__metadata__")
+    header[name] |= {"shape": shape, "data_offsets": [0, 4 * int(np.prod(shape))]}
+    text = json.dumps(header).encode()
+    shard.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+    with pytest.raises(LoadError, match="vectors and matrices were expected"):
+        convert_draft(folder, tmp_path / "out.gguf", target=target_path)
+
+
+def test_metadata_of_every_size_and_nesting_is_written_as_it_is_read_or_refused(tmp_path: Path) -> None:
+    values = {"a": 2**40, "b": -(2**40), "c": 1e300, "d": [], "e": ["x"], "f": [["x"], ["y", "z"]], "g": [[1], [2.5]]}
+    write_gguf(tmp_path / "written.gguf", {"general.architecture": "x", **values}, [])
+    with GGUFFile.open(tmp_path / "written.gguf") as file:
+        assert {key: plain(file.metadata[key]) for key in values} == values
+    for wrong in (2**70, [1, "a"], [2**40], None, {}, "\ud800"):
+        with pytest.raises(ConfigError, match="cannot be written"):
+            write_gguf(tmp_path / "refused.gguf", {"general.architecture": "x", "k": wrong}, [])
+    assert not (tmp_path / "refused.gguf").exists()
+
+
+def plain(value: Any) -> Any:
+    """A metadata value without numpy's types."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return [plain(item) for item in value] if isinstance(value, list) else value

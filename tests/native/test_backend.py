@@ -20,7 +20,7 @@ def test_an_unknown_device_lists_the_valid_ones(name: str) -> None:
 
 @pytest.mark.parametrize("threads", [0, -1, 513])
 def test_threads_outside_the_range_are_refused(threads: int) -> None:
-    with pytest.raises(ConfigError, match=r"1\.\.512"):
+    with pytest.raises(ConfigError, match="1 to 512"):
         Backend("cpu", threads=threads)
 
 

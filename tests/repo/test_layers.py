@@ -17,6 +17,7 @@ PACKAGE = ROOT / "pydflash"
 LAYERS = (
     ("control_chars", "ggml_types", "limits", "machine"),
     ("errors",),
+    ("arguments",),
     ("settings", "kv_format"),
     ("_ffi", "files", "text"),
     ("native",),

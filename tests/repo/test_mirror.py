@@ -8,11 +8,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE, TESTS = ROOT / "pydflash", ROOT / "tests"
-OTHER_FOLDERS = {"data", "ffi", "parity", "quality", "reference", "repo"}
+OTHER_FOLDERS = {"data", "ffi", "fuzz", "parity", "quality", "reference", "repo"}
 """Folders of tests that are not about one folder of the package."""
 
 # Modules that are tested together with others, and where.
 TESTED_IN = {
+    "arguments": "fuzz/test_arguments.py",
     "doctor": "cli/test_cli.py",
     "errors": "test_control_chars.py",
     "ggml_types": "ffi/test_binding.py",
@@ -35,6 +36,7 @@ TESTED_IN = {
     "ops/norms": "ops/test_rows.py",
     "runtime/output": "runtime/test_session.py",
     "runtime/proposal": "runtime/test_session.py",
+    "runtime/tokens": "runtime/test_session.py",
     "state/layer": "state/test_sequence.py",
     "text/template_child": "text/test_template_process.py",
     "text/template_protocol": "text/test_template_process.py",

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pydflash.config import EngineConfig
+from pydflash.drafts import load_draft
+from pydflash.engine import Engine
 from pydflash.errors import (
     ConfigError,
     ContextFull,
@@ -24,8 +27,8 @@ from pydflash.errors import (
 from pydflash.ggml_types import GGMLType
 from pydflash.kv_format import CACHE_TYPES
 from pydflash.limits import TAPE_ROWS
-from pydflash.models import Model
-from pydflash.native import Arena
+from pydflash.models import Model, load_model
+from pydflash.native import Arena, Backend
 from pydflash.runtime import DeviceProposal, Session
 from pydflash.state import DeltaSpec
 
@@ -41,9 +44,9 @@ def session(model_of: Load) -> Any:
 @pytest.mark.parametrize(
     ("tokens", "words"),
     [
-        ([], "non-empty list of token ids"),
+        ([], "the input is empty"),
         (np.zeros((2, 2), np.int32), "shape"),
-        ([0.5, 1.0], "dtype float64"),
+        ([0.5, 1.0], r"input\[0\] is a float"),
         ([0, 320], "token id 320 is outside the vocabulary of 320 tokens"),
         ([-1], "token id -1 is outside"),
         ([2**40], f"token id {2**40} is outside"),
@@ -236,3 +239,33 @@ def test_the_session_holds_one_copy_of_its_states_and_the_tape(model_of: Load) -
         ):
             spare = session.state.sizes()[what] - len(specs) * 4 * math.prod(shape)
             assert 0 <= spare <= 64 * len(specs)  # alignment
+
+
+def test_prefill_refuses_a_prompt_by_the_call(session: Session) -> None:
+    for prompt, words in (([], "the prompt is empty"), ([1] * 65, "max_context >= 65"), ([-1], "token id -1")):
+        with pytest.raises(PydflashError, match=words):
+            session.prefill(prompt)
+    session.forward([1])
+    with pytest.raises(StateError, match="1 positions are pending"):
+        session.prefill([1])
+    session.commit(1)
+    assert [output.count for output in session.prefill(np.array([1, 2, 3]))] == [3]
+
+
+def test_a_proposal_that_lies_on_another_device_is_refused(session: Session, cpu: Backend) -> None:
+    arena = Arena(cpu, {"tokens": ((16,), GGMLType.I32)}, "another model's proposal")
+    with pytest.raises(ConfigError, match="belongs to another model"):
+        session.forward(DeviceProposal(arena, 3))
+    assert session.pending == 0
+    arena.close()
+
+
+def test_a_closed_model_is_told_whatever_is_asked_of_it(target_of: Callable[..., Any]) -> None:
+    model = load_model(target_of("equal"), "cpu", threads=1)
+    model.close()
+    for ask in (
+        lambda: Session(model, 64), lambda: load_draft("ngram", model), lambda: model.weights["output_norm.weight"],
+        lambda: model.backend.synchronize(), lambda: Engine.share(model, None, EngineConfig()),
+    ):  # fmt: skip
+        with pytest.raises(SessionClosed):
+            ask()
