@@ -7,4 +7,5 @@
 #define PYDFLASH_MAX_TAPS     16                   // of a delta-net layer's convolution
 #define PYDFLASH_CHANNEL_STEP 16                   // channels of that convolution are a multiple
 #define PYDFLASH_SLOT_STEP    32                   // slots of a K/V cache are a multiple
+#define PYDFLASH_PAGE         256                  // positions of a page of a K/V cache; a multiple of the slot step
 #define PYDFLASH_MAX_HEAD     256                  // values of a head of attention or of a delta-net layer's state

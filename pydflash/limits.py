@@ -15,6 +15,7 @@ __all__ = [
     "MAX_PARAMS",
     "MAX_TAPS",
     "MOST_POSITIONS",
+    "PAGE",
     "SLOT_STEP",
     "TAPE_ROWS",
     "WIDTHS",
@@ -34,6 +35,9 @@ CHANNEL_STEP: int = _contract.CHANNEL_STEP
 
 SLOT_STEP: int = _contract.SLOT_STEP
 """The slots of a K/V cache are a multiple of this."""
+
+PAGE: int = _contract.PAGE
+"""Positions of a page of a K/V cache."""
 
 MAX_PARAMS: int = _contract.MAX_PARAMS
 """32-bit parameters of an operation's node."""

@@ -47,6 +47,11 @@ class Replay:
         (rows, n), start = self._fields[name], self._starts[name]
         return [self._input.slice(0, start + row * n, start + (row + 1) * n) for row in range(rows)]
 
+    def table(self, name: str) -> Tensor:
+        """The field ``name``, of shape (rows, n), as one node of the graph."""
+        shape, start = self._fields[name], self._starts[name]
+        return self._input.slice(0, start, start + math.prod(shape)).reshape(*shape)
+
     def read_after(self, results: Mapping[str, Tensor]) -> None:
         """Have every run bring these int32 tensors, outputs of the graph or memory it writes, to ``results``."""
         self.results = {name: np.zeros(tensor.shape, np.int32) for name, tensor in results.items()}

@@ -89,7 +89,7 @@ class Runner:
         shape = _Shape(width, self._span(width, rows.start + count), rows.head, rows.keep, arena)
         step = (self.narrow if width <= EXACT_ROWS else self.wide)[shape]
         values = step.values
-        values["counts"][:] = rows.replay, count
+        values["counts"][0] = rows.replay, count
         values["last"][0] = count - 1
         tokens, positions, places = values["tokens"], values["positions"], values["rows"]
         tokens[:count] = ids
@@ -121,7 +121,7 @@ class Runner:
 
     def _build(self, shape: _Shape) -> StepReplay:
         width, model = shape.width, self._model
-        fields: dict[str, tuple[int, ...]] = {"counts": (2,), "last": (1,)}
+        fields: dict[str, tuple[int, ...]] = {"counts": (1, 2), "state slots": (1,), "last": (1,)}
         fields |= {"tokens": (width,), "positions": (width,), "rows": (width,)}
         if self._capture:
             fields["features"] = (len(self._capture), width)
@@ -132,8 +132,9 @@ class Runner:
         if width > EXACT_ROWS and model.config.attention_layers:
             step.mask = graph.input((width, shape.span), GGMLType.F16)
         batch = Batch(
-            graph, step.input("positions"), step.input("rows"), step.input("counts"), shape.span, shape.keep, step.mask
-        )
+            graph, step.input("positions"), step.input("rows"), step.table("counts"), step.input("state slots"),
+            shape.span, shape.keep, step.mask,
+        )  # fmt: skip
         x, captured = model.network.forward(tokens, batch, self._state.layers, self._capture)
         if self._features is not None:
             ring = self._features.within(graph).reshape((self._chunk + 1) * len(self._capture), model.config.hidden)

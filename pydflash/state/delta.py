@@ -53,8 +53,8 @@ class DeltaState:
 
     def parts(self) -> Mapping[str, Part]:
         return {
-            "state": Part(self.spec.state_shape, GGMLType.F32, "delta-net state", cleared=True),
-            "window": Part(self.spec.window_shape(TAPE_ROWS), GGMLType.F32, "rollback tape", cleared=True),
+            "state": Part((1, *self.spec.state_shape), GGMLType.F32, "delta-net state", cleared=True),
+            "window": Part((1, *self.spec.window_shape(TAPE_ROWS)), GGMLType.F32, "rollback tape", cleared=True),
         }
 
     def fill(self, write: Any) -> None:

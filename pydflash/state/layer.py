@@ -22,17 +22,19 @@ Layout: TypeAlias = "dict[str, tuple[Shape, str]]"
 
 @dataclass
 class Batch:
-    """The rows of a step, as the tensors of one graph. T rows, of which some may be padding.
+    """The rows of a step, as the tensors of one graph: T rows of S sequences, of which some may be padding.
 
-    positions (T,) int32: absolute positions, -1 for padding. rows (T,) int32: cache rows to write. counts (2,) int32:
-    rows to replay, real rows. slots: cache rows that this graph's attention spans. keep: the rows stay pending until a
-    commit. mask: (T, slots) f16 for steps wider than 16 rows.
+    positions (T,) int32: absolute positions, -1 for padding. rows (T,) int32: cache rows to write. counts (S, 2) int32:
+    rows to replay, real rows of each sequence. state_slots (S,) int32: which of a delta-net layer's states is whose.
+    slots: cache rows that this graph's attention spans. keep: the rows stay pending until a commit. mask: (T, slots)
+    f16 for steps wider than 16 rows.
     """
 
     graph: Graph
     positions: Tensor
     rows: Tensor
     counts: Tensor
+    state_slots: Tensor
     slots: int
     keep: bool
     mask: Tensor | None = None
