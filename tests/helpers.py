@@ -285,7 +285,7 @@ def state_of(session: Session, model: Model) -> dict[str, npt.NDArray[Any]]:
             elif part in ("state", "window"):
                 values = np.empty(tensor.shape, np.float32)
                 model.backend.read(tensor, values)
-                found[f"{part}.{i}"] = values[: layer.spec.conv_kernel - 1] if part == "window" else values
+                found[f"{part}.{i}"] = values[0][: layer.spec.conv_kernel - 1] if part == "window" else values[0]
     return found
 
 
