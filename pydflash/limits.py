@@ -17,12 +17,16 @@ __all__ = [
     "MOST_POSITIONS",
     "PAGE",
     "SLOT_STEP",
+    "STEP_ROWS",
     "TAPE_ROWS",
     "WIDTHS",
 ]
 
 EXACT_ROWS: int = _contract.EXACT_ROWS
-"""The widest step whose rows are bit-equal to the same rows alone."""
+"""The widest step of a sequence whose rows are bit-equal to the same rows alone."""
+
+STEP_ROWS: int = _contract.STEP_ROWS
+"""The widest step of several sequences, of which each has at most ``EXACT_ROWS`` rows."""
 
 TAPE_ROWS: int = _contract.TAPE_ROWS
 """Rows of the delta-net's tape: what a forward may leave pending."""

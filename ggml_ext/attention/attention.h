@@ -1,4 +1,4 @@
-// attention: softmax attention of a few query rows over a (quantised) key/value cache, exact in the width.
+// attention: softmax attention of query rows over a (quantised) key/value cache, exact in the width.
 //
 //   dst[t, h] = sum_s p[s] v[s, h'] / sum_s p[s],   p[s] = exp(scale * q[t, h] . k[s, h']),   s: the slots row t sees
 //
@@ -15,7 +15,7 @@
 //
 // A row with qpos < 0 is padding. The output of padding, and of a row that sees nothing, is zeros.
 //
-//   src[0]   q                (T, H, D) f32 contiguous; 1 <= T <= 16; D is 64, 128 or 256
+//   src[0]   q                (T, H, D) f32 contiguous; CUDA: T <= 16; D is 64, 128 or 256
 //   src[1]   k                (P, Hkv * D) in any type of the cache (docs/kv-cache.md): one row per cache slot;
 //                             P % 32 == 0; rows may be strided (the first P slots of a longer cache)
 //   src[2]   v                (P, Hkv * D) as k; its type may differ from k's

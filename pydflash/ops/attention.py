@@ -6,7 +6,7 @@ from typing import Any
 
 from pydflash._ffi import lib
 from pydflash.ggml_types import GGMLType
-from pydflash.limits import EXACT_ROWS, PAGE, SLOT_STEP
+from pydflash.limits import PAGE, SLOT_STEP
 from pydflash.native import Tensor
 from pydflash.ops.node import custom, require
 
@@ -28,7 +28,7 @@ def attention(
     pages: Tensor | None = None,
     sequences: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention of at most 16 rows over a cache (attention.h): q (T, H, D) to (T, H, D).
+    """Softmax attention over a cache (attention.h): q (T, H, D) to (T, H, D); on CUDA of at most 16 rows.
 
     ``k_cache``, ``v_cache``: (P, Hkv*D), each with its own dtype. A row at position p sees slots with position <= p
     (all slots when not ``causal``), within ``window`` positions unless 0. Slot s holds position s, or
@@ -37,7 +37,6 @@ def attention(
     """
     _check_attention("attention", q, k_cache, v_cache, kv_heads)
     rows, _, size = q.shape
-    require(rows <= EXACT_ROWS, f"attention: {rows} rows; at most {EXACT_ROWS}")
     require(
         k_cache.shape[0] % SLOT_STEP == 0,
         f"attention: {k_cache.shape[0]} cache slots are not a multiple of {SLOT_STEP}",

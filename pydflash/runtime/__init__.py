@@ -1,8 +1,9 @@
-"""One sequence at work: the session's protocol, the graphs that run its steps, and what they give back."""
+"""Sequences at work: the session's protocol, the graphs that run its steps, and what they give back."""
 
 from pydflash.runtime.output import Output
+from pydflash.runtime.pool import SessionPool
 from pydflash.runtime.proposal import DeviceProposal, HostProposal, Proposal
 from pydflash.runtime.runner import Head, width_for
 from pydflash.runtime.session import Session
 
-__all__ = ["DeviceProposal", "Head", "HostProposal", "Output", "Proposal", "Session", "width_for"]
+__all__ = ["DeviceProposal", "Head", "HostProposal", "Output", "Proposal", "Session", "SessionPool", "width_for"]
