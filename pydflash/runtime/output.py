@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
@@ -65,10 +66,8 @@ class Output:
 
     def save(self) -> None:
         """Another session's step is about to overwrite both: copy them now, if they are still valid."""
-        try:
+        with suppress(StateError):
             self.fetch()
-        except StateError:
-            self._step = None  # never read again
 
     @exclusive
     def _read_logits(self) -> npt.NDArray[np.float32]:

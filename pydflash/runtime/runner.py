@@ -104,10 +104,11 @@ class Runner:
         ``keep``: the rows, at most 16 of a sequence, stay pending. A proposal on the device has a step of its own.
         """
         count = sum(len(rows.ids) for rows in batch)
-        width, ids = width_for(count), batch[0].ids
+        sequences, ids = self._bucket(len(batch)), batch[0].ids
+        width = min(width_for(count), EXACT_ROWS * sequences) if keep else width_for(count)
         proposal = ids if isinstance(ids, DeviceProposal) else None
         shape = _Shape(
-            width, self._bucket(len(batch)), self._span(width, batch[0].start + count), head, keep,
+            width, sequences, self._span(width, batch[0].start + count), head, keep,
             None if proposal is None else proposal.arena,
         )  # fmt: skip
         step = (self.narrow if keep or width <= EXACT_ROWS else self.wide)[shape]

@@ -32,8 +32,10 @@ TESTED_IN = {
     "native/traits": "native/test_backend.py",
     "ops/node": "ops/test_rows.py",
     "ops/norms": "ops/test_rows.py",
+    "runtime/features": "runtime/test_pool.py",
     "runtime/output": "runtime/test_session.py",
     "runtime/proposal": "runtime/test_session.py",
+    "runtime/shared": "runtime/test_pool.py",
     "state/layer": "state/test_sequence.py",
 }
 COMMANDS = "cli/test_cli.py"
