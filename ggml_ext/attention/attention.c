@@ -408,22 +408,30 @@ static int64_t same_sequence(const struct attention * a, int64_t row, int64_t en
     return next - row;
 }
 
-void pydflash_attention_cpu(struct ggml_tensor * dst, int ith, int nth, void * op) {
-    (void) op;
-    const struct attention a = read_node(dst);
-    const int64_t per_head = a.q->ne[2] * a.group;
-
-    int64_t begin, end;
-    pydflash_share(a.q->ne[2] * a.q->ne[1], ith, nth, &begin, &end);
-    struct desk * desk = (struct desk *) pydflash_node_scratch(dst, ith);
+// Items [begin, end), counted by key/value head, then by row, then by head.
+static void attend_range(const struct attention * a, struct desk * desk, float * dst, int64_t begin, int64_t end) {
+    const int64_t per_head = a->q->ne[2] * a->group;
     while (begin < end) {
         const int64_t kv_head = begin / per_head;
         const int64_t index   = begin % per_head;
         int64_t       count   = end - begin < BATCH ? end - begin : BATCH;
-        const int64_t row  = index / a.group;
-        const int64_t left = (row + same_sequence(&a, row, a.q->ne[2])) * a.group - index;
+        const int64_t row  = index / a->group;
+        const int64_t left = (row + same_sequence(a, row, a->q->ne[2])) * a->group - index;
         count = count < left ? count : left;
-        attend(&a, desk, (float *) dst->data, kv_head, index, index + count);
+        attend(a, desk, dst, kv_head, index, index + count);
         begin += count;
+    }
+}
+
+// Threads take turns, of equal shares where items are few; else of BATCH items, since later rows of a prompt see more.
+void pydflash_attention_cpu(struct ggml_tensor * dst, int ith, int nth, void * op) {
+    (void) op;
+    const struct attention a = read_node(dst);
+    const int64_t items = a.q->ne[2] * a.q->ne[1];
+    const int64_t share = (items + nth - 1) / nth;
+    const int64_t turn  = share < BATCH ? share : BATCH;
+    struct desk * desk = (struct desk *) pydflash_node_scratch(dst, ith);
+    for (int64_t begin = ith * turn; begin < items; begin += nth * turn) {
+        attend_range(&a, desk, (float *) dst->data, begin, begin + turn < items ? begin + turn : items);
     }
 }
