@@ -6,7 +6,7 @@ from typing import Any
 
 from pydflash._ffi import lib
 from pydflash.ggml_types import GGMLType
-from pydflash.limits import PAGE, SLOT_STEP
+from pydflash.limits import EXACT_ROWS, PAGE, SLOT_STEP
 from pydflash.native import Tensor
 from pydflash.ops.node import custom, require
 
@@ -37,6 +37,7 @@ def attention(
     """
     _check_attention("attention", q, k_cache, v_cache, kv_heads)
     rows, _, size = q.shape
+    require(q.home.traits.paged or rows <= EXACT_ROWS, f"attention: {rows} rows; this device takes {EXACT_ROWS}")
     require(
         k_cache.shape[0] % SLOT_STEP == 0,
         f"attention: {k_cache.shape[0]} cache slots are not a multiple of {SLOT_STEP}",

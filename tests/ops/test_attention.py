@@ -237,7 +237,6 @@ def test_cuda_gives_the_numbers_of_the_cpu(cuda: Backend, cpu: Backend, size: in
 
 
 SHAPES = {
-    "17 rows": ((17, 4, 64), (64, 128), (64, 128), 17, None, 2),
     "heads of 96": ((1, 2, 96), (64, 96), (64, 96), 1, None, 1),
     "heads of 512": ((1, 2, 512), (64, 512), (64, 512), 1, None, 1),
     "K and V differ": ((1, 4, 64), (64, 128), (96, 128), 1, None, 2),
@@ -259,6 +258,13 @@ def test_shapes_that_do_not_fit_are_refused_before_ggml(cpu: Backend, case: str)
     with pytest.raises(ShapeError, match="attention"):
         ops.attention(*tensors, graph.input((positions,), GGMLType.I32), kv_heads, slot_positions=ring)
     graph.close()
+
+
+def test_a_device_without_pages_takes_no_wide_step(cpu: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "traits", CUDA)
+    q, k, v = operands("f16", "f16", rows=17)
+    with pytest.raises(ShapeError, match="17 rows; this device takes 16"):
+        attend(cpu, q, k, v, np.arange(17, dtype=np.int32))
 
 
 def test_a_mask_that_does_not_fit_is_refused_before_ggml(cpu: Backend) -> None:
@@ -333,6 +339,20 @@ def test_rows_of_sequences_in_pages_are_bit_equal_to_each_alone(
     wrong = shared.pages.copy()
     wrong[owner[0], seen] = (wrong[owner[0], seen] + 1) % (len(shared.k.data) // PAGE)
     assert not np.array_equal(shared.attend(cpu, q, positions, owner, wrong, window)[0], got[0])
+
+
+@pytest.mark.parametrize("pair", [("f32", "f32"), ("f16", "f16"), ("bf16", "q8_0"), ("q4_0", "q8_0")], ids="/".join)
+@pytest.mark.parametrize("group", [1, 6])
+def test_rows_of_a_prompt_are_bit_equal_to_each_alone(cpu: Backend, group: int, pair: tuple[str, str]) -> None:
+    """Hundreds of rows, which threads take by turns."""
+    q, k, v = operands(*pair, rows=300, slots=320, group=group)
+    positions = np.arange(20, 320, dtype=np.int32)
+    positions[-3:] = -1  # padding
+    with Backend("cpu", threads=3) as three:
+        whole = attend(three, q, k, v, positions)
+    assert np.array_equal(whole, attend(cpu, q, k, v, positions))
+    for row in (0, 1, 15, 16, 100, 255, 296, 299):
+        assert np.array_equal(attend(cpu, q[row : row + 1], k, v, positions[row : row + 1])[0], whole[row]), row
 
 
 def test_pages_that_no_row_reaches_are_not_read(cpu: Backend) -> None:
