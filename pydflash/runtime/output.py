@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pydflash.errors import StateError
+from pydflash.errors import SessionClosed, StateError
 from pydflash.native import DeviceLock, exclusive
 from pydflash.runtime.runner import Head, StepReplay
 
@@ -66,8 +66,9 @@ class Output:
 
     def save(self) -> None:
         """Another session's step is about to overwrite both: copy them now, if they are still valid."""
-        with suppress(StateError):
-            self.fetch()
+        if self._serial == self._owner.serial:
+            with suppress(SessionClosed):
+                self.fetch()
 
     @exclusive
     def _read_logits(self) -> npt.NDArray[np.float32]:

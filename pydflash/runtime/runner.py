@@ -115,7 +115,10 @@ class Runner:
         first = 0
         for i, rows in enumerate(batch):
             first = self._write(step.values, i, first, rows, wide=not keep)
-        self._write_padding(step.values, [rows.memory.slot for rows in batch], first)
+        if first < width:
+            self._write_padding(step.values, first)
+        if len(batch) < sequences:
+            self._write_unused(step.values, [rows.memory.slot for rows in batch])
         if step.mask is not None:
             self._model.backend.write(step.mask, _causal_mask(step.values["positions"], step.mask.shape[1]))
         step.run()
@@ -138,9 +141,9 @@ class Runner:
         values["state slots"][index] = memory.slot
         values["last"][index] = end - 1
         values["tokens"][first:end] = 0 if isinstance(rows.ids, DeviceProposal) else rows.ids
-        positions = values["positions"][first:end]
-        positions[:] = np.arange(rows.start, rows.start + count)
-        values["rows"][first:end] = memory.rows(positions)
+        positions = np.arange(rows.start, rows.start + count, dtype=np.int32)
+        values["positions"][first:end] = positions
+        values["rows"][first:end] = memory.rows(rows.start, count)
         if "sequences" in values:
             values["sequences"][first:end] = memory.slot
         if self._features is not None:
@@ -148,21 +151,23 @@ class Runner:
             np.add(places * len(self._capture), self._taps, out=values["features"][:, first:end])
         return end
 
-    def _write_padding(self, values: dict[str, npt.NDArray[np.int32]], slots: Sequence[int], first: int) -> None:
-        """Rows from ``first`` on belong to nobody, and so do the sequences behind those in ``slots``."""
+    def _write_padding(self, values: dict[str, npt.NDArray[np.int32]], first: int) -> None:
+        """Rows from ``first`` on belong to nobody."""
         values["tokens"][first:] = values["tokens"][0]
         values["positions"][first:] = -1
         values["rows"][first:] = self._memory.positions
         if "sequences" in values:
-            values["sequences"][first:] = slots[-1]
+            values["sequences"][first:] = values["sequences"][first - 1]
         if self._features is not None:
             values["features"][:, first:] = self._features.padding * len(self._capture) + self._taps
-        unused = len(values["state slots"]) - len(slots)
-        if unused:
-            others = [slot for slot in range(self._memory.slots) if slot not in slots]
-            values["state slots"][len(slots) :] = others[:unused]
-            values["counts"][len(slots) :] = 0
-            values["last"][len(slots) :] = 0
+
+    def _write_unused(self, values: dict[str, npt.NDArray[np.int32]], slots: Sequence[int]) -> None:
+        """Sequences behind those in ``slots`` have no rows; a step's slots are all different."""
+        count = len(slots)
+        others = [slot for slot in range(self._memory.slots) if slot not in slots]
+        values["state slots"][count:] = others[: len(values["state slots"]) - count]
+        values["counts"][count:] = 0
+        values["last"][count:] = 0
 
     # --- graphs -----------------------------------------------------------------------------------------------------
 

@@ -80,8 +80,12 @@ class SequenceMemory:
         found: list[int] = self.table[: self.held].tolist()
         return found
 
-    def rows(self, positions: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """The cache rows of these positions."""
+    def rows(self, start: int, count: int) -> npt.NDArray[np.int32]:
+        """The cache rows of ``count`` positions from ``start`` on."""
+        first = int(self.table[start // PAGE]) * PAGE + start % PAGE
+        if start % PAGE + count <= PAGE:  # as almost always, when a step has few rows
+            return np.arange(first, first + count, dtype=np.int32)
+        positions = np.arange(start, start + count, dtype=np.int32)
         found: npt.NDArray[np.int32] = self.table[positions // PAGE] * PAGE + positions % PAGE
         return found
 
@@ -149,11 +153,11 @@ class SequencePool:
     def grow(self, needs: Sequence[tuple[SequenceMemory, int]]) -> None:
         """Give each sequence the pages that it lacks for so many positions. OutOfMemory when they are not free, and
         then nothing has changed."""
-        missing = [(memory, pages_for(length) - memory.held) for memory, length in needs]
-        count = sum(max(more, 0) for _, more in missing)
-        if not count:
+        if all(length <= memory.held * PAGE for memory, length in needs):
             return
         self._reclaim()
+        missing = [(memory, pages_for(length) - memory.held) for memory, length in needs]
+        count = sum(max(more, 0) for _, more in missing)
         if count > self.pages.free:
             raise OutOfMemory(
                 f"the K/V cache of this pool has {self.pages.free:,} of {len(self.pages):,} pages free and {count:,} "

@@ -65,8 +65,9 @@ def test_a_sequence_finds_its_rows_through_its_pages(cpu: Backend, pool: Sequenc
     pool.grow([(other, 300)])
     pool.grow([(one, 2 * PAGE)])
     assert (one.pages, other.pages) == ([0, 3], [1, 2])
-    positions = np.array([0, PAGE - 1, PAGE, 2 * PAGE - 1], np.int32)
-    assert one.rows(positions).tolist() == [0, PAGE - 1, 3 * PAGE, 4 * PAGE - 1]
+    assert one.rows(0, 2 * PAGE).tolist() == [*range(PAGE), *range(3 * PAGE, 4 * PAGE)]
+    for start, count, rows in ((7, 2, [7, 8]), (PAGE + 7, 1, [3 * PAGE + 7]), (PAGE - 1, 2, [PAGE - 1, 3 * PAGE])):
+        assert one.rows(start, count).tolist() == rows
     found = tables(cpu, pool)
     assert (found[one.slot, :2].tolist(), found[other.slot, :2].tolist()) == ([0, 3], [1, 2])
 
