@@ -32,6 +32,7 @@ class SequenceState(Generic[State]):
         except BaseException:
             self.close()
             raise
+        self._cleared = [self._arenas[part.what][name] for name, part in parts.items() if part.cleared]
         for i, state in enumerate(self.layers):
             state.tensors = {name: self._arenas[part.what][f"{name}.{i}"] for name, part in state.parts().items()}
             state.fill(backend.write)
@@ -59,11 +60,9 @@ class SequenceState(Generic[State]):
 
     def clear(self, slot: int = 0) -> None:
         """Forget the sequence in ``slot``."""
-        for state in self.layers:
-            for name, part in state.parts().items():
-                if part.cleared:
-                    size = state.tensors[name].nbytes // part.shape[0]
-                    self._backend.clear(state.tensors[name], slot * size, size)
+        for tensor in self._cleared:
+            size = tensor.nbytes // tensor.shape[0]
+            self._backend.clear(tensor, slot * size, size)
 
     def close(self) -> None:
         """Free the memory. Safe to call twice."""
