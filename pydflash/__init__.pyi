@@ -33,7 +33,7 @@ from .errors import (
     WriteError,
 )
 from .models import Model, load_model
-from .runtime import Session
+from .runtime import Session, SessionPool
 from .state import Snapshot
 
 __version__: str

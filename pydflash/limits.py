@@ -15,13 +15,18 @@ __all__ = [
     "MAX_PARAMS",
     "MAX_TAPS",
     "MOST_POSITIONS",
+    "PAGE",
     "SLOT_STEP",
+    "STEP_ROWS",
     "TAPE_ROWS",
     "WIDTHS",
 ]
 
 EXACT_ROWS: int = _contract.EXACT_ROWS
-"""The widest step whose rows are bit-equal to the same rows alone."""
+"""The widest step of a sequence whose rows are bit-equal to the same rows alone."""
+
+STEP_ROWS: int = _contract.STEP_ROWS
+"""The widest step of several sequences, of which each has at most ``EXACT_ROWS`` rows."""
 
 TAPE_ROWS: int = _contract.TAPE_ROWS
 """Rows of the delta-net's tape: what a forward may leave pending."""
@@ -34,6 +39,9 @@ CHANNEL_STEP: int = _contract.CHANNEL_STEP
 
 SLOT_STEP: int = _contract.SLOT_STEP
 """The slots of a K/V cache are a multiple of this."""
+
+PAGE: int = _contract.PAGE
+"""Positions of a page of a K/V cache."""
 
 MAX_PARAMS: int = _contract.MAX_PARAMS
 """32-bit parameters of an operation's node."""

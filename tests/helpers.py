@@ -15,6 +15,7 @@ import pytest
 from pydflash.drafts import Draft, DraftSession
 from pydflash.errors import ShapeError
 from pydflash.ggml_types import GGMLType
+from pydflash.limits import EXACT_ROWS
 from pydflash.models import Model, load_model
 from pydflash.native import Backend, Graph, Tensor
 from pydflash.runtime import Session
@@ -79,12 +80,15 @@ def packed(values: npt.NDArray[np.float32], name: str) -> Packed:
 Leaf = npt.NDArray[Any] | Packed
 
 
-def compute(backend: Backend, build: Callable[..., Tensor | Sequence[Tensor]], *leaves: Leaf) -> list[npt.NDArray[Any]]:
+def compute(
+    backend: Backend, build: Callable[..., Tensor | Sequence[Tensor]], *leaves: Leaf, exact_rows: int = EXACT_ROWS
+) -> list[npt.NDArray[Any]]:
     """Run ``build(*tensors)`` on ``backend`` and return its results, in their own shapes; packed types come as bytes.
 
-    A leaf that is returned is read after the run, so an operation's effect on state can be seen.
+    A leaf that is returned is read after the run, so an operation's effect on state can be seen. ``exact_rows``: those
+    of the graph.
     """
-    graph = Graph(backend, 512)
+    graph = Graph(backend, 512, exact_rows)
     try:
         tensors = [_leaf(graph, leaf) for leaf in leaves]
         built = build(*tensors)
@@ -285,7 +289,7 @@ def state_of(session: Session, model: Model) -> dict[str, npt.NDArray[Any]]:
             elif part in ("state", "window"):
                 values = np.empty(tensor.shape, np.float32)
                 model.backend.read(tensor, values)
-                found[f"{part}.{i}"] = values[: layer.spec.conv_kernel - 1] if part == "window" else values
+                found[f"{part}.{i}"] = values[0][: layer.spec.conv_kernel - 1] if part == "window" else values[0]
     return found
 
 

@@ -26,6 +26,9 @@ struct attention {
     const struct ggml_tensor * v;
     const int32_t *            positions;
     const int32_t *            slot_positions;  // NULL: slot s holds position s
+    const int32_t *            pages;           // NULL: slot s is row s of the cache
+    const int32_t *            sequences;       // of the rows; NULL without pages
+    int64_t                    slots;           // of a sequence
     float                      scale;
     int32_t                    causal;
     int32_t                    window;
@@ -51,13 +54,20 @@ static struct attention read_node(const struct ggml_tensor * dst) {
     struct attention a = {
         .q = dst->src[0], .k = dst->src[1], .v = dst->src[2],
         .positions      = (const int32_t *) dst->src[3]->data,
-        .slot_positions = dst->src[4] ? (const int32_t *) dst->src[4]->data : NULL,
+        .slots = dst->src[1]->ne[1],
         .scale  = pydflash_node_param_f32(dst, 0),
         .causal = params[1],
         .window = params[2],
         .group   = dst->src[0]->ne[1] / params[3],
         .columns = dst->src[0]->ne[0],
     };
+    if (dst->src[5]) {
+        a.pages     = (const int32_t *) dst->src[4]->data;
+        a.sequences = (const int32_t *) dst->src[5]->data;
+        a.slots     = dst->src[4]->ne[0] * PYDFLASH_PAGE;
+    } else if (dst->src[4]) {
+        a.slot_positions = (const int32_t *) dst->src[4]->data;
+    }
     const struct ggml_type_traits_cpu * k_traits = ggml_get_type_traits_cpu(a.k->type);
     a.dot          = ggml_is_quantized(a.k->type) ? k_traits->vec_dot : NULL;
     a.q_from_float = k_traits->vec_dot_type == GGML_TYPE_F32
@@ -121,9 +131,14 @@ struct block {
     struct side k, v;
 };
 
-static const char * head_slice(const struct ggml_tensor * cache, int64_t kv_head, int64_t columns, int64_t slot) {
+static const char * head_slice(const struct ggml_tensor * cache, int64_t kv_head, int64_t columns, int64_t row) {
     const size_t head = ggml_row_size(cache->type, columns);
-    return (const char *) cache->data + (size_t) slot * cache->nb[1] + (size_t) kv_head * head;
+    return (const char *) cache->data + (size_t) row * cache->nb[1] + (size_t) kv_head * head;
+}
+
+// The row of the cache that is `slot`; a block never crosses a page.
+static int64_t row_of(const int32_t * pages, int64_t slot) {
+    return pages ? (int64_t) pages[slot / PYDFLASH_PAGE] * PYDFLASH_PAGE + slot % PYDFLASH_PAGE : slot;
 }
 
 static void begin_side(struct side * side, const struct ggml_tensor * cache, ggml_to_float_t to_float,
@@ -134,11 +149,12 @@ static void begin_side(struct side * side, const struct ggml_tensor * cache, ggm
     memset(side->loaded, 0, sizeof(side->loaded));
 }
 
-static void begin_block(const struct attention * a, struct block * block, int64_t kv_head, int64_t slot) {
-    const int64_t left = a->k->ne[1] - slot;
+static void begin_block(const struct attention * a, struct block * block, int64_t kv_head, const int32_t * pages,
+                        int64_t slot) {
+    const int64_t left = a->slots - slot, row = row_of(pages, slot);
     block->count = left < BLOCK ? (int) left : BLOCK;
-    begin_side(&block->k, a->k, a->k_to_float, head_slice(a->k, kv_head, a->columns, slot));
-    begin_side(&block->v, a->v, a->v_to_float, head_slice(a->v, kv_head, a->columns, slot));
+    begin_side(&block->k, a->k, a->k_to_float, head_slice(a->k, kv_head, a->columns, row));
+    begin_side(&block->v, a->v, a->v_to_float, head_slice(a->v, kv_head, a->columns, row));
     block->lowest  = INT32_MAX;
     block->highest = INT32_MIN;
     for (int i = 0; i < block->count; i++) {
@@ -350,13 +366,13 @@ size_t pydflash_attention_scratch(const struct ggml_tensor * node) {
     return sizeof(struct desk);
 }
 
-// Items [begin, end) of one key/value head, counted by row and then by head; at most BATCH of them.
+// Items [begin, end) of one key/value head and one sequence, counted by row and then by head; at most BATCH of them.
 static void attend(const struct attention * a, struct desk * desk, float * dst, int64_t kv_head, int64_t begin,
                    int64_t end) {
     struct item *  items = desk->items;
     struct block * block = &desk->block;
-    const int64_t slots = a->k->ne[1];
-    int64_t first = slots, last = -1;  // slots that some item may see
+    const int32_t * pages = a->pages ? a->pages + a->sequences[begin / a->group] * (a->slots / PYDFLASH_PAGE) : NULL;
+    int64_t first = a->slots, last = -1;  // slots that some item may see
     for (int64_t i = begin; i < end; i++) {
         const int64_t row = i / a->group, head = kv_head * a->group + i % a->group;
         struct item * item = &items[i - begin];
@@ -368,10 +384,10 @@ static void attend(const struct attention * a, struct desk * desk, float * dst, 
     }
     if (a->slot_positions) {
         first = 0;
-        last  = slots - 1;
+        last  = a->slots - 1;
     }
-    for (int64_t slot = first / BLOCK * BLOCK; slot < slots && slot <= last; slot += BLOCK) {
-        begin_block(a, block, kv_head, slot);
+    for (int64_t slot = first / BLOCK * BLOCK; slot < a->slots && slot <= last; slot += BLOCK) {
+        begin_block(a, block, kv_head, pages, slot);
         for (int64_t i = 0; i < end - begin;) {
             const int64_t n = count_alike(block, &items[i], end - begin - i);
             add_block(a, &items[i], n, block);
@@ -383,20 +399,39 @@ static void attend(const struct attention * a, struct desk * desk, float * dst, 
     }
 }
 
-void pydflash_attention_cpu(struct ggml_tensor * dst, int ith, int nth, void * op) {
-    (void) op;
-    const struct attention a = read_node(dst);
-    const int64_t per_head = a.q->ne[2] * a.group;
+// The rows from `row` on, up to `end`, that belong to its sequence.
+static int64_t same_sequence(const struct attention * a, int64_t row, int64_t end) {
+    int64_t next = a->pages ? row + 1 : end;
+    while (next < end && a->sequences[next] == a->sequences[row]) {
+        next++;
+    }
+    return next - row;
+}
 
-    int64_t begin, end;
-    pydflash_share(a.q->ne[2] * a.q->ne[1], ith, nth, &begin, &end);
-    struct desk * desk = (struct desk *) pydflash_node_scratch(dst, ith);
+// Items [begin, end), counted by key/value head, then by row, then by head.
+static void attend_range(const struct attention * a, struct desk * desk, float * dst, int64_t begin, int64_t end) {
+    const int64_t per_head = a->q->ne[2] * a->group;
     while (begin < end) {
         const int64_t kv_head = begin / per_head;
         const int64_t index   = begin % per_head;
         int64_t       count   = end - begin < BATCH ? end - begin : BATCH;
-        count = count < per_head - index ? count : per_head - index;
-        attend(&a, desk, (float *) dst->data, kv_head, index, index + count);
+        const int64_t row  = index / a->group;
+        const int64_t left = (row + same_sequence(a, row, a->q->ne[2])) * a->group - index;
+        count = count < left ? count : left;
+        attend(a, desk, dst, kv_head, index, index + count);
         begin += count;
+    }
+}
+
+// Threads take turns, of equal shares where items are few; else of BATCH items, since later rows of a prompt see more.
+void pydflash_attention_cpu(struct ggml_tensor * dst, int ith, int nth, void * op) {
+    (void) op;
+    const struct attention a = read_node(dst);
+    const int64_t items = a.q->ne[2] * a.q->ne[1];
+    const int64_t share = (items + nth - 1) / nth;
+    const int64_t turn  = share < BATCH ? share : BATCH;
+    struct desk * desk = (struct desk *) pydflash_node_scratch(dst, ith);
+    for (int64_t begin = ith * turn; begin < items; begin += nth * turn) {
+        attend_range(&a, desk, (float *) dst->data, begin, begin + turn < items ? begin + turn : items);
     }
 }

@@ -65,7 +65,7 @@ int shared_limit(int device) {
 bool supports(const ggml_tensor * node) {
     job j;
     int device = 0;
-    return read_node(node, &j) && cudaGetDevice(&device) == cudaSuccess &&
+    return !node->src[5] && read_node(node, &j) && cudaGetDevice(&device) == cudaSuccess &&
            fits(j, (int) node->src[0]->ne[0], shared_limit(device));
 }
 

@@ -1,4 +1,4 @@
-// attention: softmax attention of a few query rows over a (quantised) key/value cache, exact in the width.
+// attention: softmax attention of query rows over a (quantised) key/value cache, exact in the width.
 //
 //   dst[t, h] = sum_s p[s] v[s, h'] / sum_s p[s],   p[s] = exp(scale * q[t, h] . k[s, h']),   s: the slots row t sees
 //
@@ -9,14 +9,20 @@
 //   causal       kpos <= qpos   and, with a window W > 0,   qpos - kpos < W
 //   not causal   everything     or,  with a window W > 0,   |qpos - kpos| < W
 //
+// With pages, rows of several sequences share the cache: row t belongs to sequence n = sequences[t], whose slot s is row
+// pages[n, s / 256] * 256 + s % 256 of k and v and holds position s. Entries of pages that no row's span reaches are not
+// read.
+//
 // A row with qpos < 0 is padding. The output of padding, and of a row that sees nothing, is zeros.
 //
-//   src[0]   q                (T, H, D) f32 contiguous; 1 <= T <= 16; D is 64, 128 or 256
+//   src[0]   q                (T, H, D) f32 contiguous; CUDA: T <= 16; D is 64, 128 or 256
 //   src[1]   k                (P, Hkv * D) in any type of the cache (docs/kv-cache.md): one row per cache slot;
 //                             P % 32 == 0; rows may be strided (the first P slots of a longer cache)
 //   src[2]   v                (P, Hkv * D) as k; its type may differ from k's
 //   src[3]   positions        (T,) int32
-//   src[4]   slot_positions   (P,) int32, the position each slot holds, negative = empty; optional
+//   src[4]   slot_positions   (P,) int32, the position each slot holds, negative = empty; optional, or with pages:
+//            pages            (S, N) int32, pages of k and v; P % 256 == 0
+//   src[5]   sequences        (T,) int32, 0..S-1, rows of a sequence side by side; only with pages. CPU only
 //   params   [0] scale > 0 (float)   [1] causal: 0 or 1   [2] window, 0 = none   [3] Hkv
 //   result   (T, H, D) f32
 //

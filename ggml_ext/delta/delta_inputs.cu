@@ -145,7 +145,9 @@ constexpr kernel KERNELS[] = {  // by K, from 2 on
 };
 static_assert(sizeof(KERNELS) / sizeof(KERNELS[0]) == PYDFLASH_MAX_TAPS - 1, "a kernel for every number of taps");
 
+// Of one sequence, which has the only window.
 bool supports(const ggml_tensor * node) {
+    if (node->src[7]->ne[1] != 1 || node->src[6]->ne[2] != 1) { return false; }
     return node->src[3]->ne[0] >= 2 && node->src[3]->ne[0] <= PYDFLASH_MAX_TAPS && node->src[0]->type == GGML_TYPE_F32;
 }
 

@@ -157,35 +157,42 @@ static void store_scale(float * scales, int64_t begin, int64_t end, float scale)
     }
 }
 
+// A sequence of a step, as one head sees it.
+struct sequence {
+    const float * kept;   // its first replayed row of the inputs
+    const float * fresh;  // its first new row
+    float *       state;
+    float *       out;    // of its first new row
+    int64_t       replay, rows;
+};
+
 // Columns begin..end of one head, whole tiles. d is the head's key_dim.
-LANES_INLINE void run_head(const struct ggml_tensor * dst, const struct head * h, int64_t d, int64_t begin, int64_t end,
-                           float * state, float * out) {
-    const struct ggml_tensor * inputs = dst->src[0];
-    const int32_t * counts = (const int32_t *) dst->src[2]->data;
-    const int       keep   = pydflash_node_params(dst)[0];
-    const int64_t   width = inputs->ne[0];
-    const float *   input = (const float *) inputs->data;
+LANES_INLINE void run_head(const struct ggml_tensor * dst, const struct head * h, const struct sequence * s, int64_t d,
+                           int64_t begin, int64_t end) {
+    const int     keep  = pydflash_node_params(dst)[0];
+    const int64_t width = dst->src[0]->ne[0];
+    float * state  = s->state;
     float * scales = state + d * d;
     float   scale  = scales[begin] == 0.0f ? 1.0f : scales[begin];
     struct row rows[MAX_ROWS];
-    for (int32_t t = 0; t < counts[0]; t++) {
-        scale = read_row(&rows[t], input + t * width, h, scale);
+    for (int64_t t = 0; t < s->replay; t++) {
+        scale = read_row(&rows[t], s->kept + t * width, h, scale);
     }
-    if (counts[0] > 0) {
+    if (s->replay > 0) {
         for (int64_t column = begin; column < end; column += COLUMNS) {
-            pass(state + column * d, state + column * d, rows, counts[0], column, d, NULL, 0);
+            pass(state + column * d, state + column * d, rows, s->replay, column, d, NULL, 0);
         }
         store_scale(scales, begin, end, scale);
     }
-    for (int64_t first = 0; first < counts[1]; first += MAX_ROWS) {
-        const int64_t count = counts[1] - first < MAX_ROWS ? counts[1] - first : MAX_ROWS;
+    for (int64_t first = 0; first < s->rows; first += MAX_ROWS) {
+        const int64_t count = s->rows - first < MAX_ROWS ? s->rows - first : MAX_ROWS;
         for (int64_t t = 0; t < count; t++) {
-            scale = read_row(&rows[t], input + (PYDFLASH_TAPE_ROWS + first + t) * width, h, scale);
+            scale = read_row(&rows[t], s->fresh + (first + t) * width, h, scale);
         }
         for (int64_t column = begin; column < end; column += COLUMNS) {
             _Alignas(64) float working[COLUMNS * MAX_HEAD_DIM];
             float * committed = state + column * d;
-            pass(keep ? working : committed, committed, rows, count, column, d, out + first * dst->ne[0], dst->ne[0]);
+            pass(keep ? working : committed, committed, rows, count, column, d, s->out + first * dst->ne[0], dst->ne[0]);
         }
     }
     if (!keep) {
@@ -193,19 +200,13 @@ LANES_INLINE void run_head(const struct ggml_tensor * dst, const struct head * h
     }
 }
 
-void pydflash_delta_rule_cpu(struct ggml_tensor * dst, int ith, int nth, void * op) {
-    (void) op;
-    const struct ggml_tensor * states = dst->src[1];
-    const int32_t real    = ((const int32_t *) dst->src[2]->data)[1];
+// Columns begin..end, counted over all heads, of one sequence whose state is `state`. d is the heads' key_dim.
+static void run_columns(const struct ggml_tensor * dst, struct sequence s, float * state, int64_t d, int64_t begin,
+                        int64_t end) {
     const int64_t k_heads = pydflash_node_params(dst)[1];
-    const int64_t d       = pydflash_node_params(dst)[2];
-    const int64_t v_heads = states->ne[2];
+    const int64_t v_heads = dst->src[1]->ne[2];
     const int64_t width   = dst->src[0]->ne[0];
-
-    int64_t begin, end;  // of this thread's columns, counted over all heads
-    pydflash_share(v_heads * (d / COLUMNS), ith, nth, &begin, &end);
-    begin *= COLUMNS;
-    end   *= COLUMNS;
+    float * const out = s.out;
     for (int64_t h = begin / d; h * d < end; h++) {
         const struct head head = {
             .key_dim = d,
@@ -218,15 +219,43 @@ void pydflash_delta_rule_cpu(struct ggml_tensor * dst, int ith, int nth, void * 
         };
         const int64_t first = begin > h * d ? begin - h * d : 0;
         const int64_t last  = end - h * d < d ? end - h * d : d;
-        float * state = (float *) states->data + h * (d + 1) * d;
-        float * out   = (float *) dst->data + h * d;
+        s.state = state + h * (d + 1) * d;
+        s.out   = out + h * d;
         if (d == 128) {  // Qwen's size, as a constant
-            run_head(dst, &head, 128, first, last, state, out);
+            run_head(dst, &head, &s, 128, first, last);
         } else {
-            run_head(dst, &head, d, first, last, state, out);
+            run_head(dst, &head, &s, d, first, last);
         }
     }
-    for (int64_t t = real; t < dst->ne[1] && begin < end; t++) {  // padding
+}
+
+void pydflash_delta_rule_cpu(struct ggml_tensor * dst, int ith, int nth, void * op) {
+    (void) op;
+    const struct ggml_tensor * inputs = dst->src[0];
+    const struct ggml_tensor * states = dst->src[1];
+    const int32_t * counts    = (const int32_t *) dst->src[2]->data;
+    const int32_t * slots     = (const int32_t *) dst->src[3]->data;
+    const int64_t   d         = pydflash_node_params(dst)[2];
+    const int64_t   sequences = dst->src[2]->ne[1];
+    const int64_t   width     = inputs->ne[0];
+
+    int64_t begin, end;  // of this thread's columns, counted over all heads
+    pydflash_share(states->ne[2] * (d / COLUMNS), ith, nth, &begin, &end);
+    begin *= COLUMNS;
+    end   *= COLUMNS;
+    int64_t done = 0;  // new rows
+    for (int64_t i = 0; i < sequences; i++) {
+        const struct sequence s = {
+            .kept   = (const float *) inputs->data + i * PYDFLASH_TAPE_ROWS * width,
+            .fresh  = (const float *) inputs->data + (sequences * PYDFLASH_TAPE_ROWS + done) * width,
+            .out    = (float *) dst->data + done * dst->ne[0],
+            .replay = counts[2 * i],
+            .rows   = counts[2 * i + 1],
+        };
+        run_columns(dst, s, (float *) states->data + slots[i] * states->ne[2] * (d + 1) * d, d, begin, end);
+        done += s.rows;
+    }
+    for (int64_t t = done; t < dst->ne[1] && begin < end; t++) {  // padding
         memset((float *) dst->data + t * dst->ne[0] + begin, 0, (size_t) (end - begin) * sizeof(float));
     }
 }

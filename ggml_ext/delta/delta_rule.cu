@@ -200,8 +200,10 @@ kernel kernel_of(int d) {
     }
 }
 
-// Rows of q and k must be aligned for 16-byte reads, which an odd number of value heads breaks.
+// One sequence, which has the only state. Rows of q and k must be aligned for 16-byte reads, which an odd number of value
+// heads breaks.
 bool supports(const ggml_tensor * node) {
+    if (node->src[2]->ne[1] != 1 || node->src[1]->ne[3] != 1) { return false; }
     const int d = pydflash_node_params(node)[2];
     return kernel_of(d) && (d < 128 || node->src[0]->ne[0] % 4 == 0);
 }

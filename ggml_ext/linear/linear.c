@@ -27,7 +27,7 @@
 #include "linear_cpu.h"
 #endif
 
-#define MAX_ROWS PYDFLASH_EXACT_ROWS
+#define MAX_ROWS PYDFLASH_STEP_ROWS
 
 static const char * w_row(const struct pydflash_product * p, int64_t m) {
     return p->w + (size_t) m * p->w_stride;

@@ -6,7 +6,7 @@
 // and however many threads or blocks share the work. That is what makes speculative decoding reproduce plain decoding,
 // and what ggml's own products do not promise (they change kernels with T).
 //
-//   src[0]   x   (T, K) f32, 1 <= T <= 16, rows contiguous
+//   src[0]   x   (T, K) f32, rows contiguous; 1 <= T <= 64 on the CPU, 16 on CUDA
 //   src[1]   W   (M, K) Q4_K, Q5_K, Q6_K, Q8_0, Q4_0, F16, BF16 or F32, rows contiguous; K a multiple of the block of
 //                the type and of 32
 //   params       none
@@ -30,8 +30,8 @@ struct pydflash_product {
     const char *   w;                         // row m at w + m * w_stride
     size_t         w_stride;
     int64_t        T;
-    const float *  x[PYDFLASH_EXACT_ROWS];
-    float *        out[PYDFLASH_EXACT_ROWS];  // value m of row t at out[t][m]
+    const float *  x[PYDFLASH_STEP_ROWS];
+    float *        out[PYDFLASH_STEP_ROWS];  // value m of row t at out[t][m]
 };
 
 // Bytes of memory that a product of T rows of K values needs.

@@ -65,6 +65,7 @@ ggml_backend_dev_t ggml_backend_get_device(ggml_backend_t backend);
 ggml_backend_buffer_type_t ggml_backend_get_default_buffer_type(ggml_backend_t backend);
 bool ggml_backend_supports_op(ggml_backend_t backend, const struct ggml_tensor * op);
 void ggml_backend_tensor_set_async(ggml_backend_t backend, struct ggml_tensor * tensor, const void * data, size_t offset, size_t size);
+void ggml_backend_tensor_memset(struct ggml_tensor * tensor, uint8_t value, size_t offset, size_t size);
 void ggml_backend_tensor_get_async(ggml_backend_t backend, const struct ggml_tensor * tensor, void * data, size_t offset, size_t size);
 void ggml_backend_dev_memory(ggml_backend_dev_t device, size_t * free, size_t * total);
 const char * ggml_backend_dev_description(ggml_backend_dev_t device);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -252,9 +252,8 @@ class DraftSession:
         self.flush()
         fingerprint = self.fingerprint
         arrays = host_arrays(fingerprint.layout(self.length, 0))
-        for tensor, table, slots, values in self._tables(self.length, arrays):
-            self.draft.target.backend.read(tensor, table)
-            np.take(table, slots, axis=0, out=values)
+        for tensor, offset, piece in self.state.pieces(arrays, self.length):
+            self.draft.target.backend.read(tensor, piece, offset)
         return Snapshot(fingerprint, self.target.sequence, self.length, 0, arrays)
 
     @exclusive
@@ -273,21 +272,10 @@ class DraftSession:
                 f"{self.target.length:,} of the target (pending: {self.target.pending}); restore the target first, "
                 "from the snapshot taken beside this one"
             )
-        for tensor, table, slots, values in self._tables(snapshot.length, snapshot.arrays):
-            table[slots] = values
-            self.draft.target.backend.write(tensor, table)
+        for tensor, offset, piece in self.state.pieces(snapshot.arrays, snapshot.length):
+            self.draft.target.backend.write(tensor, piece, offset)
         self.draft.target.backend.synchronize()
         self.length, self._kept, self._sequence = snapshot.length, 0, self.target.sequence
-
-    def _tables(
-        self, length: int, arrays: Mapping[str, npt.NDArray[np.uint8]]
-    ) -> Iterator[tuple[Tensor, npt.NDArray[np.uint8], npt.NDArray[np.integer], npt.NDArray[np.uint8]]]:
-        """For each of ``arrays``, which hold the last positions of ``length``: the tensor, a host array for the used
-        beginning of it, the slots there of those positions, and the array."""
-        for name, values in arrays.items():
-            capacity = self.state.layers[int(name.partition(".")[2])].capacity
-            table = np.zeros((min(length, capacity), values.shape[1]), np.uint8)
-            yield self.state.tensor(name), table, np.arange(length - len(values), length) % capacity, values
 
     # --- proposals --------------------------------------------------------------------------------------------------
 
@@ -305,7 +293,8 @@ class DraftSession:
         self._check_beside("propose")
         rows = self._rows_for(count)
         block = self._blocks[rows, self._full_span(self.length + rows)]
-        self._windows.write_injection(block.values, self._kept, self.length - self._kept, self.target.chunk)
+        waiting = self.length - self._kept
+        self._windows.write_injection(block.values, waiting, self.target.feature_rows(waiting, self._kept))
         self._windows.write_block(block.values, anchor, self.length)
         block.run()
         self._kept, self._last = 0, block
@@ -379,7 +368,7 @@ class DraftSession:
     @exclusive
     def _inject(self, count: int, start: int) -> None:
         injection = self._injections[width_for(count)]
-        self._windows.write_injection(injection.values, count, start, self.target.chunk)
+        self._windows.write_injection(injection.values, start, self.target.feature_rows(start, count))
         injection.run()
 
     def _full_span(self, needed: int) -> int:

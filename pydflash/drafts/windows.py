@@ -40,16 +40,18 @@ class Windows:
         held = {f"held {window}": (capacity,) for window, capacity in zip(self.windows, self.capacities) if window}
         return {"tokens": (T,), "positions": (T,), "ends": (T,), "rows": (len(self.windows), T), **held}
 
-    def write_injection(self, values: Mapping[str, npt.NDArray[np.int32]], count: int, start: int, chunk: int) -> None:
-        """Inject ``count`` positions from ``start``, whose features lie in a ring of ``chunk`` rows.
+    def write_injection(
+        self, values: Mapping[str, npt.NDArray[np.int32]], start: int, found: npt.NDArray[np.int32]
+    ) -> None:
+        """Inject the positions from ``start`` on whose features lie in the rows ``found``.
 
         Padding falls into padding rows, and so do positions that later ones of the injection overwrite.
         """
-        positions, features = values["context positions"], values["context features"]
+        positions, features, count = values["context positions"], values["context features"], len(found)
         positions[:count] = np.arange(start, start + count)
         positions[count:] = -1
-        np.remainder(positions, chunk, out=features)
-        features[count:] = chunk
+        features[:count] = found
+        features[count:] = 0
         for rows, capacity in zip(values["context rows"], self.capacities):
             np.remainder(positions, capacity, out=rows)
             rows[count:] = rows[: max(count - capacity, 0)] = capacity

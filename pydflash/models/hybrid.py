@@ -267,11 +267,12 @@ class GatedDeltaNet:
         c, T = self.config, x.shape[0]
         Hv, S = c.v_heads, c.state_size
         qkv, z, alpha, beta = self.attn_qkv(x), self.attn_gate(x), self.ssm_alpha(x), self.ssm_beta(x)
-        window, S_table = state.tensors["window"], state.tensors["state"]
+        windows, states = state.tensors["window"], state.tensors["state"]
+        who = (batch.counts, batch.state_slots)
         inputs = ops.delta_inputs(
-            qkv, alpha, beta, self.ssm_conv1d, self.ssm_a, self.ssm_dt, window, batch.counts, keep=batch.keep
-        )  # (16 + T, q | k | v | g | beta)
-        o = ops.delta_rule(inputs, S_table, batch.counts, k_heads=c.k_heads, eps=c.eps, keep=batch.keep)
+            qkv, alpha, beta, self.ssm_conv1d, self.ssm_a, self.ssm_dt, windows, *who, keep=batch.keep
+        )  # (16 N + T, q | k | v | g | beta) of N sequences
+        o = ops.delta_rule(inputs, states, *who, k_heads=c.k_heads, eps=c.eps, keep=batch.keep)
         o = ops.gated_rms_norm(o.reshape(T, Hv, S), z.reshape(T, Hv, S), self.ssm_norm, c.eps)
         return self.ssm_out(o.reshape(T, Hv * S))
 

@@ -158,16 +158,23 @@ class Backend:
         lib.ggml_backend_synchronize(self.c)
 
     @exclusive
-    def write(self, tensor: Tensor, values: npt.NDArray[Any]) -> None:
-        """Copy contiguous ``values`` to the start of ``tensor``, ordered before the next graph.
+    def write(self, tensor: Tensor, values: npt.NDArray[Any], offset: int = 0) -> None:
+        """Copy contiguous ``values`` into ``tensor`` from byte ``offset`` on, ordered before the next graph.
 
         The values are taken before this returns on the CPU; on CUDA they are staged by the driver.
         """
         source = ffi.from_buffer(values)
-        lib.ggml_backend_tensor_set_async(self.c, tensor.c, source, 0, values.nbytes)
+        lib.ggml_backend_tensor_set_async(self.c, tensor.c, source, offset, values.nbytes)
 
     @exclusive
-    def read(self, tensor: Tensor, out: npt.NDArray[Any]) -> None:
-        """Fill contiguous ``out`` from the start of ``tensor``; waits for the device."""
-        lib.ggml_backend_tensor_get_async(self.c, tensor.c, ffi.from_buffer(out, require_writable=True), 0, out.nbytes)
+    def read(self, tensor: Tensor, out: npt.NDArray[Any], offset: int = 0) -> None:
+        """Fill contiguous ``out`` from byte ``offset`` of ``tensor`` on; waits for the device."""
+        target = ffi.from_buffer(out, require_writable=True)
+        lib.ggml_backend_tensor_get_async(self.c, tensor.c, target, offset, out.nbytes)
         lib.ggml_backend_synchronize(self.c)
+
+    @exclusive
+    def clear(self, tensor: Tensor, offset: int, size: int) -> None:
+        """Zero ``size`` bytes of ``tensor`` from byte ``offset`` on, after what the device is doing."""
+        lib.ggml_backend_synchronize(self.c)
+        lib.ggml_backend_tensor_memset(tensor.c, 0, offset, size)

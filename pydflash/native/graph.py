@@ -14,6 +14,7 @@ import numpy.typing as npt
 from pydflash._ffi import check, ffi, lib
 from pydflash.errors import DeviceError, OutOfMemory
 from pydflash.ggml_types import GGMLType
+from pydflash.limits import EXACT_ROWS
 from pydflash.native.backend import Backend
 from pydflash.native.device_lock import DeviceLock, closing, exclusive
 from pydflash.native.headroom import STACK, check_allocation, check_stack, refuse_stack
@@ -43,9 +44,10 @@ _NOTHING = Copies()
 class Graph:
     """Nodes in the order in which they were asked for."""
 
-    def __init__(self, backend: Backend, piece: int = 1024) -> None:
-        """``piece``: tensors whose descriptions are allocated together; a graph may have any number of them."""
-        self.backend, self._piece = backend, piece
+    def __init__(self, backend: Backend, piece: int = 1024, exact_rows: int = EXACT_ROWS) -> None:
+        """``piece``: tensors whose descriptions are allocated together; a graph may have any number of them.
+        ``exact_rows``: operations of so many rows compute each as if it were alone."""
+        self.backend, self._piece, self.exact_rows = backend, piece, exact_rows
         self._contexts = [new_context(self.lock, piece, "a graph's tensors")]
         self._effects: list[Any] = []  # as ggml's pointers: a Tensor would refer back to this graph
         self.c: Any = None  # made by finish, when its size is known

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pydflash.ggml_types import GGMLType
+from pydflash.limits import EXACT_ROWS
 from pydflash.native.backend import Backend
 from pydflash.native.graph import Copies, Graph
 from pydflash.native.tensor import Shape, Tensor
@@ -22,9 +23,10 @@ class Replay:
     run gave; ``run`` does all in one piece.
     """
 
-    def __init__(self, backend: Backend, fields: Mapping[str, Shape]) -> None:
-        """``fields``: name to shape, (n,) or (rows, n), of what each run is told. The graph is yet to be built."""
-        self.graph = Graph(backend)
+    def __init__(self, backend: Backend, fields: Mapping[str, Shape], exact_rows: int = EXACT_ROWS) -> None:
+        """``fields``: name to shape, (n,) or (rows, n), of what each run is told. The graph is yet to be built;
+        ``exact_rows`` as there."""
+        self.graph = Graph(backend, exact_rows=exact_rows)
         self._fields = dict(fields)
         ends = np.cumsum([math.prod(shape) for shape in fields.values()])
         self._input = self.graph.input((int(ends[-1]),), GGMLType.I32)
@@ -46,6 +48,11 @@ class Replay:
         """The rows of the field ``name``, of shape (rows, n), as nodes of the graph."""
         (rows, n), start = self._fields[name], self._starts[name]
         return [self._input.slice(0, start + row * n, start + (row + 1) * n) for row in range(rows)]
+
+    def table(self, name: str) -> Tensor:
+        """The field ``name``, of shape (rows, n), as one node of the graph."""
+        shape, start = self._fields[name], self._starts[name]
+        return self._input.slice(0, start, start + math.prod(shape)).reshape(*shape)
 
     def read_after(self, results: Mapping[str, Tensor]) -> None:
         """Have every run bring these int32 tensors, outputs of the graph or memory it writes, to ``results``."""

@@ -34,6 +34,10 @@ class Home(Protocol):
     def traits(self) -> Traits:
         """Those of the device that it runs on."""
 
+    @property
+    def exact_rows(self) -> int:
+        """Rows up to which no operation's row may depend on the others."""
+
     def effect(self, tensor: Tensor) -> Tensor:
         """Compute ``tensor`` at this place, and return it."""
 

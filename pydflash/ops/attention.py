@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from pydflash._ffi import lib
-from pydflash.limits import EXACT_ROWS, SLOT_STEP
+from pydflash.ggml_types import GGMLType
+from pydflash.limits import EXACT_ROWS, PAGE, SLOT_STEP
 from pydflash.native import Tensor
 from pydflash.ops.node import custom, require
 
@@ -24,16 +25,19 @@ def attention(
     causal: bool = True,
     window: int = 0,
     slot_positions: Tensor | None = None,
+    pages: Tensor | None = None,
+    sequences: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention of at most 16 rows over a cache (attention.h): q (T, H, D) to (T, H, D).
+    """Softmax attention over a cache (attention.h): q (T, H, D) to (T, H, D); on CUDA of at most 16 rows.
 
     ``k_cache``, ``v_cache``: (P, Hkv*D), each with its own dtype. A row at position p sees slots with position <= p
     (all slots when not ``causal``), within ``window`` positions unless 0. Slot s holds position s, or
-    ``slot_positions[s]`` (negative: empty).
+    ``slot_positions[s]`` (negative: empty). With ``pages`` (S, N) int32, row t sees the slots of sequence
+    ``sequences[t]`` (T,) int32, whose positions from 256 i on lie in page ``pages[.., i]`` of the cache; causal only.
     """
     _check_attention("attention", q, k_cache, v_cache, kv_heads)
     rows, _, size = q.shape
-    require(rows <= EXACT_ROWS, f"attention: {rows} rows; at most {EXACT_ROWS}")
+    require(q.home.traits.paged or rows <= EXACT_ROWS, f"attention: {rows} rows; this device takes {EXACT_ROWS}")
     require(
         k_cache.shape[0] % SLOT_STEP == 0,
         f"attention: {k_cache.shape[0]} cache slots are not a multiple of {SLOT_STEP}",
@@ -46,6 +50,10 @@ def attention(
     if slot_positions is not None:
         require(slot_positions.shape == k_cache.shape[:1], f"attention: {slot_positions!r} does not cover {k_cache!r}")
         operands.append(slot_positions)
+    if pages is not None and sequences is not None:
+        _check_pages(k_cache, pages, sequences, rows)
+        require(causal and slot_positions is None, "attention: pages are for causal attention without slot_positions")
+        operands += [pages, sequences]
     return custom(lib.PYDFLASH_OP_ATTENTION, operands, q.shape, [float(size**-0.5), int(causal), window, kv_heads])
 
 
@@ -68,6 +76,17 @@ def _check_attention(op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_he
     require(
         k_cache.shape == v_cache.shape == (k_cache.shape[0], kv_heads * q.shape[2]) and q.shape[1] % kv_heads == 0,
         f"{op}: q {q!r} does not fit K {k_cache!r}, V {v_cache!r} of {kv_heads} heads",
+    )
+
+
+def _check_pages(cache: Tensor, pages: Tensor, sequences: Tensor, rows: int) -> None:
+    require(
+        cache.shape[0] % PAGE == 0 and pages.dtype == sequences.dtype == GGMLType.I32,
+        f"attention: {cache!r} is not in pages of {PAGE}, or {pages!r}, {sequences!r} are not i32",
+    )
+    require(
+        len(pages.shape) == 2 and sequences.shape == (rows,),
+        f"attention: pages {pages!r} and sequences {sequences!r} for {rows} rows",
     )
 
 

@@ -55,8 +55,8 @@ class DeviceProposal:
     def ids(self) -> npt.NDArray[np.int32]:
         """Copied from the device when first asked for; valid until the draft's next proposal. SessionClosed when the
         draft session was closed."""
+        self._check_open()
         if self._ids is None:
-            self._check_open()
             ids = np.empty(self._count, np.int32)
             self.arena.backend.read(self.arena["tokens"], ids)
             self._ids = ids

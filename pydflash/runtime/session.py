@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,30 +14,18 @@ import numpy.typing as npt
 from pydflash.arguments import an_instance, an_integer, an_iterable, shown
 from pydflash.config import SessionConfig
 from pydflash.errors import ConfigError, ContextFull, ContextWarning, NothingPending, SessionClosed, StateError
-from pydflash.ggml_types import GGMLType
-from pydflash.kv_format import CACHE_TYPES, k_basis, v_basis
-from pydflash.limits import EXACT_ROWS, MOST_POSITIONS
+from pydflash.limits import EXACT_ROWS, MOST_POSITIONS, PAGE
 from pydflash.models import Model
-from pydflash.native import Arena, DeviceLock, Tensor, closing, exclusive
+from pydflash.native import DeviceLock, Tensor, closing, exclusive
+from pydflash.runtime.features import Features
 from pydflash.runtime.output import Output
 from pydflash.runtime.proposal import DeviceProposal, HostProposal, Proposal
-from pydflash.runtime.runner import Head, Rows, Runner
+from pydflash.runtime.runner import Head, Rows, StepReplay
+from pydflash.runtime.shared import Shared
 from pydflash.runtime.tokens import token_ids
-from pydflash.state import (
-    FORMAT,
-    CacheFormat,
-    Fingerprint,
-    LayerState,
-    Place,
-    Room,
-    SequenceState,
-    Snapshot,
-    check_fingerprint,
-    check_pair,
-    host_arrays,
-)
+from pydflash.state import FORMAT, Fingerprint, Place, Snapshot, check_fingerprint, host_arrays, pages_for
 
-__all__ = ["Session"]
+__all__ = ["Session", "forward_together"]
 
 _NOWHERE = Place("", 0)  # the origin of a text that did not begin with a snapshot
 
@@ -67,46 +56,60 @@ class Session:
         """SessionConfig describes the settings. An f32 cache, a basis or a capture must also suit the device and the
         model. Raises ConfigError, OutOfMemory. Warns (ContextWarning) of more positions than the model was trained on.
         """
-        config, backend = an_instance(model, Model, "model").config, model.backend
+        an_instance(model, Model, "model")
         if model.weights.closed:
             raise SessionClosed("the model was closed; load it again")
         settings = SessionConfig(max_context, cache_k, cache_v, k_rotation, v_rotation, fused, chunk)
         _warn_beyond(model, settings.max_context)
-        layers = _layers(capture, config.layers)
-        k_type, v_type = CACHE_TYPES[settings.cache_k], CACHE_TYPES[settings.cache_v]
-        check_pair(k_type, v_type, backend.traits.cache_types)
-        self.cache_format = CacheFormat(
-            settings.cache_k,
-            settings.cache_v,
-            k_basis(k_type, config.head_size, settings.k_rotation).name,
-            v_basis(config.head_size, settings.v_rotation).name,
-        )
-        self.model, self.capture = model, layers
-        self.max_context, self.chunk, self.fused = settings.max_context, settings.chunk, settings.fused
-        self.capacity = -(-self.max_context // 256) * 256
-        self.state: SequenceState[LayerState] = SequenceState(
-            backend, model.network.remembers(self.cache_format), Room(self.capacity, settings.fused)
-        )
-        self._features = _features(model, self.chunk, len(self.capture)) if self.capture else None
-        self._runner = Runner(
-            model, self.state, self.capacity, self.capture, self.features if layers else None, self.chunk
-        )
+        shared = Shared(model, settings, _layers(capture, model.config.layers))
+        self._join(shared, settings.max_context, alone=True)
+
+    @classmethod
+    def sharing(cls, shared: Shared, max_context: int) -> Session:
+        """A session of a pool. StateError when all of its sequences are open."""
+        session = cls.__new__(cls)
+        session._join(shared, max_context, alone=False)
+        return session
+
+    def _join(self, shared: Shared, max_context: int, *, alone: bool) -> None:
+        self.shared, self._alone, self._closed = shared, alone, False
+        self.model, self.capture, self.cache_format = shared.model, shared.capture, shared.cache_format
+        self.max_context, self.chunk, self.fused = max_context, shared.settings.chunk, shared.settings.fused
+        self.state = shared.memory.state
+        self._memory = shared.memory.open(self)
         self.length = self.pending = 0
-        self._serial = 0  # counts steps, so that an Output knows whether it is still valid
+        self.serial = 0  # counts steps, so that an Output knows whether it is still valid
         self._replay = 0  # rows of the last step that the next one replays into the delta-net state
         self._whole = False  # whether the pending rows are already in the delta-net state
         self._begin(_NOWHERE)
-        self.closed = False
+
+    @property
+    def closed(self) -> bool:
+        return self._closed or self.shared.closed
+
+    @property
+    def capacity(self) -> int:
+        """Positions that its pages can hold."""
+        return pages_for(self.max_context) * PAGE
 
     @property
     def features(self) -> Tensor:
-        """(chunk + 1, layers, hidden) f32 on the device: a ring of captured rows, that of position p in row p % chunk.
+        """(rows, layers, hidden) f32 on the device: captured rows, for whose places ``feature_rows`` is asked.
 
-        The last row takes padding.
+        A session alone has a ring of ``chunk`` rows, that of position p in row p % chunk. The last row takes padding.
         """
-        if self._features is None:
+        return self._features.tensor
+
+    def feature_rows(self, start: int, count: int) -> npt.NDArray[np.int32]:
+        """Where the features of ``count`` positions from ``start`` on lie, those of the last forward. StateError when
+        another session of the pool has overwritten them."""
+        return self._features.found(start, count, self._memory)
+
+    @property
+    def _features(self) -> Features:
+        if self.shared.features is None:
             raise StateError("this session captures no features; open it with capture=<layers>")
-        return self._features["features"]
+        return self.shared.features
 
     @property
     def lock(self) -> DeviceLock:
@@ -122,21 +125,14 @@ class Session:
         ``logits``: the rows the LM head runs for: 'last', 'all' or 'none'. Raises ShapeError for an empty list or a
         token outside the vocabulary, ContextFull, StateError when rows are pending already, SessionClosed.
         """
-        self._check_ready()
-        if not isinstance(logits, str) or logits not in ("last", "all", "none"):
-            raise ConfigError(f"logits is {shown(logits)}; valid values are 'last', 'all', 'none'")
-        if isinstance(tokens, DeviceProposal):
-            tokens.check_usable(self.model.backend)
-            ids: DeviceProposal | npt.NDArray[np.int32] = tokens
-        else:
-            ids = token_ids(tokens.ids if isinstance(tokens, HostProposal) else tokens, self.model.config.vocab)
-        self._check_room(len(ids), self.length)
-        if isinstance(ids, DeviceProposal) or len(ids) <= EXACT_ROWS:
-            output = self._step(ids, 0, logits, keep=True)
-        else:
-            self._whole = True
-            output = self._chunks(ids, logits)
-        self.pending = len(ids)
+        rows = self.rows_of(tokens, logits)
+        self.shared.memory.grow([(self._memory, self.length + len(rows.ids))])
+        if isinstance(rows.ids, DeviceProposal) or len(rows.ids) <= EXACT_ROWS:
+            (output,) = forward_together([(self, rows)], logits)
+            return output
+        self._whole = True
+        output = self._chunks(rows.ids, logits)
+        self.pending = len(rows.ids)
         return output
 
     def commit(self, n: int) -> None:
@@ -168,6 +164,7 @@ class Session:
         """
         self._check_ready()
         ids = self.check_prompt(tokens)
+        self._reserve(len(ids))
         return self._prefill(ids)
 
     def _prefill(self, ids: npt.NDArray[np.int32]) -> Iterator[Output]:
@@ -181,20 +178,18 @@ class Session:
     def reset(self) -> None:
         """Back to an empty sequence; the graphs are kept."""
         self.check_open()
-        self.state.clear()
+        self.shared.memory.clear(self._memory)
         self.length = self.pending = self._replay = 0
         self._whole = False
         self._begin(_NOWHERE)
 
     @closing
     def close(self) -> None:
-        """Free the caches and the graphs, after the step that runs. Safe to call twice."""
-        if not self.closed:
-            self._runner.close()
-            self.state.close()
-            if self._features is not None:
-                self._features.close()
-            self.closed = True
+        """Free the memory, or give it back to the pool, after the step that runs. Safe to call twice."""
+        self._closed = True
+        self.shared.memory.release(self._memory)
+        if self._alone:
+            self.shared.close()
 
     def __enter__(self) -> Session:
         return self
@@ -223,8 +218,8 @@ class Session:
             raise StateError(f"snapshot: {self.pending} positions are pending; commit(n) or commit(0) them first")
         fingerprint = self.fingerprint
         arrays = host_arrays(fingerprint.layout(self.length, self._replay))
-        for name, values in arrays.items():
-            self.model.backend.read(self.state.tensor(name), values)
+        for tensor, offset, piece in self._pieces(arrays, self.length):
+            self.model.backend.read(tensor, piece, offset)
         return Snapshot(fingerprint, self.sequence, self.length, self._replay, arrays)
 
     @exclusive
@@ -243,12 +238,19 @@ class Session:
                 f"restore: the snapshot holds {snapshot.length:,} positions and this session {self.max_context:,} at "
                 f"most; open it with max_context >= {snapshot.length:,}"
             )
-        for name, values in snapshot.arrays.items():
-            self.model.backend.write(self.state.tensor(name), values)
+        self.shared.memory.grow([(self._memory, snapshot.length)])
+        self.shared.memory.shrink(self._memory, snapshot.length)
+        for tensor, offset, piece in self._pieces(snapshot.arrays, snapshot.length):
+            self.model.backend.write(tensor, piece, offset)
         self.model.backend.synchronize()
         self.length, self._replay = snapshot.length, snapshot.replay
         self.pending, self._whole = 0, False
         self._begin(snapshot.place)
+
+    def _pieces(
+        self, arrays: Mapping[str, npt.NDArray[Any]], length: int
+    ) -> Iterator[tuple[Tensor, int, npt.NDArray[np.uint8]]]:
+        return self.state.pieces(arrays, length, self._memory.slot, self._memory.pages)
 
     def stands_at(self, place: Place) -> bool:
         """Whether the committed text is the one that ``place`` names: reached in this session, or restored and not
@@ -262,10 +264,9 @@ class Session:
     # --- checks -----------------------------------------------------------------------------------------------------
 
     def check_open(self) -> None:
-        if self.closed:
+        if self._closed:
             raise SessionClosed("this session was closed; open a new one")
-        if self.model.weights.closed:
-            raise SessionClosed("the model of this session was closed; load it again and open a new session")
+        self.shared.check_open()
 
     def check_prompt(
         self, tokens: Sequence[int] | npt.NDArray[np.integer], *, after: int | None = None
@@ -278,6 +279,24 @@ class Session:
         ids = token_ids(tokens, self.model.config.vocab, "prompt")
         self._check_room(len(ids), self.length if after is None else an_integer(after, "after", 0, MOST_POSITIONS))
         return ids
+
+    def rows_of(self, tokens: Sequence[int] | npt.NDArray[np.integer] | Proposal, logits: Head) -> Rows:
+        """The rows of a forward, once everything about it has been checked; nothing has changed yet."""
+        self._check_ready()
+        if not isinstance(logits, str) or logits not in ("last", "all", "none"):
+            raise ConfigError(f"logits is {shown(logits)}; valid values are 'last', 'all', 'none'")
+        if isinstance(tokens, DeviceProposal):
+            tokens.check_usable(self.model.backend)
+            ids: DeviceProposal | npt.NDArray[np.int32] = tokens
+        else:
+            ids = token_ids(tokens.ids if isinstance(tokens, HostProposal) else tokens, self.model.config.vocab)
+        self._check_room(len(ids), self.length)
+        return Rows(ids, self.length, self._replay, self._memory)
+
+    @exclusive
+    def _reserve(self, count: int) -> None:
+        """Have pages for ``count`` more positions. OutOfMemory."""
+        self.shared.memory.grow([(self._memory, self.length + count)])
 
     def _check_ready(self) -> None:
         self.check_open()
@@ -301,23 +320,35 @@ class Session:
         for done in range(0, len(ids), self.chunk):
             piece = ids[done : done + self.chunk]
             head = logits if logits == "all" or done + len(piece) == len(ids) else "none"
-            outputs.append(self._step(piece, done, head, keep=False))
+            self.serial += 1
+            rows = Rows(piece, self.length + done, self._replay, self._memory)
+            step = self.shared.runner.run([rows], head, keep=False)
+            self._replay = 0
+            outputs.append(_output(self, step, head, len(piece), 0))
             if logits == "all":
                 outputs[-1].fetch()
         return Output.joined(outputs) if logits == "all" else outputs[-1]
 
-    def _step(self, ids: npt.NDArray[np.int32] | DeviceProposal, offset: int, head: Head, *, keep: bool) -> Output:
-        """Run one graph for ``ids`` at position ``length + offset``."""
-        step = self._runner.run(Rows(ids, self.length + offset, self._replay, head, keep))
-        self._serial += 1
-        if not keep:
-            self._replay = 0
-        return Output(self.lock, step, len(ids), head, partial(self._check_current, self._serial))
 
-    def _check_current(self, serial: int) -> None:
-        self.check_open()
-        if serial != self._serial:
-            raise StateError("this output belongs to an earlier forward; read logits before the next one")
+def forward_together(batch: Sequence[tuple[Session, Rows]], head: Head) -> list[Output]:
+    """One step of sessions that share memory, with at most 16 rows of each; they stay pending."""
+    for session, _ in batch:
+        session.serial += 1
+    step = batch[0][0].shared.runner.run([rows for _, rows in batch], head, keep=True)
+    outputs: list[Output] = []
+    first = 0
+    for i, (session, rows) in enumerate(batch):
+        session.pending, session._whole = len(rows.ids), False
+        outputs.append(_output(session, step, head, session.pending, first if head == "all" else i))
+        first += session.pending
+    return outputs
+
+
+def _output(session: Session, step: StepReplay, head: Head, count: int, first: int) -> Output:
+    output = Output(session, step, head, count, first)
+    if head != "none":
+        step.readers.append(weakref.ref(output))
+    return output
 
 
 def _layers(capture: Iterable[int], layers: int) -> tuple[int, ...]:
@@ -326,11 +357,6 @@ def _layers(capture: Iterable[int], layers: int) -> tuple[int, ...]:
     if not all(isinstance(layer, int | np.integer) and 0 <= layer < layers for layer in named):
         raise ConfigError(f"capture is {shown(capture)}; the model has layers 0..{layers - 1}")
     return tuple(map(int, named))
-
-
-def _features(model: Model, chunk: int, layers: int) -> Arena:
-    specs = {"features": ((chunk + 1, layers, model.config.hidden), GGMLType.F32)}
-    return Arena(model.backend, specs, "captured features")
 
 
 def _warn_beyond(model: Model, max_context: int) -> None:

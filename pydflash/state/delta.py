@@ -6,14 +6,14 @@ Rolling back costs the window, not copies of S: the rows that were kept are repl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydflash.ggml_types import GGMLType
 from pydflash.limits import TAPE_ROWS
 from pydflash.native import Shape, Tensor
-from pydflash.state.layer import Layout, Part, Room
+from pydflash.state.layer import Extent, Layout, Part, Room
 
 __all__ = ["DeltaSpec", "DeltaState"]
 
@@ -41,21 +41,26 @@ class DeltaSpec:
         return {"state": (self.state_shape, "F32"), "window": (self.window_shape(replay), "F32")}
 
     def state(self, room: Room) -> DeltaState:
-        return DeltaState(self)
+        return DeltaState(self, room.slots)
 
 
 class DeltaState:
-    """Tensors "state" and "window", f32."""
+    """Tensors "state" and "window", f32, with a slot for each sequence."""
 
-    def __init__(self, spec: DeltaSpec) -> None:
-        self.spec = spec
+    def __init__(self, spec: DeltaSpec, slots: int) -> None:
+        self.spec, self.slots = spec, slots
         self.tensors: Mapping[str, Tensor] = {}
 
     def parts(self) -> Mapping[str, Part]:
         return {
-            "state": Part(self.spec.state_shape, GGMLType.F32, "delta-net state", cleared=True),
-            "window": Part(self.spec.window_shape(TAPE_ROWS), GGMLType.F32, "rollback tape", cleared=True),
+            "state": Part((self.slots, *self.spec.state_shape), GGMLType.F32, "delta-net state", cleared=True),
+            "window": Part(
+                (self.slots, *self.spec.window_shape(TAPE_ROWS)), GGMLType.F32, "rollback tape", cleared=True
+            ),
         }
 
     def fill(self, write: Any) -> None:
         pass
+
+    def extents(self, name: str, size: int, length: int, slot: int, pages: Sequence[int]) -> list[Extent]:
+        return [Extent(slot * self.tensors[name].nbytes // self.slots, size)]

@@ -13,9 +13,10 @@ from pydflash import ops
 from pydflash.errors import ConfigError
 from pydflash.ggml_types import GGMLType
 from pydflash.kv_format import CACHE_TYPES, K_BASES, V_BASES, Basis
+from pydflash.limits import PAGE
 from pydflash.native import Tensor
 from pydflash.ops import NormRope, Rope
-from pydflash.state.layer import Batch, Layout, Part, Room
+from pydflash.state.layer import Batch, Extent, Layout, Part, Room
 
 __all__ = ["CacheFormat", "KVCache", "KVPath", "KVSpec", "check_pair", "packed_rows", "rotation_signs"]
 
@@ -125,7 +126,7 @@ class KVSpec:
 
 
 class KVCache:
-    """Tables "k" and "v": a row a position, and a last row for padding to fall into."""
+    """Tables "k" and "v": a row a position, page after page, and a last row for padding to fall into."""
 
     def __init__(self, spec: KVSpec, room: Room) -> None:
         self.spec, self.room = spec, room
@@ -155,9 +156,24 @@ class KVCache:
         """Normalise and turn q and k, store the rows' k and v, and attend: q (T, H, D), k and v (T, Hkv, D) to
         (T, H, D)."""
         path, kv_heads = self.path, self.spec.kv_heads
+        span = batch.span if batch.pages is None else self.room.positions
         k_table, v_table = path.store(k, v, k_norm, batch.positions, batch.rows, self.tensors)
-        k_view, v_view = k_table.slice(0, 0, batch.slots), v_table.slice(0, 0, batch.slots)
+        k_view, v_view = k_table.slice(0, 0, span), v_table.slice(0, 0, span)
         q = path.query(q, q_norm, batch.positions)
-        if batch.mask is None:
-            return path.output(ops.attention(q, k_view, v_view, batch.positions, kv_heads))
-        return path.output(ops.attention_prefill(q, k_view, v_view, batch.mask, kv_heads))
+        if batch.mask is not None:
+            return path.output(ops.attention_prefill(q, k_view, v_view, batch.mask, kv_heads))
+        o = ops.attention(
+            q, k_view, v_view, batch.positions, kv_heads, pages=batch.pages, sequences=batch.sequences
+        )  # fmt: skip
+        return path.output(o)
+
+    def extents(self, name: str, size: int, length: int, slot: int, pages: Sequence[int]) -> list[Extent]:
+        row = self.tensors[name].dtype.nbytes(self.tensors[name].shape[1])
+        found: list[Extent] = []
+        for page, done in zip(pages, range(0, size, PAGE * row)):
+            start, piece = page * PAGE * row, min(PAGE * row, size - done)
+            if found and sum(found[-1]) == start:
+                found[-1] = Extent(found[-1].offset, found[-1].size + piece)
+            else:
+                found.append(Extent(start, piece))
+        return found

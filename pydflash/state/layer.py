@@ -7,14 +7,14 @@ overwritten, a delta-net layer replays the rows that were kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from pydflash.ggml_types import GGMLType
 from pydflash.native import Graph, Shape, Tensor
 
-__all__ = ["Batch", "LayerSpec", "LayerState", "Layout", "Part", "Room"]
+__all__ = ["Batch", "Extent", "LayerSpec", "LayerState", "Layout", "Part", "Room"]
 
 Layout: TypeAlias = "dict[str, tuple[Shape, str]]"
 """Arrays by name: shape and dtype, 'F32' or 'U8' (rows of packed bytes)."""
@@ -22,32 +22,47 @@ Layout: TypeAlias = "dict[str, tuple[Shape, str]]"
 
 @dataclass
 class Batch:
-    """The rows of a step, as the tensors of one graph. T rows, of which some may be padding.
+    """The rows of a step, as the tensors of one graph: T rows of S sequences, of which some may be padding.
 
-    positions (T,) int32: absolute positions, -1 for padding. rows (T,) int32: cache rows to write. counts (2,) int32:
-    rows to replay, real rows. slots: cache rows that this graph's attention spans. keep: the rows stay pending until a
-    commit. mask: (T, slots) f16 for steps wider than 16 rows.
+    positions (T,) int32: absolute positions, -1 for padding. rows (T,) int32: cache rows to write. counts (S, 2) int32:
+    rows to replay, real rows of each sequence. state_slots (S,) int32: which of a delta-net layer's states is whose.
+    keep: the rows stay pending until a commit.
+
+    Where tables are paged: pages (slots, N) int32, the page table of each slot; sequences (T,) int32, each row's slot.
+    Elsewhere span: cache rows that this graph's attention spans; mask: (T, span) f16 for steps wider than 16 rows.
     """
 
     graph: Graph
     positions: Tensor
     rows: Tensor
     counts: Tensor
-    slots: int
+    state_slots: Tensor
     keep: bool
+    pages: Tensor | None = None
+    sequences: Tensor | None = None
+    span: int = 0
     mask: Tensor | None = None
 
 
 class Room(NamedTuple):
-    """What a session gives its layers. ``positions``: those that a cache must hold. ``fused``: take Q, K and V to
-    attention in one kernel each."""
+    """What a session, or a pool of them, gives its layers. ``positions``: those that a cache must hold, of all
+    sequences. ``fused``: take Q, K and V to attention in one kernel each. ``slots``: sequences that have a state."""
 
     positions: int
     fused: bool
+    slots: int = 1
+
+
+class Extent(NamedTuple):
+    """Bytes that lie together in a tensor."""
+
+    offset: int
+    size: int
 
 
 class Part(NamedTuple):
-    """A tensor of a state. ``what``: what it is part of, for people. ``cleared``: it is zero before the first row."""
+    """A tensor of a state. ``what``: what it is part of, for people. ``cleared``: it has a slot for each sequence,
+    which is zero before the first row."""
 
     shape: Shape
     dtype: GGMLType
@@ -61,7 +76,7 @@ class LayerSpec(Protocol):
     def layout(self, length: int, replay: int) -> Layout:
         """The arrays that a snapshot keeps of ``length`` positions, of which the last ``replay`` are to be replayed.
 
-        Each is the beginning of the state's tensor of that name.
+        Each holds bytes of the state's tensor of that name, those that its ``extents`` say.
         """
 
     def state(self, room: Room) -> LayerState:
@@ -78,3 +93,7 @@ class LayerState(Protocol):
 
     def fill(self, write: Any) -> None:
         """Write what never changes, with ``write(tensor, array)``."""
+
+    def extents(self, name: str, size: int, length: int, slot: int, pages: Sequence[int]) -> list[Extent]:
+        """Where the ``size`` bytes of the array ``name`` of a layout lie, in their order, for ``length`` positions of
+        the sequence in ``slot`` with these ``pages``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from pydflash.limits import SLOT_STEP, TAPE_ROWS
 from pydflash.native import Graph, Tensor
 from pydflash.ops import NormRope, Rope
 from pydflash.state.kv import KVPath, packed_rows
-from pydflash.state.layer import Layout, Part, Room
+from pydflash.state.layer import Extent, Layout, Part, Room
 
 __all__ = ["Ring", "RingBatch", "RingSpec"]
 
@@ -79,6 +79,13 @@ class Ring:
 
     def fill(self, write: Any) -> None:
         pass
+
+    def extents(self, name: str, size: int, length: int, slot: int, pages: Sequence[int]) -> list[Extent]:
+        row = self.dtype.nbytes(self.spec.kv_heads * self.spec.head_size)
+        first = (length - size // row) % self.capacity
+        until_end = min(size, (self.capacity - first) * row)
+        found = [Extent(first * row, until_end), Extent(0, size - until_end)]
+        return [extent for extent in found if extent.size]
 
     def store(self, k: Tensor, v: Tensor, k_norm: NormRope, positions: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Normalise and turn k, and write k and v, (T, Hkv, D) each, to table rows; returns the tables after it."""

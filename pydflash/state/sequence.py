@@ -1,9 +1,12 @@
-"""Everything that a model's layers remember of one sequence, on a device."""
+"""Everything that a model's layers remember of one sequence or several, on a device."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Generic, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from pydflash.native import Arena, Backend, Tensor
 from pydflash.state.layer import LayerSpec, LayerState, Room
@@ -18,10 +21,9 @@ class SequenceState(Generic[State]):
 
     def __init__(self, backend: Backend, specs: Sequence[LayerSpec], room: Room) -> None:
         """Raises ConfigError, OutOfMemory."""
-        self.specs = tuple(specs)
+        self._backend, self.specs = backend, tuple(specs)
         self.layers: list[State] = [spec.state(room) for spec in specs]  # type: ignore[misc]
         parts = {f"{name}.{i}": part for i, state in enumerate(self.layers) for name, part in state.parts().items()}
-        self._cleared = {part.what for part in parts.values() if part.cleared}
         self._arenas: dict[str, Arena] = {}
         try:
             for what in dict.fromkeys(part.what for part in parts.values()):
@@ -30,6 +32,7 @@ class SequenceState(Generic[State]):
         except BaseException:
             self.close()
             raise
+        self._cleared = [self._arenas[part.what][name] for name, part in parts.items() if part.cleared]
         for i, state in enumerate(self.layers):
             state.tensors = {name: self._arenas[part.what][f"{name}.{i}"] for name, part in state.parts().items()}
             state.fill(backend.write)
@@ -43,10 +46,23 @@ class SequenceState(Generic[State]):
         """Bytes on the device, by what they are for."""
         return {what: arena.nbytes for what, arena in self._arenas.items()}
 
-    def clear(self) -> None:
-        """Forget the sequence."""
-        for what in self._cleared:
-            self._arenas[what].clear()
+    def pieces(
+        self, arrays: Mapping[str, npt.NDArray[Any]], length: int, slot: int = 0, pages: Sequence[int] = ()
+    ) -> Iterator[tuple[Tensor, int, npt.NDArray[np.uint8]]]:
+        """Where ``arrays``, of a layout of ``length`` positions, lie for the sequence in ``slot`` with these ``pages``:
+        a tensor, a byte offset, and the part of an array, as bytes."""
+        for name, values in arrays.items():
+            part, _, layer = name.partition(".")
+            left = values.reshape(-1).view(np.uint8)
+            for offset, size in self.layers[int(layer)].extents(part, values.nbytes, length, slot, pages):
+                yield self.tensor(name), offset, left[:size]
+                left = left[size:]
+
+    def clear(self, slot: int = 0) -> None:
+        """Forget the sequence in ``slot``."""
+        for tensor in self._cleared:
+            size = tensor.nbytes // tensor.shape[0]
+            self._backend.clear(tensor, slot * size, size)
 
     def close(self) -> None:
         """Free the memory. Safe to call twice."""

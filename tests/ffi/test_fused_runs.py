@@ -174,7 +174,7 @@ def test_the_graphs_for_cuda_hold_every_run(
         session.commit(1)
         draft.commit(1)
         session.forward(draft.propose([2]), "all")
-        assert [walked(matching, step.graph) for step in session._runner.narrow] == [of_target(pair.model)] * 2
+        assert [walked(matching, step.graph) for step in session.shared.runner.narrow] == [of_target(pair.model)] * 2
         assert [walked(matching, block.graph) for block in draft._blocks] == [of_block(3)]
 
 
@@ -186,7 +186,7 @@ def test_the_graphs_of_a_model_with_experts_hold_every_run(
     as_on_cuda(model)
     with Session(model, 256) as session:
         session.forward([1])
-        assert [walked(matching, step.graph) for step in session._runner.narrow] == [of_target(model)]
+        assert [walked(matching, step.graph) for step in session.shared.runner.narrow] == [of_target(model)]
 
 
 def test_a_wide_step_is_not_for_these_kernels(
@@ -196,7 +196,7 @@ def test_a_wide_step_is_not_for_these_kernels(
     as_on_cuda(model)
     with Session(model, 256) as session:
         session.forward([1] * 40)
-        (wide,) = session._runner.wide
+        (wide,) = session.shared.runner.wide
         runs = walked(matching, wide.graph)
     assert runs == dict.fromkeys(KINDS, 0) | {"rms_norm": 1}  # the head's, for one row
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -12,9 +13,10 @@ from pydflash._ffi import ffi, lib
 from pydflash.errors import ShapeError
 from pydflash.ggml_types import GGMLType
 from pydflash.kv_format import CACHE_TYPES
+from pydflash.limits import PAGE
 from pydflash.native import Backend, Graph, Tensor
 from pydflash.native.traits import CPU, CUDA
-from tests.helpers import Array, Packed, compute, packed, relative, rounded
+from tests.helpers import Array, Packed, check_refused, compute, packed, relative, rounded
 
 SLOTS, KV_HEADS, GROUP = 160, 2, 3
 CPU_TYPES, CUDA_TYPES = ([name for name, t in CACHE_TYPES.items() if t in d.cache_types] for d in (CPU, CUDA))
@@ -235,7 +237,6 @@ def test_cuda_gives_the_numbers_of_the_cpu(cuda: Backend, cpu: Backend, size: in
 
 
 SHAPES = {
-    "17 rows": ((17, 4, 64), (64, 128), (64, 128), 17, None, 2),
     "heads of 96": ((1, 2, 96), (64, 96), (64, 96), 1, None, 1),
     "heads of 512": ((1, 2, 512), (64, 512), (64, 512), 1, None, 1),
     "K and V differ": ((1, 4, 64), (64, 128), (96, 128), 1, None, 2),
@@ -259,9 +260,120 @@ def test_shapes_that_do_not_fit_are_refused_before_ggml(cpu: Backend, case: str)
     graph.close()
 
 
+def test_a_device_without_pages_takes_no_wide_step(cpu: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "traits", CUDA)
+    q, k, v = operands("f16", "f16", rows=17)
+    with pytest.raises(ShapeError, match="17 rows; this device takes 16"):
+        attend(cpu, q, k, v, np.arange(17, dtype=np.int32))
+
+
 def test_a_mask_that_does_not_fit_is_refused_before_ggml(cpu: Backend) -> None:
     graph = Graph(cpu, 64)
     q, k, v = (graph.input(shape, GGMLType.F32) for shape in ((20, 4, 64), (64, 128), (64, 128)))
     with pytest.raises(ShapeError, match="mask"):
         ops.attention_prefill(q, k, v, graph.input((20, 32), GGMLType.F16), 2)
     graph.close()
+
+
+# --- pages ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Shared:
+    """Sequences of random lengths whose K and V lie in shuffled pages of one cache; the rest of it is rubbish.
+
+    ``pages`` (S, N): of each sequence. ``tables``: K and V of each sequence in one piece.
+    """
+
+    k: Packed
+    v: Packed
+    pages: Array
+    tables: list[tuple[Packed, Packed]]
+
+    @classmethod
+    def random(cls, rng: np.random.Generator, pair: tuple[str, str], sequences: int, longest: int) -> Shared:
+        rows = (longest * PAGE, KV_HEADS * 64)
+        tables = [
+            tuple(packed(rng.standard_normal(rows).astype(np.float32), name) for name in pair) for _ in range(sequences)
+        ]
+        total = sequences * longest + 3
+        pages = rng.permutation(total)[: sequences * longest].reshape(sequences, longest).astype(np.int32)
+        caches = []
+        for side in range(2):
+            some = tables[0][side]
+            data = np.full((total, PAGE, some.data.shape[1]), 0x3B, np.uint8)
+            for own, where in zip(tables, pages):
+                data[where] = own[side].data.reshape(longest, PAGE, -1)
+            shape = (total * PAGE, some.shape[1])
+            caches.append(Packed(data.reshape(shape[0], -1), shape, some.dtype))
+        return cls(*caches, pages, tables)  # type: ignore[arg-type]
+
+    def attend(
+        self, backend: Backend, q: Array, positions: Array, sequences: Array, pages: Array, window: int
+    ) -> Array:
+        def build(q: Tensor, k: Tensor, v: Tensor, p: Tensor, pages: Tensor, s: Tensor) -> Tensor:
+            return ops.attention(q, k, v, p, KV_HEADS, window=window, pages=pages, sequences=s)
+
+        return compute(backend, build, q, self.k, self.v, positions, pages, sequences)[0]
+
+
+@pytest.mark.parametrize("window", [0, 300])
+@pytest.mark.parametrize("pair", [("f32", "f32"), ("f16", "f16"), ("bf16", "q8_0"), ("q4_0", "q8_0")], ids="/".join)
+@pytest.mark.parametrize("sequences", [1, 2, 5])
+def test_rows_of_sequences_in_pages_are_bit_equal_to_each_alone(
+    cpu: Backend, sequences: int, pair: tuple[str, str], window: int
+) -> None:
+    rng = np.random.default_rng([sequences, len(pair[0])])
+    shared = Shared.random(rng, pair, sequences, longest=3)
+    q = operands("f16", "f16")[0]
+    owner = np.sort(rng.integers(0, sequences, len(q))).astype(np.int32)
+    ends = rng.integers(20, 3 * PAGE, sequences)
+    positions = (ends[owner] - rng.integers(0, 20, len(q))).astype(np.int32)
+    positions[-1] = -1  # padding
+    got = shared.attend(cpu, q, positions, owner, shared.pages, window)
+    for sequence, (k, v) in enumerate(shared.tables):
+        own = np.flatnonzero(owner == sequence)
+        if own.size:
+            assert np.array_equal(got[own], attend(cpu, q[own], k, v, positions[own], window=window))
+    seen = int(positions[0]) // PAGE
+    wrong = shared.pages.copy()
+    wrong[owner[0], seen] = (wrong[owner[0], seen] + 1) % (len(shared.k.data) // PAGE)
+    assert not np.array_equal(shared.attend(cpu, q, positions, owner, wrong, window)[0], got[0])
+
+
+@pytest.mark.parametrize("pair", [("f32", "f32"), ("f16", "f16"), ("bf16", "q8_0"), ("q4_0", "q8_0")], ids="/".join)
+@pytest.mark.parametrize("group", [1, 6])
+def test_rows_of_a_prompt_are_bit_equal_to_each_alone(cpu: Backend, group: int, pair: tuple[str, str]) -> None:
+    """Hundreds of rows, which threads take by turns."""
+    q, k, v = operands(*pair, rows=300, slots=320, group=group)
+    positions = np.arange(20, 320, dtype=np.int32)
+    positions[-3:] = -1  # padding
+    with Backend("cpu", threads=3) as three:
+        whole = attend(three, q, k, v, positions)
+    assert np.array_equal(whole, attend(cpu, q, k, v, positions))
+    for row in (0, 1, 15, 16, 100, 255, 296, 299):
+        assert np.array_equal(attend(cpu, q[row : row + 1], k, v, positions[row : row + 1])[0], whole[row]), row
+
+
+def test_pages_that_no_row_reaches_are_not_read(cpu: Backend) -> None:
+    shared = Shared.random(np.random.default_rng(1), ("f16", "f16"), 2, longest=3)
+    q, owner = operands("f16", "f16", rows=4)[0], np.array([0, 0, 1, 1], np.int32)
+    positions = np.array([PAGE - 2, PAGE - 1, PAGE, PAGE + 1], np.int32)
+    nowhere = shared.pages.copy()
+    nowhere[0, 1:] = nowhere[1, 2:] = 1 << 30
+    wanted = shared.attend(cpu, q, positions, owner, shared.pages, 0)
+    assert np.array_equal(shared.attend(cpu, q, positions, owner, nowhere, 0), wanted)
+
+
+@pytest.mark.parametrize(
+    ("slots", "pages", "sequences", "causal"),
+    [(288, (2, 1), (4,), True), (512, (2,), (4,), True), (512, (2, 1), (3,), True), (512, (2, 1), (4,), False)],
+)
+def test_pages_that_do_not_fit_are_refused(
+    cpu: Backend, slots: int, pages: tuple[int, ...], sequences: tuple[int, ...], causal: bool
+) -> None:
+    def build(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, pages: Tensor, owner: Tensor) -> Tensor:
+        return ops.attention(q, k, v, positions, KV_HEADS, causal=causal, pages=pages, sequences=owner)
+
+    table, ids = ((slots, KV_HEADS * 64), GGMLType.F16), GGMLType.I32
+    check_refused(cpu, build, [((4, 4, 64), GGMLType.F32), table, table, ((4,), ids), (pages, ids), (sequences, ids)])

@@ -20,6 +20,8 @@ EPS = 1e-6
 # some dozen tokens, whose errors the state carries on. CUDA's fast exponentials are good to a few ulp more.
 INPUTS_TOLERANCE = 3e-6
 RULE_TOLERANCE = 3e-5
+ONLY = np.zeros(1, np.int32)
+"""The slots of a step of one sequence."""
 
 
 def stored(memory: Array, scale: Array) -> Array:
@@ -95,15 +97,30 @@ def step(
     keep: bool = True,
 ) -> Result:
     """One step of the layer on ``backend``: both operations, as the model calls them."""
-    counts = np.array([replay, len(rows[0]) if real is None else real], np.int32)
+    counts = np.array([[replay, len(rows[0]) if real is None else real]], np.int32)
+    got = steps(backend, layer, rows, window[None], state[None], counts, ONLY, keep=keep)
+    return Result(got.inputs, got.out, got.window[0], got.state[0])
+
+
+def steps(
+    backend: Backend,
+    layer: Layer,
+    rows: tuple[Array, Array, Array],
+    windows: Array,
+    states: Array,
+    counts: Array,
+    slots: Array,
+    keep: bool = True,
+) -> Result:
+    """One step of several sequences: windows and states of all slots, counts (S, 2), slots (S,)."""
 
     def build(*t: Tensor) -> list[Tensor]:
-        x, alpha, beta, weight, a, bias, window, state, counts = t
-        inputs = ops.delta_inputs(x, alpha, beta, weight, a, bias, window, counts, keep=keep)
-        out = ops.delta_rule(inputs, state, counts, k_heads=layer.k_heads, eps=EPS, keep=keep)
-        return [inputs, out, window, state]
+        x, alpha, beta, weight, a, bias, windows, states, counts, slots = t
+        inputs = ops.delta_inputs(x, alpha, beta, weight, a, bias, windows, counts, slots, keep=keep)
+        out = ops.delta_rule(inputs, states, counts, slots, k_heads=layer.k_heads, eps=EPS, keep=keep)
+        return [inputs, out, windows, states]
 
-    leaves = (*rows, layer.weight, layer.a, layer.bias, window, state, counts)
+    leaves = (*rows, layer.weight, layer.a, layer.bias, windows, states, counts, slots)
     return Result(*compute(backend, build, *leaves))
 
 
@@ -243,13 +260,11 @@ def test_raw_columns_may_be_a_slice_of_wider_rows(backend: Backend) -> None:
     x, alpha, beta = layer.rows(4)
     wide = np.concatenate([x, x + 1], axis=1)
 
-    def build(
-        x: Tensor, alpha: Tensor, beta: Tensor, weight: Tensor, a: Tensor, bias: Tensor, w: Tensor, n: Tensor
-    ) -> Tensor:
-        return ops.delta_inputs(x.slice(1, 0, layer.channels), alpha, beta, weight, a, bias, w, n, keep=True)
+    def build(x: Tensor, *others: Tensor) -> Tensor:
+        return ops.delta_inputs(x.slice(1, 0, layer.channels), *others, keep=True)
 
-    counts = np.array([0, 4], np.int32)
-    got = compute(backend, build, wide, alpha, beta, layer.weight, layer.a, layer.bias, layer.window, counts)[0]
+    leaves = (wide, alpha, beta, layer.weight, layer.a, layer.bias, layer.window[None])
+    got = compute(backend, build, *leaves, np.array([[0, 4]], np.int32), ONLY)[0]
     assert np.array_equal(got[16:], step(backend, layer, (x, alpha, beta), layer.window, layer.state).inputs[16:])
 
 
@@ -261,13 +276,13 @@ def rule(
     replay = 0 if pending is None else len(pending)
     if pending is not None:
         tape[:replay] = pending
-    counts = np.array([replay, len(rows)], np.int32)
+    counts = np.array([[replay, len(rows)]], np.int32)
 
-    def build(inputs: Tensor, state: Tensor, counts: Tensor) -> list[Tensor]:
-        return [ops.delta_rule(inputs, state, counts, k_heads=k_heads, eps=EPS, keep=keep), state]
+    def build(inputs: Tensor, states: Tensor, counts: Tensor, slots: Tensor) -> list[Tensor]:
+        return [ops.delta_rule(inputs, states, counts, slots, k_heads=k_heads, eps=EPS, keep=keep), states]
 
-    out, after = compute(backend, build, np.concatenate([tape, rows]), state, counts)
-    return out, after
+    out, after = compute(backend, build, np.concatenate([tape, rows]), state[None], counts, ONLY)
+    return out, after[0]
 
 
 def rule_inputs(count: int, g: Sequence[float], seed: int = 0, heads: int = 2, size: int = 64) -> Array:
@@ -378,19 +393,22 @@ def leaves_of(graph: Graph, layer: Layer, rows: int, **shapes: tuple[int, ...]) 
     default = {
         "x": (rows, layer.channels), "alpha": (rows, layer.heads), "beta": (rows, layer.heads),
         "conv_weight": (layer.channels, layer.taps), "ssm_a": (layer.heads,), "dt_bias": (layer.heads,),
-        "window": (layer.taps - 1 + 16, layer.channels + 2 * layer.heads),
+        "windows": (2, layer.taps - 1 + 16, layer.channels + 2 * layer.heads), "counts": (1, 2), "slots": (1,),
     }  # fmt: skip
-    tensors = {name: graph.input(shape, GGMLType.F32) for name, shape in (default | shapes).items() if name != "counts"}
-    return tensors | {"counts": graph.input(shapes.get("counts", (2,)), GGMLType.I32)}
+    return {
+        name: graph.input(shape, GGMLType.I32 if name in ("counts", "slots") else GGMLType.F32)
+        for name, shape in (default | shapes).items()
+    }
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
         {"alpha": (3, 4)}, {"beta": (4, 5)}, {"conv_weight": (100, 4)}, {"ssm_a": (5,)}, {"dt_bias": (1,)},
-        {"window": (19, 10)}, {"window": (18, 392)}, {"counts": (3,)},
-        {"x": (4, 40), "conv_weight": (40, 4), "window": (19, 48)},
-        {"conv_weight": (384, 17), "window": (32, 392)},
+        {"windows": (2, 19, 10)}, {"windows": (2, 18, 392)}, {"windows": (19, 392)}, {"counts": (1, 3)},
+        {"counts": (2,)}, {"counts": (2, 2)}, {"slots": (3,), "counts": (3, 2)}, {"slots": (1, 1)},
+        {"x": (4, 40), "conv_weight": (40, 4), "windows": (2, 19, 48)},
+        {"conv_weight": (384, 17), "windows": (2, 32, 392)},
     ],
     ids=str,
 )  # fmt: skip
@@ -403,26 +421,71 @@ def test_inputs_that_do_not_fit_are_refused_before_ggml(cpu: Backend, wrong: dic
 
 def test_more_rows_than_the_tape_holds_cannot_stay_pending(cpu: Backend) -> None:
     graph = Graph(cpu, 64)
-    with pytest.raises(ShapeError, match="17 rows cannot stay pending, the tape holds 16"):
+    with pytest.raises(ShapeError, match="17 rows of 1 sequences cannot stay pending, a tape holds 16"):
         ops.delta_inputs(**leaves_of(graph, LAYERS["equal"], 17), keep=True)
     graph.close()
 
 
 @pytest.mark.parametrize(
-    ("inputs", "state", "counts", "k_heads"),
+    ("inputs", "states", "counts", "k_heads"),
     [
-        ((20, 392), (4, 33, 64), (2,), 4), ((20, 392), (4, 32, 32), (2,), 4),
-        ((20, 391), (4, 33, 32), (2,), 4), ((20, 392), (4, 33, 32), (3,), 4),
-        ((20, 104), (4, 9, 8), (2,), 4), ((20, 328), (4, 33, 32), (2,), 3), ((20, 6152), (4, 513, 512), (2,), 4),
+        ((20, 392), (1, 4, 33, 64), (1, 2), 4), ((20, 392), (1, 4, 32, 32), (1, 2), 4),
+        ((20, 391), (1, 4, 33, 32), (1, 2), 4), ((20, 392), (1, 4, 33, 32), (1, 3), 4),
+        ((20, 392), (4, 33, 32), (1, 2), 4), ((20, 392), (1, 4, 33, 32), (2, 2), 4),
+        ((16, 392), (1, 4, 33, 32), (1, 2), 4), ((20, 104), (1, 4, 9, 8), (1, 2), 4),
+        ((20, 328), (1, 4, 33, 32), (1, 2), 3), ((20, 6152), (1, 4, 513, 512), (1, 2), 4),
     ],
 )  # fmt: skip
 def test_a_state_that_does_not_fit_is_refused_before_ggml(
-    cpu: Backend, inputs: tuple[int, ...], state: tuple[int, ...], counts: tuple[int, ...], k_heads: int
+    cpu: Backend, inputs: tuple[int, ...], states: tuple[int, ...], counts: tuple[int, ...], k_heads: int
 ) -> None:
     graph = Graph(cpu, 64)
     with pytest.raises(ShapeError, match="delta_rule"):
         ops.delta_rule(
-            graph.input(inputs, GGMLType.F32), graph.input(state, GGMLType.F32), graph.input(counts, GGMLType.I32),
-            k_heads=k_heads, eps=EPS, keep=True,
+            graph.input(inputs, GGMLType.F32), graph.input(states, GGMLType.F32), graph.input(counts, GGMLType.I32),
+            graph.input((1,), GGMLType.I32), k_heads=k_heads, eps=EPS, keep=True,
         )  # fmt: skip
     graph.close()
+
+
+# --- several sequences in a step --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("seed", range(6))
+def test_sequences_beside_each_other_are_bit_equal_to_each_alone(seed: int, threads: int) -> None:
+    """Any lengths, replay counts and slots, padding behind them; the other slots are left alone."""
+    rng = np.random.default_rng(seed)
+    layer = list(LAYERS.values())[seed % 3]
+    count, kept_slots = int(rng.integers(2, 9)), 12
+    slots = rng.permutation(kept_slots)[:count].astype(np.int32)
+    counts = np.stack([rng.integers(0, 17, count), rng.integers(0, 17, count)], axis=1).astype(np.int32)
+    windows = rng.standard_normal((kept_slots, *layer.window.shape)).astype(np.float32)
+    windows[:, layer.taps - 1 :, layer.channels :] = -np.abs(windows[:, layer.taps - 1 :, layer.channels :])
+    states = np.stack([layer.state * rng.uniform(0.5, 1) for _ in range(kept_slots)]).astype(np.float32)
+    rows = layer.rows(int(counts[:, 1].sum()) + 3)
+    with Backend("cpu", threads=threads) as backend:
+        got = steps(backend, layer, rows, windows, states, counts, slots)
+        first = 0
+        for i, (slot, (replay, new)) in enumerate(zip(slots, counts)):
+            if new:
+                own = tuple(r[first : first + new] for r in rows)
+                alone = step(backend, layer, own, windows[slot], states[slot], int(replay))
+                assert np.array_equal(got.inputs[16 * i : 16 * i + replay], alone.inputs[:replay])
+                assert np.array_equal(got.inputs[16 * count + first :][:new], alone.inputs[16:])
+                assert np.array_equal(got.out[first : first + new], alone.out)
+                assert np.array_equal(got.window[slot], alone.window)
+                assert np.array_equal(got.state[slot], alone.state)
+            first += new
+    assert not got.out[first:].any()  # padding
+    others = np.setdiff1d(np.arange(kept_slots), slots)
+    assert np.array_equal(got.window[others], windows[others])
+    assert np.array_equal(got.state[others], states[others])
+
+
+@pytest.mark.cuda
+def test_several_sequences_are_refused_on_cuda(cuda: Backend) -> None:
+    layer = LAYERS["equal"]
+    two = np.stack([layer.window] * 2), np.stack([layer.state] * 2)
+    with pytest.raises(DeviceError, match="cannot run delta_inputs"):
+        steps(cuda, layer, layer.rows(4), *two, np.array([[0, 2], [0, 2]], np.int32), np.arange(2, dtype=np.int32))

@@ -8,6 +8,7 @@ import pytest
 from pydflash import ops
 from pydflash.errors import ShapeError
 from pydflash.ggml_types import GGMLType
+from pydflash.limits import STEP_ROWS
 from pydflash.native import Backend, Graph
 from tests.helpers import Array, Packed, compute, nmse, packed, relative, rounded
 
@@ -71,6 +72,23 @@ def test_a_row_is_bit_equal_at_every_place(backend: Backend, name: str) -> None:
     for row in range(16):
         assert np.array_equal(compute(backend, ops.linear, x[row : row + 1], weight)[0][0], whole[row]), row
     assert np.array_equal(compute(backend, ops.linear, x[::-1].copy(), weight)[0][::-1], whole)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_rows_of_several_sequences_are_bit_equal_to_16_at_a_time(cpu: Backend, name: str) -> None:
+    x, weight = operands(name, STEP_ROWS)
+    wanted = np.concatenate([compute(cpu, ops.linear, x[i : i + 16], weight)[0] for i in range(0, STEP_ROWS, 16)])
+    with Backend("cpu", threads=2) as two:
+        for rows in (17, 31, 48, STEP_ROWS):
+            for backend in (cpu, two):
+                got = compute(backend, ops.linear, x[:rows], weight, exact_rows=STEP_ROWS)[0]
+                assert np.array_equal(got, wanted[:rows]), rows
+
+
+def test_more_rows_than_an_exact_product_takes_are_refused(cpu: Backend) -> None:
+    x, weight = operands("f32", STEP_ROWS + 1)
+    with pytest.raises(ShapeError, match="more than the 64 rows"):
+        compute(cpu, ops.linear, x, weight, exact_rows=1000)
 
 
 @pytest.mark.parametrize("garbage", [1e30, np.nan, np.inf])

@@ -24,7 +24,7 @@ def test_a_layer_allocates_one_state_and_a_whole_tape_whatever_the_context() -> 
     for positions in (1, 1 << 20):
         parts = FULL.state(Room(positions, True)).parts()
         assert {name: part.shape for name, part in parts.items()} == {
-            "state": FULL.state_shape, "window": FULL.window_shape(TAPE_ROWS),
+            "state": (1, *FULL.state_shape), "window": (1, *FULL.window_shape(TAPE_ROWS)),
         }  # fmt: skip
         assert all(part.cleared for part in parts.values())
 

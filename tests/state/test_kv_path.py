@@ -93,7 +93,7 @@ def test_a_fused_session_turns_and_stores_in_no_node_of_its_own(pair: Pair) -> N
     for fused in (True, False):
         with opened(pair, ("q4_0", "q8_0", "auto", "none"), fused) as session:
             session.forward(tokens_for(1), "none")
-            (step,) = session._runner.narrow
+            (step,) = session.shared.runner.narrow
             nodes = [lib.ggml_graph_node(step.graph.c, i) for i in range(lib.ggml_graph_n_nodes(step.graph.c))]
             counts.append(Counter(kind_of(node) for node in nodes))
     layers, (fused_counts, plain_counts) = len(pair.model.config.attention_layers), counts
