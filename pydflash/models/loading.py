@@ -90,8 +90,8 @@ def load_model(
     """Load a GGUF file of one of ``ARCHITECTURES`` (the first part of a split one loads all).
 
     ``device``: 'auto', 'cpu', 'cuda' or 'cuda:N'. ``progress(bytes_done, bytes_total)`` is called while weights are
-    read. ``threads`` is for the CPU. ``ignore``: patterns, such as "blk.*.attn_sinks.weight", of tensors and metadata keys
-    that may stay unused; UnsupportedModel for others. Raises ConfigError, also for a pattern that matches nothing,
+    read. ``threads`` is for the CPU. ``ignore``: patterns, such as "blk.*.attn_sinks.weight", of tensors and metadata
+    keys that may stay unused; UnsupportedModel for others. Raises ConfigError, also for a pattern that matches nothing,
     LoadError, NoDevice or OutOfMemory; nothing stays allocated then.
     """
     a_function(progress, "progress")
