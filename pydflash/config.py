@@ -88,7 +88,7 @@ class EngineConfig(SessionConfig):
         None, Flag(), help="Let rows of a block see only earlier rows.", unset="as the draft file says"
     )
     ignore: tuple[str, ...] = setting(
-        (), Texts(), help="Tensors and metadata keys of the files that may stay unused, such as blk.*.attn_sinks.weight."
+        (), Texts(), help="Tensors and metadata keys of the files that may stay unused, such as blk.*.attn_sinks.*."
     )
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
