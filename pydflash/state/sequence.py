@@ -32,7 +32,7 @@ class SequenceState(Generic[State]):
         except BaseException:
             self.close()
             raise
-        self._cleared = [self._arenas[part.what][name] for name, part in parts.items() if part.cleared]
+        self._slots, self._cleared = room.slots, [(part.what, name) for name, part in parts.items() if part.cleared]
         for i, state in enumerate(self.layers):
             state.tensors = {name: self._arenas[part.what][f"{name}.{i}"] for name, part in state.parts().items()}
             state.fill(backend.write)
@@ -60,8 +60,13 @@ class SequenceState(Generic[State]):
 
     def clear(self, slot: int = 0) -> None:
         """Forget the sequence in ``slot``."""
-        for tensor in self._cleared:
-            size = tensor.nbytes // tensor.shape[0]
+        if self._slots == 1:  # at once, instead of layer by layer
+            for what in {what for what, _ in self._cleared}:
+                self._arenas[what].clear()
+            return
+        for what, name in self._cleared:
+            tensor = self._arenas[what][name]
+            size = tensor.nbytes // self._slots
             self._backend.clear(tensor, slot * size, size)
 
     def close(self) -> None:
