@@ -29,14 +29,15 @@ __all__ = [
 ]
 
 
-class PydflashError(Exception):
-    """Base class: catching it catches everything this package raises on purpose.
-
-    Messages quote names and texts of files; what a terminal would obey in them is spelled out.
-    """
+class _Quoting(Exception):
+    """Messages quote names and texts of files; what a terminal would obey in them is spelled out."""
 
     def __str__(self) -> str:
         return escape_controls(super().__str__(), keep="\n\t")
+
+
+class PydflashError(_Quoting):
+    """Base class: catching it catches everything this package raises on purpose."""
 
 
 class ConfigError(PydflashError, ValueError):
@@ -115,5 +116,5 @@ class WriteError(PydflashError, OSError):
     """A file cannot be written, or must not be because it is an input; what was there is unharmed."""
 
 
-class ContextWarning(UserWarning):
+class ContextWarning(_Quoting, UserWarning):
     """A session has room for more positions than its model was trained on."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from pydflash.arguments import an_instance, an_integer, an_iterable, shown
 from pydflash.config import SessionConfig
 from pydflash.errors import ConfigError, SessionClosed, ShapeError, StateError
 from pydflash.limits import EXACT_ROWS, STEP_ROWS
@@ -52,6 +53,8 @@ class SessionPool:
 
         Raises ConfigError, OutOfMemory; DeviceError for more than one session on a device that does not page K and V.
         """
+        if an_instance(model, Model, "model").weights.closed:
+            raise SessionClosed("the model was closed; load it again")
         settings = SessionConfig(max_context, cache_k, cache_v, k_rotation, v_rotation, fused, chunk)
         size = size_for(model, settings, max_sequences, cache_tokens)
         self.model = model
@@ -86,9 +89,8 @@ class SessionPool:
         """
         self._check_open()
         longest = self.max_context
-        if max_context is not None and not 1 <= max_context <= longest:
-            raise ConfigError(f"max_context is {max_context}; sessions of this pool have 1 to {longest:,} positions")
-        return Session.sharing(self._shared, longest if max_context is None else max_context)
+        chosen = longest if max_context is None else an_integer(max_context, "max_context", 1, longest)
+        return Session.sharing(self._shared, chosen)
 
     @exclusive
     def forward(
@@ -104,11 +106,11 @@ class SessionPool:
         lacks pages. Nothing has changed then.
         """
         self._check_open()
-        sessions = [session for session, _ in rows]
-        self._check_sessions(sessions)
+        pairs = list(an_iterable(rows, "rows"))
+        self._check_pairs(pairs)
         batch = [
             (session, session.rows_of(tokens.ids if isinstance(tokens, DeviceProposal) else tokens, logits))
-            for session, tokens in rows
+            for session, tokens in pairs
         ]
         counts = [len(given.ids) for _, given in batch]
         if max(counts) > EXACT_ROWS or sum(counts) > STEP_ROWS:
@@ -138,9 +140,14 @@ class SessionPool:
         if self._shared.closed:
             raise SessionClosed("this pool was closed; open a new one")
 
-    def _check_sessions(self, sessions: Sequence[Session]) -> None:
-        if not sessions:
+    def _check_pairs(self, pairs: Sequence[object]) -> None:
+        if not pairs:
             raise ShapeError("forward needs at least one session and its tokens; found an empty list")
+        sessions: list[Session] = []
+        for i, pair in enumerate(pairs):
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise ConfigError(f"rows[{i}] is {shown(pair)}; expected a session and its tokens")
+            sessions.append(an_instance(pair[0], Session, f"rows[{i}][0]"))
         for session in sessions:
             if session.shared is not self._shared:
                 raise StateError("a session of another pool cannot take part in a step of this one; use its own pool")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import uuid
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pydflash.arguments import an_instance, an_integer, an_iterable, shown
+from pydflash.arguments import an_instance, an_integer, shown
 from pydflash.config import SessionConfig
 from pydflash.errors import ConfigError, ContextFull, ContextWarning, NothingPending, SessionClosed, StateError
 from pydflash.limits import EXACT_ROWS, MOST_POSITIONS, PAGE
@@ -61,7 +61,7 @@ class Session:
             raise SessionClosed("the model was closed; load it again")
         settings = SessionConfig(max_context, cache_k, cache_v, k_rotation, v_rotation, fused, chunk)
         _warn_beyond(model, settings.max_context)
-        shared = Shared(model, settings, _layers(capture, model.config.layers))
+        shared = Shared(model, settings, capture)
         self._join(shared, settings.max_context, alone=True)
 
     @classmethod
@@ -349,14 +349,6 @@ def _output(session: Session, step: StepReplay, head: Head, count: int, first: i
     if head != "none":
         step.readers.append(weakref.ref(output))
     return output
-
-
-def _layers(capture: Iterable[int], layers: int) -> tuple[int, ...]:
-    """The layers that ``capture`` names, of ``layers``."""
-    named = tuple(an_iterable(capture, "capture"))
-    if not all(isinstance(layer, int | np.integer) and 0 <= layer < layers for layer in named):
-        raise ConfigError(f"capture is {shown(capture)}; the model has layers 0..{layers - 1}")
-    return tuple(map(int, named))
 
 
 def _warn_beyond(model: Model, max_context: int) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
+from pydflash.arguments import an_integer, an_iterable, shown
 from pydflash.config import SessionConfig
 from pydflash.errors import ConfigError, SessionClosed
 from pydflash.kv_format import CACHE_TYPES, k_basis, v_basis
@@ -34,9 +37,8 @@ class Shared:
     ) -> None:  # fmt: skip
         """``pages``: of all sequences, by default those of one. Raises ConfigError, OutOfMemory, DeviceError."""
         config, backend = model.config, model.backend
-        if not all(0 <= layer < config.layers for layer in capture):
-            raise ConfigError(f"capture is {tuple(capture)}; the model has layers 0..{config.layers - 1}")
-        self.model, self.settings, self.capture, self.closed = model, settings, tuple(capture), False
+        self.model, self.settings, self.closed = model, settings, False
+        self.capture = _layers(capture, config.layers)
         self.cache_format = cache_format(model, settings)
         longest = pages_for(settings.max_context)
         self.memory = SequencePool(
@@ -78,6 +80,14 @@ class Shared:
             self.memory.close()
             if self.features is not None:
                 self.features.close()
+
+
+def _layers(capture: Iterable[int], layers: int) -> tuple[int, ...]:
+    """The layers that ``capture`` names, of ``layers``."""
+    named = tuple(an_iterable(capture, "capture"))
+    if not all(isinstance(layer, int | np.integer) and 0 <= layer < layers for layer in named):
+        raise ConfigError(f"capture is {shown(capture)}; the model has layers 0..{layers - 1}")
+    return tuple(map(int, named))
 
 
 def cache_format(model: Model, settings: SessionConfig) -> CacheFormat:
@@ -126,5 +136,5 @@ def size_for(model: Model, settings: SessionConfig, sequences: int | None, token
 
 
 def _check_range(name: str, value: int | None, least: int, most: int) -> None:
-    if value is not None and (not isinstance(value, int) or not least <= value <= most):
-        raise ConfigError(f"{name} is {value!r}; allowed: an integer, {least:,} to {most:,}")
+    if value is not None:
+        an_integer(value, name, least, most)

@@ -18,6 +18,7 @@ from pydflash.decode import collect, speculative
 from pydflash.drafts import Draft, DraftSession, load_draft
 from pydflash.errors import SessionClosed, SnapshotMismatch, StateError
 from pydflash.models import Model, load_model
+from pydflash.ops import Rope
 from pydflash.runtime import Session
 from pydflash.state import RingSpec, host_arrays
 from tests.helpers import Pair
@@ -323,6 +324,8 @@ def test_closed_sessions_say_so(open_pair: Callable[..., Sessions]) -> None:
 def other_value(value: Any) -> Any:
     if isinstance(value, bool):
         return not value
+    if isinstance(value, Rope):
+        return dataclasses.replace(value, base=2 * value.base)
     return (*value[1:], value[0]) if isinstance(value, tuple) else "other" if isinstance(value, str) else value * 2
 
 

@@ -153,7 +153,7 @@ def matching(include_paths: list[str], tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[Model], None]:
     """Lets sessions of a model on the CPU build the graphs of a CUDA device, and run none of them."""
-    monkeypatch.setattr(Graph, "run", lambda graph: None)
+    monkeypatch.setattr(Graph, "run", lambda graph, *copies: None)
     return lambda model: monkeypatch.setattr(model.backend, "traits", CUDA)
 
 

@@ -20,7 +20,7 @@ from pydflash.engine import Engine
 from pydflash.errors import ConfigError, ContextFull, ShapeError
 from pydflash.files.convert import convert_draft
 from pydflash.models import load_model
-from pydflash.runtime import Session
+from pydflash.runtime import Session, SessionPool
 from pydflash.settings import declarations
 from pydflash.state import Snapshot
 from tests.fuzz.outcomes import LateError
@@ -31,8 +31,10 @@ MADE_BY_CALLS = {
     "Chunk": "Engine.stream", "Completion": "Engine.generate", "Draft": "load_draft", "Model": "load_model",
     "Piece": "Engine.stream", "Stats": "autoregressive", "Step": "autoregressive", "Stream": "Engine.stream",
     "Stats.after": "the decode loops",
+    "Session.sharing": "SessionPool.session", "Session.rows_of": "Session.forward",
+    "Session.feature_rows": "DraftSession.commit",
 }  # fmt: skip
-"""What callers get and do not make, and from where."""
+"""What callers get and do not make or call, and from where."""
 
 
 class Parts:
@@ -49,12 +51,15 @@ class Parts:
         self.engine = Engine.share(self.model, draft, EngineConfig(max_context=64))
         self.sampler = Sampler(SamplingParams(temperature=0.5, repetition_penalty=1.1), self.model.config.vocab)
         self.logits = np.zeros(self.model.config.vocab, np.float32)
+        self.pool = SessionPool(self.model, max_sequences=2, cache_tokens=512, max_context=64)
+        self.pooled = self.pool.session()
         self.snapshot = Snapshot.load(folder / "target.snapshot")
         self.draft_snapshot = Snapshot.load(folder / "draft.snapshot")
 
     def begin(self) -> None:
         """An empty sequence in each."""
         self.session.reset()
+        self.pooled.reset()
         self.proposer.reset()
         self.engine.reset()
 
@@ -198,6 +203,16 @@ CALLS: dict[str, Call] = {
     "Session.stands_at": _method("session", "stands_at", place=_part("snapshot.place")),
     "Session.commit": Call(_after_forward, {"n": 1}),
     "Session.restore": _method("session", "restore", snapshot=_part("snapshot")),
+    "SessionPool": _opened(
+        SessionPool,
+        model=MODEL,
+        max_sequences=2,
+        cache_tokens=512,
+        capture=(0,),
+        **_defaults(SessionConfig, max_context=64),
+    ),
+    "SessionPool.session": _method("pool", "session", max_context=32),
+    "SessionPool.forward": _method("pool", "forward", rows=Made(lambda parts: [(parts.pooled, [1, 2])]), logits="last"),
     "Snapshot": _plain(Snapshot, **SNAPSHOT),
     "Snapshot.load": _plain(Snapshot.load, path=_file("target.snapshot")),
     "Snapshot.save": _method("snapshot", "save", path=_file("again.snapshot")),

@@ -84,10 +84,10 @@ def test_every_repeat_of_a_prefill_has_another_prompt(target_path: Path, monkeyp
 def test_decoding_goes_on_from_the_depth_one_token_at_a_time(target_path: Path) -> None:
     with load_model(target_path, "cpu", threads=1) as model, Engine.share(model, None, CONFIG) as engine:
         bench.feed(engine.session, random_ids(model.config.vocab, 30))
-        before = engine.session._serial
+        before = engine.session.serial
         assert len(decode_speed(engine.session, 5, 2)) == 2
         assert engine.session.length == 30 + bench.WARM_CYCLES + 2 * 5
-        assert engine.session._serial - before == bench.WARM_CYCLES + 2 * 5
+        assert engine.session.serial - before == bench.WARM_CYCLES + 2 * 5
 
 
 def test_a_measurement_runs_with_the_settings_it_is_given(target_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

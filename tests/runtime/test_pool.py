@@ -439,7 +439,7 @@ def test_a_session_that_nobody_closed_makes_room(pool: SessionPool) -> None:
 
 @pytest.mark.parametrize("context", [0, -1, PAGE + 1])
 def test_a_session_is_no_longer_than_its_pool_allows(pool: SessionPool, context: int) -> None:
-    with pytest.raises(ConfigError, match=f"max_context is {context}; sessions of this pool have 1 to 256 positions"):
+    with pytest.raises(ConfigError, match=f"max_context is {context}; allowed: an integer, 1 to 256"):
         pool.session(context)
 
 
