@@ -181,6 +181,7 @@ class DraftSession:
 
     # --- the context ------------------------------------------------------------------------------------------------
 
+    @exclusive
     def commit(self, n: int) -> None:
         """The first ``n`` rows of the target's last forward were committed: their features become context.
 
@@ -214,6 +215,7 @@ class DraftSession:
             self._kept += n
         self.length += n
 
+    @exclusive
     def flush(self) -> None:
         """Inject rows that wait, without proposing: before a target forward of more than 16 rows."""
         self._check_open()

@@ -57,8 +57,10 @@ class DeviceProposal:
         draft session was closed."""
         self._check_open()
         if self._ids is None:
-            ids = np.empty(self._count, np.int32)
-            self.arena.backend.read(self.arena["tokens"], ids)
+            with self.arena.lock.step():  # so that nobody closes the draft session between the check and the copy
+                self._check_open()
+                ids = np.empty(self._count, np.int32)
+                self.arena.backend.read(self.arena["tokens"], ids)
             self._ids = ids
         return self._ids
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -251,6 +253,36 @@ def test_a_closed_draft_session_says_so(pair_of: PairOf) -> None:
         with pytest.raises(SessionClosed):
             call()
     session.close()
+
+
+@pytest.mark.parametrize(("what", "count"), [("commit", 20), ("flush", 10)])  # 20 rows are injected at once
+def test_a_draft_session_is_not_closed_in_the_middle_of_a_call(
+    pair_of: PairOf, monkeypatch: pytest.MonkeyPatch, what: str, count: int
+) -> None:
+    pair = pair_of()
+    session, draft = pair.open(64)
+    entered, seen = threading.Event(), []
+
+    def follow_slowly() -> None:
+        """Part of each call, between its check and its work on the device."""
+        entered.set()
+        time.sleep(0.2)
+        seen.append(draft.closed)
+        assert not draft.closed
+
+    with session:
+        session.forward(tokens_for(pair, count))
+        session.commit(count)
+        if what == "flush":
+            draft.commit(count)
+        monkeypatch.setattr(draft, "_follow", follow_slowly)
+        worker = threading.Thread(target=getattr(draft, what), args=(count,) if what == "commit" else ())
+        worker.start()
+        entered.wait(20)
+        draft.close()
+        worker.join()
+    assert seen == [False]
+    assert draft.closed
 
 
 def test_what_a_closed_draft_session_proposed_is_gone(pair_of: PairOf) -> None:
