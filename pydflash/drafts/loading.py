@@ -28,7 +28,7 @@ owns it."""
 
 def is_name(draft: str | Path) -> bool:
     """Whether ``draft`` is the name of a draft without a file."""
-    return str(draft) in NAMES
+    return isinstance(draft, str | Path) and str(draft) in NAMES
 
 
 def load_draft(

@@ -159,6 +159,7 @@ class Tokenizer:
         """
         an_instance(text, str, "text")
         an_instance(special, bool, "special")
+        an_instance(added, bool, "added")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:

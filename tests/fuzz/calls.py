@@ -23,9 +23,10 @@ from pydflash.models import load_model
 from pydflash.runtime import Session, SessionPool
 from pydflash.settings import declarations
 from pydflash.state import Snapshot
+from pydflash.text import Tokenizer
 from tests.fuzz.outcomes import LateError
 
-__all__ = ["CALLS", "MADE_BY_CALLS", "Call", "Parts", "good_arguments", "public_calls", "read"]
+__all__ = ["CALLS", "MADE_BY_CALLS", "Call", "Parts", "good_arguments", "parameters", "public_calls", "read"]
 
 MADE_BY_CALLS = {
     "Chunk": "Engine.stream", "Completion": "Engine.generate", "Draft": "load_draft", "Model": "load_model",
@@ -35,6 +36,10 @@ MADE_BY_CALLS = {
     "Session.feature_rows": "DraftSession.commit",
 }  # fmt: skip
 """What callers get and do not make or call, and from where."""
+
+
+ELSEWHERE: dict[str, Any] = {"convert_draft": convert_draft, "Tokenizer": Tokenizer}
+"""What is public and not among the names of the package itself."""
 
 
 class Parts:
@@ -134,6 +139,10 @@ def _draft_open(parts: Parts, session: Any) -> None:
     parts.draft.open(session).close()
 
 
+def _pool_session(parts: Parts, max_context: Any) -> None:
+    parts.pool.session(max_context).close()
+
+
 def _restore_draft(parts: Parts, snapshot: Any) -> None:
     parts.session.restore(parts.snapshot)
     parts.proposer.restore(snapshot)
@@ -147,7 +156,7 @@ def _defaults(config: type, **others: Any) -> dict[str, Any]:
 MODEL, DRAFT, SAMPLER, LOGITS = _part("model"), _part("draft"), _part("sampler"), _part("logits")
 CONFIG = Made(lambda _: EngineConfig(max_context=64))
 PARAMS = Made(lambda _: SamplingParams(max_tokens=2))
-CONVERSATION: dict[str, Any] = {"tools": None, "variables": None}
+CONVERSATION: dict[str, Any] = {"tools": None, "variables": None, "special": "template"}
 LOOP: dict[str, Any] = {
     "session": _part("session"), "prompt": [1, 2], "sampler": SAMPLER, "max_tokens": 2, "stop_ids": frozenset(),
     "cancel": None,
@@ -156,8 +165,8 @@ SNAPSHOT = {field.name: _part(f"snapshot.{field.name}") for field in fields(Snap
 SETTINGS = dict.fromkeys(declarations(EngineConfig)) | {"threads": 1, "max_context": 64}
 
 CALLS: dict[str, Call] = {
-    "load_model": _opened(load_model, path=_file("target.gguf"), device="cpu", progress=None, threads=1),
-    "load_draft": _opened(load_draft, path=_file("draft.gguf"), target=MODEL, progress=None, causal=None),
+    "load_model": _opened(load_model, path=_file("target.gguf"), device="cpu", progress=None, threads=1, ignore=()),
+    "load_draft": _opened(load_draft, path=_file("draft.gguf"), target=MODEL, progress=None, causal=None, ignore=()),
     "convert_draft": _plain(
         convert_draft,
         source=_file("hf"),
@@ -165,6 +174,7 @@ CALLS: dict[str, Call] = {
         target=_file("target.gguf"),
         type="f16",
         progress=None,
+        ignore=(),
     ),
     "autoregressive": _plain(autoregressive, **LOOP),
     "speculative": _plain(
@@ -211,17 +221,29 @@ CALLS: dict[str, Call] = {
         capture=(0,),
         **_defaults(SessionConfig, max_context=64),
     ),
-    "SessionPool.session": _method("pool", "session", max_context=32),
+    "SessionPool.session": Call(_pool_session, {"max_context": 32}),
     "SessionPool.forward": _method("pool", "forward", rows=Made(lambda parts: [(parts.pooled, [1, 2])]), logits="last"),
     "Snapshot": _plain(Snapshot, **SNAPSHOT),
     "Snapshot.load": _plain(Snapshot.load, path=_file("target.snapshot")),
     "Snapshot.save": _method("snapshot", "save", path=_file("again.snapshot")),
-    "Tokenizer.encode": _method("model.tokenizer", "encode", text="a b", special=True),
+    "Tokenizer.encode": _method("model.tokenizer", "encode", text="a b", special=True, added=True),
     "Tokenizer.decode": _method("model.tokenizer", "decode", tokens=[1, 2], skip_special=False),
     "Tokenizer.checked": _method("model.tokenizer", "checked", token=1),
     "Tokenizer.token_bytes": _method("model.tokenizer", "token_bytes", token=1),
     "Tokenizer.token_id": _method("model.tokenizer", "token_id", text="a"),
 }
+
+
+def parameters(name: str) -> set[str]:
+    """The names of a call's arguments, but for keyword arguments without a name of their own."""
+    owner, _, method = name.partition(".")
+    found = ELSEWHERE.get(owner) or getattr(pydflash, owner)
+    listed = inspect.signature(getattr(found, method) if method else found).parameters
+    return {
+        parameter.name
+        for parameter in listed.values()
+        if parameter.name != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }
 
 
 def public_calls() -> Iterable[str]:

@@ -13,7 +13,15 @@ import pydflash
 from pydflash.arguments import a_function, a_path, an_instance, an_integer, shown
 from pydflash.errors import ConfigError
 from tests.fuzz.bases import write_bases
-from tests.fuzz.calls import CALLS, MADE_BY_CALLS, Parts, good_arguments, public_calls, read
+from tests.fuzz.calls import (
+    CALLS,
+    MADE_BY_CALLS,
+    Parts,
+    good_arguments,
+    parameters,
+    public_calls,
+    read,
+)
 from tests.fuzz.drivers.arguments import Arguments
 from tests.fuzz.junk import JUNK
 from tests.fuzz.outcomes import outcome_of
@@ -34,6 +42,11 @@ def test_every_public_call_is_tried_or_made_by_one_that_is() -> None:
     assert public - set(CALLS) - set(MADE_BY_CALLS) == set()
     assert set(MADE_BY_CALLS) <= public
     assert {source for source in MADE_BY_CALLS.values() if source in CALLS} != set()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_argument_of_a_public_call_is_tried(name: str) -> None:
+    assert parameters(name) <= CALLS[name].good.keys()
 
 
 @pytest.mark.parametrize("name", CALLS)
